@@ -1,0 +1,36 @@
+//! A runner's numbered right to a job.
+//!
+//! The store holds who and which epoch; deadlines live in the control plane that holds the
+//! runner's stream, on a monotonic clock, and reach the domain as an event.
+
+use crate::id::{Epoch, RunnerId};
+use crate::policy::Permit;
+use crate::time::Timestamp;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub runner: RunnerId,
+    pub epoch: Epoch,
+    pub granted_at: Timestamp,
+    /// Set by the commit that answers `Starting`. From then on the runner may execute terraform.
+    pub released: Option<Released>,
+}
+
+/// What was released with `Go`. A re-delivery repeats it and is not judged again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Released {
+    pub at: Timestamp,
+    pub permit: Permit,
+}
+
+impl Lease {
+    /// Starts the lease that follows `last` for the same job.
+    pub fn after(last: Epoch, runner: RunnerId, now: Timestamp) -> Self {
+        Self { runner, epoch: last.next(), granted_at: now, released: None }
+    }
+
+    /// Tells whether a message of `runner` at `epoch` speaks for this lease.
+    pub fn is(&self, runner: RunnerId, epoch: Epoch) -> bool {
+        self.runner == runner && self.epoch == epoch
+    }
+}

@@ -1,0 +1,363 @@
+//! A run: what a person asked for, where it stands, and what each phase left behind.
+//!
+//! ```text
+//! queue ─► AwaitingPlanMfa ─code─► Pending ─turn─► PlanQueued ─lease─► Planning
+//!                                                                         │
+//!    ┌─────────────────────┬──────────────────────┬───────────────────────┤
+//!    ▼                     ▼                      ▼                       ▼
+//!  Planned        AwaitingConfirmation     AwaitingApplyMfa            Errored
+//!                          └──confirm──► ApplyQueued ◄──code──┘
+//!                                             └─lease─► Applying ─► Applied | Errored | Lost
+//! ```
+//!
+//! [`step`] is the only way a run changes. `LIFECYCLE.md` beside this crate's manifest holds the
+//! whole table, written by a test.
+
+mod step;
+#[cfg(test)]
+mod step_tests;
+#[cfg(test)]
+mod table;
+
+use std::fmt;
+
+use crate::id::{
+    AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, UserId,
+};
+use crate::lease::Lease;
+use crate::policy::{Evidence, MfaPolicy, Phase};
+use crate::time::Timestamp;
+
+pub use self::step::{
+    ApplyOutcome, Effect, Event, Failure, FailureKind, PlanOutcome, Refusal, Step, step,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RunKind {
+    PlanAndApply,
+    PlanOnly,
+    Destroy,
+    RefreshOnly,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RunState {
+    AwaitingPlanMfa,
+    Pending,
+    PlanQueued,
+    Planning,
+    AwaitingConfirmation,
+    AwaitingApplyMfa,
+    ApplyQueued,
+    Applying,
+    Planned,
+    Applied,
+    Errored,
+    Canceled,
+    Discarded,
+    Lost,
+}
+
+impl RunState {
+    pub const ALL: [RunState; 14] = [
+        RunState::AwaitingPlanMfa,
+        RunState::Pending,
+        RunState::PlanQueued,
+        RunState::Planning,
+        RunState::AwaitingConfirmation,
+        RunState::AwaitingApplyMfa,
+        RunState::ApplyQueued,
+        RunState::Applying,
+        RunState::Planned,
+        RunState::Applied,
+        RunState::Errored,
+        RunState::Canceled,
+        RunState::Discarded,
+        RunState::Lost,
+    ];
+
+    /// Tells whether nothing moves the run any more. A lost run still waits for a person or for
+    /// its runner.
+    pub const fn is_end(self) -> bool {
+        match self {
+            RunState::Planned
+            | RunState::Applied
+            | RunState::Errored
+            | RunState::Canceled
+            | RunState::Discarded => true,
+            RunState::AwaitingPlanMfa
+            | RunState::Pending
+            | RunState::PlanQueued
+            | RunState::Planning
+            | RunState::AwaitingConfirmation
+            | RunState::AwaitingApplyMfa
+            | RunState::ApplyQueued
+            | RunState::Applying
+            | RunState::Lost => false,
+        }
+    }
+
+    /// Tells whether a run in this state keeps others from their turn.
+    pub const fn holds_environment(self) -> bool {
+        match self {
+            RunState::PlanQueued
+            | RunState::Planning
+            | RunState::AwaitingConfirmation
+            | RunState::AwaitingApplyMfa
+            | RunState::ApplyQueued
+            | RunState::Applying
+            | RunState::Lost => true,
+            RunState::AwaitingPlanMfa
+            | RunState::Pending
+            | RunState::Planned
+            | RunState::Applied
+            | RunState::Errored
+            | RunState::Canceled
+            | RunState::Discarded => false,
+        }
+    }
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            RunState::AwaitingPlanMfa => "AwaitingPlanMfa",
+            RunState::Pending => "Pending",
+            RunState::PlanQueued => "PlanQueued",
+            RunState::Planning => "Planning",
+            RunState::AwaitingConfirmation => "AwaitingConfirmation",
+            RunState::AwaitingApplyMfa => "AwaitingApplyMfa",
+            RunState::ApplyQueued => "ApplyQueued",
+            RunState::Applying => "Applying",
+            RunState::Planned => "Planned",
+            RunState::Applied => "Applied",
+            RunState::Errored => "Errored",
+            RunState::Canceled => "Canceled",
+            RunState::Discarded => "Discarded",
+            RunState::Lost => "Lost",
+        }
+    }
+}
+
+impl fmt::Display for RunState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Who asked for something: a person, or a program by its service token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Actor {
+    User { id: UserId, name: String },
+    Service { name: String },
+}
+
+impl Actor {
+    pub fn name(&self) -> &str {
+        match self {
+            Actor::User { name, .. } | Actor::Service { name } => name,
+        }
+    }
+}
+
+/// What was asked for; never changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    pub organization: OrganizationId,
+    pub environment: EnvironmentId,
+    pub kind: RunKind,
+    pub configuration: Digest,
+    pub message: String,
+    pub target: Vec<String>,
+    pub replace: Vec<String>,
+    pub auto_apply: bool,
+    /// The environment's policy at the moment of queueing.
+    pub policy: MfaPolicy,
+    pub queued_by: Actor,
+    pub queued_at: Timestamp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub id: RunId,
+    pub request: Request,
+    pub state: RunState,
+    pub updated_at: Timestamp,
+    pub plan: Job,
+    pub apply: Job,
+    /// Set when the plan has ended well.
+    pub planned: Option<Planned>,
+    pub approval: Option<Approval>,
+    /// Terraform's JSON, without the values of sensitive outputs.
+    pub outputs: Option<String>,
+    /// Who asked a running phase to stop.
+    pub cancel_requested_by: Option<String>,
+    /// The last code that was refused for the phase that waits: why the lock is red.
+    pub refused_code: Option<RefusedCode>,
+    /// One sentence: why the run waits or how it ended.
+    pub reason: Option<String>,
+}
+
+/// One phase as runners see it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Job {
+    /// The highest epoch ever granted.
+    pub epoch: Epoch,
+    /// The current lease; absent while nobody holds the job.
+    pub lease: Option<Lease>,
+    /// The code accepted for this phase, while its session waits or is in use.
+    pub evidence: Option<Evidence>,
+    /// Who authenticated; stays when the evidence is spent.
+    pub authenticated: Option<Authenticated>,
+    pub queued_at: Option<Timestamp>,
+    pub started_at: Option<Timestamp>,
+    pub ended_at: Option<Timestamp>,
+    /// Who ran it last.
+    pub runner: Option<crate::id::RunnerId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Authenticated {
+    pub user: String,
+    pub at: Timestamp,
+    pub expires_at: Timestamp,
+}
+
+/// The digests an approval is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanDigests {
+    pub plan: Digest,
+    pub workspace: Digest,
+    /// Absent when the plan left no lock file.
+    pub lock_file: Option<Digest>,
+    pub changes: Digest,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    pub digests: PlanDigests,
+    /// One digest over the four: what a person is shown and sends back with the approval.
+    pub digest: Digest,
+    pub applyable: bool,
+    pub counts: Counts,
+    pub terraform_version: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub add: u32,
+    pub change: u32,
+    pub destroy: u32,
+    pub import: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Approval {
+    pub by: String,
+    pub at: Timestamp,
+    /// Equal to [`Planned::digest`] of the plan it approves.
+    pub digest: Digest,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedCode {
+    pub authentication: AuthenticationId,
+    /// The refusal's name, as the wire carries it.
+    pub reason: String,
+    /// The sentence for the person, remedy included.
+    pub message: String,
+    pub at: Timestamp,
+    pub aws_request_id: Option<String>,
+}
+
+impl Run {
+    /// Makes the run that `request` asks for.
+    pub fn queue(id: RunId, request: Request) -> Run {
+        let state = if request.policy.requires_code(Phase::Plan) {
+            RunState::AwaitingPlanMfa
+        } else {
+            RunState::Pending
+        };
+        Run {
+            id,
+            updated_at: request.queued_at,
+            request,
+            state,
+            plan: Job::default(),
+            apply: Job::default(),
+            planned: None,
+            approval: None,
+            outputs: None,
+            cancel_requested_by: None,
+            refused_code: None,
+            reason: None,
+        }
+    }
+
+    pub fn job(&self, phase: Phase) -> &Job {
+        match phase {
+            Phase::Plan => &self.plan,
+            Phase::Apply => &self.apply,
+        }
+    }
+
+    pub(crate) fn job_mut(&mut self, phase: Phase) -> &mut Job {
+        match phase {
+            Phase::Plan => &mut self.plan,
+            Phase::Apply => &mut self.apply,
+        }
+    }
+
+    pub fn job_id(&self, phase: Phase) -> JobId {
+        JobId { run: self.id, phase }
+    }
+
+    /// Returns the phase whose code the run waits for, under the stricter of the policy it
+    /// carries and `current`.
+    pub fn awaits_code(&self, current: MfaPolicy) -> Option<Phase> {
+        match self.state {
+            RunState::AwaitingPlanMfa => Some(Phase::Plan),
+            RunState::AwaitingApplyMfa => Some(Phase::Apply),
+            RunState::AwaitingConfirmation => self
+                .request
+                .policy
+                .max(current)
+                .requires_code(Phase::Apply)
+                .then_some(Phase::Apply),
+            RunState::Pending
+            | RunState::PlanQueued
+            | RunState::Planning
+            | RunState::ApplyQueued
+            | RunState::Applying
+            | RunState::Planned
+            | RunState::Applied
+            | RunState::Errored
+            | RunState::Canceled
+            | RunState::Discarded
+            | RunState::Lost => None,
+        }
+    }
+
+    /// Returns the phase that is open: queued for a runner, and leased by none.
+    pub fn open_phase(&self) -> Option<Phase> {
+        match self.state {
+            RunState::PlanQueued => Some(Phase::Plan),
+            RunState::ApplyQueued => Some(Phase::Apply),
+            RunState::AwaitingPlanMfa
+            | RunState::Pending
+            | RunState::Planning
+            | RunState::AwaitingConfirmation
+            | RunState::AwaitingApplyMfa
+            | RunState::Applying
+            | RunState::Planned
+            | RunState::Applied
+            | RunState::Errored
+            | RunState::Canceled
+            | RunState::Discarded
+            | RunState::Lost => None,
+        }
+    }
+
+    /// Tells whether the run's kind ends after its plan and lets others pass.
+    pub fn is_plan_only(&self) -> bool {
+        self.request.kind == RunKind::PlanOnly
+    }
+}

@@ -1,0 +1,452 @@
+//! What the state machine promises: single moves by name, and random sequences of events held
+//! against the invariants.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use proptest::collection::vec;
+use proptest::prelude::{Just, Strategy, any, prop_oneof, proptest};
+use proptest::test_runner::TestCaseResult;
+use proptest::{prop_assert, prop_assert_eq};
+
+use super::{
+    Actor, ApplyOutcome, Counts, Effect, Event, Failure, FailureKind, PlanDigests, PlanOutcome,
+    Planned, Refusal, Request, Run, RunKind, RunState, Step, step,
+};
+use crate::environment::{Change, Hold};
+use crate::id::{
+    AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
+};
+use crate::policy::{Evidence, MfaPolicy, Permit, Phase};
+use crate::time::Timestamp;
+
+pub(super) const RUNNER: RunnerId = RunnerId::from_bytes([9; 16]);
+const OTHER_RUNNER: RunnerId = RunnerId::from_bytes([8; 16]);
+const START: Timestamp = Timestamp::from_millis(0);
+
+pub(super) fn request(policy: MfaPolicy) -> Request {
+    Request {
+        organization: OrganizationId::from_bytes([1; 16]),
+        environment: EnvironmentId::from_bytes([2; 16]),
+        kind: RunKind::PlanAndApply,
+        configuration: Digest::from_bytes([4; 32]),
+        message: String::new(),
+        target: vec![],
+        replace: vec![],
+        auto_apply: false,
+        policy,
+        queued_by: Actor::User { id: UserId::from_bytes([5; 16]), name: "ada".into() },
+        queued_at: START,
+    }
+}
+
+fn queue(policy: MfaPolicy) -> Run {
+    Run::queue(RunId::from_bytes([6; 16]), request(policy))
+}
+
+pub(super) fn evidence(phase: Phase) -> Evidence {
+    Evidence {
+        authentication: AuthenticationId::from_bytes([phase as u8 + 10; 16]),
+        phase,
+        user: "ada".into(),
+        authenticated_at: START,
+        expires_at: Timestamp::from_millis(3_600_000),
+    }
+}
+
+pub(super) fn planned(applyable: bool) -> Planned {
+    let digest = Digest::from_bytes([7; 32]);
+    Planned {
+        digests: PlanDigests { plan: digest, workspace: digest, lock_file: None, changes: digest },
+        digest,
+        applyable,
+        counts: Counts { add: 1, ..Counts::default() },
+        terraform_version: "1.11.4".into(),
+    }
+}
+
+#[track_caller]
+fn go(run: &Run, event: Event) -> Run {
+    match step(run, event.clone(), START) {
+        Step::Moved { next, .. } => *next,
+        other => panic!("{} on {event:?}: {other:?}", run.state),
+    }
+}
+
+fn accepted(run: &Run, phase: Phase) -> Event {
+    Event::CodeAccepted {
+        evidence: evidence(phase),
+        seen: run.planned.as_ref().map(|planned| planned.digest),
+        current: MfaPolicy::Never,
+    }
+}
+
+fn started(run: &Run, phase: Phase) -> Event {
+    Event::Starting {
+        phase,
+        runner: RUNNER,
+        epoch: run.job(phase).epoch,
+        current: MfaPolicy::Never,
+        floor: Duration::from_secs(300),
+    }
+}
+
+fn plan_ended(run: &Run, applyable: bool) -> Event {
+    Event::PlanEnded {
+        runner: RUNNER,
+        epoch: run.plan.epoch,
+        outcome: PlanOutcome::Planned(planned(applyable)),
+        current: MfaPolicy::Never,
+    }
+}
+
+fn apply_ended(run: &Run, outcome: ApplyOutcome) -> Event {
+    Event::ApplyEnded { runner: RUNNER, epoch: run.apply.epoch, outcome }
+}
+
+/// A run in each state, and in each that depends on it before and after the credentials were
+/// released.
+pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
+    let awaiting_plan = queue(MfaPolicy::PlansAndApplies);
+    let pending = go(&awaiting_plan, accepted(&awaiting_plan, Phase::Plan));
+    let plan_queued = go(&pending, Event::TurnCame);
+    let leased = go(&plan_queued, Event::Granted { phase: Phase::Plan, runner: RUNNER });
+    let planning = go(&leased, started(&leased, Phase::Plan));
+    let canceling = go(&planning, Event::CancelRequested { by: "ada".into() });
+    let awaiting_apply = go(&planning, plan_ended(&planning, true));
+    let apply_queued = go(&awaiting_apply, accepted(&awaiting_apply, Phase::Apply));
+    let apply_leased = go(&apply_queued, Event::Granted { phase: Phase::Apply, runner: RUNNER });
+    let applying = go(&apply_leased, started(&apply_leased, Phase::Apply));
+    let lost =
+        go(&applying, Event::LeaseExpired { phase: Phase::Apply, epoch: applying.apply.epoch });
+    let applied = go(&applying, apply_ended(&applying, ApplyOutcome::Applied { outputs: None }));
+    let failure = Failure { kind: FailureKind::Errored, reason: "exit code 1".into() };
+    let errored = go(&applying, apply_ended(&applying, ApplyOutcome::Failed(failure)));
+    let unguarded = queue(MfaPolicy::Never);
+    let unguarded = go(&unguarded, Event::TurnCame);
+    let unguarded = go(&unguarded, Event::Granted { phase: Phase::Plan, runner: RUNNER });
+    let unguarded = go(&unguarded, started(&unguarded, Phase::Plan));
+    vec![
+        ("AwaitingPlanMfa", awaiting_plan.clone()),
+        ("Pending", pending),
+        ("PlanQueued", plan_queued),
+        ("Planning (leased, nothing released)", leased),
+        ("Planning (released)", planning.clone()),
+        ("Planning (released, cancel requested)", canceling),
+        ("AwaitingConfirmation", go(&unguarded, plan_ended(&unguarded, true))),
+        ("AwaitingApplyMfa", awaiting_apply.clone()),
+        ("ApplyQueued", apply_queued),
+        ("Applying (leased, nothing released)", apply_leased),
+        ("Applying (released)", applying),
+        ("Planned", go(&planning, plan_ended(&planning, false))),
+        ("Applied", applied),
+        ("Errored", errored),
+        ("Canceled", go(&awaiting_plan, Event::CancelRequested { by: "ada".into() })),
+        ("Discarded", go(&awaiting_apply, Event::Discarded { by: "ada".into() })),
+        ("Lost", lost),
+    ]
+}
+
+fn given(name: &str) -> Run {
+    one_of_each().into_iter().find(|(known, _)| *known == name).expect("a known circumstance").1
+}
+
+#[test]
+fn a_confirmation_never_stands_in_for_a_code() {
+    for name in ["AwaitingApplyMfa", "AwaitingPlanMfa"] {
+        let confirm = Event::Confirmed {
+            by: "ada".into(),
+            seen: planned(true).digest,
+            current: MfaPolicy::Never,
+        };
+        assert_eq!(step(&given(name), confirm, START), Step::Refused(Refusal::MfaRequired));
+    }
+}
+
+#[test]
+fn a_policy_tightened_while_a_person_reads_the_plan_demands_a_code() {
+    let run = given("AwaitingConfirmation");
+    let confirm = Event::Confirmed {
+        by: "ada".into(),
+        seen: planned(true).digest,
+        current: MfaPolicy::AppliesOnly,
+    };
+    assert_eq!(step(&run, confirm, START), Step::Refused(Refusal::MfaRequired));
+    assert_eq!(run.awaits_code(MfaPolicy::AppliesOnly), Some(Phase::Apply));
+}
+
+#[test]
+fn auto_apply_does_not_skip_the_code() {
+    let mut run = given("Planning (released)");
+    run.request.auto_apply = true;
+    assert_eq!(go(&run, plan_ended(&run, true)).state, RunState::AwaitingApplyMfa);
+    run.request.policy = MfaPolicy::Never;
+    assert_eq!(go(&run, plan_ended(&run, true)).state, RunState::ApplyQueued);
+}
+
+#[test]
+fn an_approval_of_another_plan_is_refused() {
+    let run = given("AwaitingApplyMfa");
+    let event = Event::CodeAccepted {
+        evidence: evidence(Phase::Apply),
+        seen: Some(Digest::from_bytes([0; 32])),
+        current: MfaPolicy::Never,
+    };
+    assert_eq!(step(&run, event, START), Step::Refused(Refusal::PlanChanged));
+}
+
+#[test]
+fn an_expired_session_sends_a_plan_back_and_gives_up_its_turn() {
+    let run = given("Planning (leased, nothing released)");
+    let late = Timestamp::from_millis(3_500_000);
+    let Step::Moved { next, environment, effects } = step(&run, started(&run, Phase::Plan), late)
+    else {
+        panic!("it must move");
+    };
+    assert_eq!(next.state, RunState::AwaitingPlanMfa);
+    assert_eq!(environment, Change::Free);
+    assert!(effects.contains(&Effect::DropSession(Phase::Plan)));
+    assert!(next.reason.is_some_and(|reason| reason.contains("300 s")));
+}
+
+#[test]
+fn an_expired_session_sends_an_apply_back_and_keeps_its_turn() {
+    let run = given("Applying (leased, nothing released)");
+    let late = Timestamp::from_millis(3_500_000);
+    let Step::Moved { next, environment, .. } = step(&run, started(&run, Phase::Apply), late)
+    else {
+        panic!("it must move");
+    };
+    assert_eq!(next.state, RunState::AwaitingApplyMfa);
+    assert_eq!(environment, Change::Keep);
+    assert_eq!(next.approval, None);
+}
+
+#[test]
+fn a_repeated_starting_is_answered_again_and_not_judged_again() {
+    let run = given("Applying (released)");
+    let late = Timestamp::from_millis(i64::MAX / 2);
+    assert_eq!(step(&run, started(&run, Phase::Apply), late), Step::Unchanged);
+}
+
+#[test]
+fn a_lost_apply_freezes_and_a_returning_runner_thaws() {
+    let lost = given("Lost");
+    let hold = Hold { holder: Some(lost.id), frozen: None };
+    let frozen = hold.after(lost.id, &Change::Freeze { reason: "lost".into() });
+    assert!(!frozen.admits(RunId::from_bytes([42; 16])));
+    let event = Event::Returned { phase: Phase::Apply, runner: RUNNER, epoch: lost.apply.epoch };
+    let Step::Moved { next, environment, .. } = step(&lost, event, START) else {
+        panic!("it must move");
+    };
+    assert_eq!(next.state, RunState::Applying);
+    assert_eq!(frozen.after(lost.id, &environment), hold);
+}
+
+/// An event drawn at random; runner, epoch, phase and digest are often not the current ones.
+#[derive(Clone, Debug)]
+struct Draw {
+    kind: u8,
+    phase: Phase,
+    stale: bool,
+    other_runner: bool,
+    wrong_digest: bool,
+    applyable: bool,
+    current: MfaPolicy,
+    wait: u32,
+}
+
+fn draw() -> impl Strategy<Value = Draw> {
+    let phase = prop_oneof![Just(Phase::Plan), Just(Phase::Apply)];
+    let policy = prop_oneof![
+        4 => Just(MfaPolicy::Never),
+        1 => Just(MfaPolicy::AppliesOnly),
+        1 => Just(MfaPolicy::PlansAndApplies)
+    ];
+    let rarely = || prop_oneof![6 => Just(false), 1 => Just(true)];
+    let flags = (rarely(), rarely(), rarely(), any::<bool>());
+    (0..13_u8, phase, flags, policy, 0..900_u32).prop_map(
+        |(kind, phase, (stale, other_runner, wrong_digest, applyable), current, wait)| Draw {
+            kind,
+            phase,
+            stale,
+            other_runner,
+            wrong_digest,
+            applyable,
+            current,
+            wait,
+        },
+    )
+}
+
+fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
+    let runner = if draw.other_runner { OTHER_RUNNER } else { RUNNER };
+    let epoch = |phase| {
+        let current = run.job(phase).epoch.get();
+        Epoch::new(if draw.stale { current.saturating_sub(1) } else { current })
+    };
+    let (phase, current) = (draw.phase, draw.current);
+    let seen = if draw.wrong_digest {
+        Digest::from_bytes([0; 32])
+    } else {
+        run.planned.as_ref().map_or(Digest::from_bytes([1; 32]), |planned| planned.digest)
+    };
+    let failed = || Failure { kind: FailureKind::Errored, reason: "exit code 1".into() };
+    match draw.kind {
+        0 => Event::CodeAccepted {
+            evidence: Evidence {
+                authentication: AuthenticationId::from_bytes([number; 16]),
+                phase,
+                user: "ada".into(),
+                authenticated_at: now,
+                expires_at: now + Duration::from_secs(3600),
+            },
+            seen: Some(seen),
+            current,
+        },
+        1 | 2 => Event::TurnCame,
+        3 => Event::Granted { phase, runner },
+        4 => Event::HandedBack { phase, runner, epoch: epoch(phase) },
+        5 | 6 => Event::Starting {
+            phase,
+            runner,
+            epoch: epoch(phase),
+            current,
+            floor: Duration::from_secs(300),
+        },
+        7 => Event::LeaseExpired { phase, epoch: epoch(phase) },
+        8 => Event::Returned { phase, runner, epoch: epoch(phase) },
+        9 => Event::PlanEnded {
+            runner,
+            epoch: epoch(Phase::Plan),
+            outcome: PlanOutcome::Planned(Planned {
+                digest: Digest::from_bytes([number; 32]),
+                ..planned(draw.applyable)
+            }),
+            current,
+        },
+        10 => Event::ApplyEnded {
+            runner,
+            epoch: epoch(Phase::Apply),
+            outcome: if draw.applyable {
+                ApplyOutcome::Applied { outputs: None }
+            } else {
+                ApplyOutcome::Failed(failed())
+            },
+        },
+        11 => Event::Confirmed { by: "ada".into(), seen, current },
+        _ if draw.wait % 5 == 0 => Event::CancelRequested { by: "ada".into() },
+        _ => Event::Granted { phase, runner: RUNNER },
+    }
+}
+
+/// What must hold of every single move, whatever came before it.
+fn check_move(
+    before: &Run,
+    event: &Event,
+    next: &Run,
+    now: Timestamp,
+    released: &mut HashSet<AuthenticationId>,
+) -> TestCaseResult {
+    // I13: ends are final, and an apply that was reached never becomes a plan again.
+    prop_assert!(!before.state.is_end(), "{} moved", before.state);
+    for phase in Phase::ALL {
+        let (old, new) = (before.job(phase), next.job(phase));
+        prop_assert!(new.epoch >= old.epoch);
+        let fresh = |job: &super::Job| job.lease.as_ref().and_then(|lease| lease.released);
+        let (None, Some(release)) = (fresh(old), fresh(new)) else { continue };
+        // I2: a release answers exactly one lease; the apply's never a second time.
+        if phase == Phase::Apply {
+            // I1
+            let approval = next.approval.as_ref();
+            prop_assert_eq!(approval.map(|a| a.digest), next.planned.as_ref().map(|p| p.digest));
+            prop_assert!(approval.is_some());
+        }
+        // I4
+        let Event::Starting { current, .. } = event else {
+            panic!("released by {event:?}");
+        };
+        match release.permit {
+            Permit::PlainSession => {
+                prop_assert!(!next.request.policy.max(*current).requires_code(phase));
+            }
+            Permit::MfaSession { authentication } => {
+                let evidence = new.evidence.as_ref().expect("what was released is kept");
+                prop_assert_eq!(evidence.authentication, authentication);
+                prop_assert_eq!(evidence.phase, phase);
+                prop_assert!(evidence.expires_at > now);
+                released.insert(authentication);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// I3: whoever does not hold the current lease changes nothing.
+fn check_stale(before: &Run, event: &Event, moved: bool) -> TestCaseResult {
+    let (phase, runner, epoch) = match event {
+        Event::HandedBack { phase, runner, epoch }
+        | Event::Starting { phase, runner, epoch, .. }
+        | Event::Returned { phase, runner, epoch } => (*phase, *runner, *epoch),
+        Event::PlanEnded { runner, epoch, .. } => (Phase::Plan, *runner, *epoch),
+        Event::ApplyEnded { runner, epoch, .. } => (Phase::Apply, *runner, *epoch),
+        Event::CodeAccepted { .. }
+        | Event::CodeRefused { .. }
+        | Event::TurnCame
+        | Event::Granted { .. }
+        | Event::LeaseExpired { .. }
+        | Event::Confirmed { .. }
+        | Event::Discarded { .. }
+        | Event::CancelRequested { .. } => return Ok(()),
+    };
+    let speaks = before.job(phase).lease.as_ref().is_some_and(|lease| lease.is(runner, epoch));
+    prop_assert!(speaks || !moved, "{event:?} moved a run in {}", before.state);
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(proptest::test_runner::Config::with_cases(2_000))]
+
+    #[test]
+    fn random_events_keep_the_invariants(
+        policy in prop_oneof![
+            Just(MfaPolicy::Never), Just(MfaPolicy::AppliesOnly), Just(MfaPolicy::PlansAndApplies)
+        ],
+        auto_apply in any::<bool>(),
+        draws in vec(draw(), 1..120),
+    ) {
+        let mut run = queue(policy);
+        run.request.auto_apply = auto_apply;
+        let mut hold = Hold::default();
+        let mut now = START;
+        let mut released = HashSet::new();
+        let mut apply_starts = 0;
+        for (number, draw) in draws.iter().enumerate() {
+            now = now + Duration::from_secs(u64::from(draw.wait));
+            let event = event(&run, draw, now, number as u8 + 1);
+            let step = step(&run, event.clone(), now);
+            check_stale(&run, &event, matches!(step, Step::Moved { .. }))?;
+            let Step::Moved { next, environment, .. } = step else { continue };
+            check_move(&run, &event, &next, now, &mut released)?;
+            let may_have_run = |run: &Run| {
+                run.apply.lease.as_ref().is_some_and(|lease| lease.released.is_some())
+            };
+            if may_have_run(&next) && !may_have_run(&run) {
+                apply_starts += 1;
+            }
+            // The runner itself vouches that what it hands back was never executed.
+            if matches!(event, Event::HandedBack { phase: Phase::Apply, .. }) && may_have_run(&run)
+            {
+                apply_starts -= 1;
+            }
+            prop_assert!(apply_starts <= 1, "a second start");
+            hold = hold.after(run.id, &environment);
+            run = *next;
+            let remains = hold.frozen.is_some();
+            prop_assert_eq!(
+                hold.holder == Some(run.id),
+                run.state.holds_environment() && !remains,
+            );
+        }
+    }
+}

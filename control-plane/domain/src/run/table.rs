@@ -1,0 +1,158 @@
+//! Writes the whole (state, event) table to `LIFECYCLE.md`, and fails when it has changed.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use super::step_tests::{self as given, RUNNER, planned};
+use super::{
+    ApplyOutcome, Event, Failure, FailureKind, PlanOutcome, RefusedCode, Run, RunState, Step, step,
+};
+use crate::environment::Change;
+use crate::id::AuthenticationId;
+use crate::policy::{MfaPolicy, Phase};
+use crate::time::Timestamp;
+
+/// One column: its title, and the event for a run. Messages of runners speak for the run's
+/// current lease, where it has one.
+type Column = (&'static str, fn(&Run) -> Event);
+
+const COLUMNS: &[Column] = &[
+    ("code accepted", |run| {
+        let phase = run.awaits_code(MfaPolicy::Never).unwrap_or(Phase::Plan);
+        Event::CodeAccepted {
+            evidence: given::evidence(phase),
+            seen: run.planned.as_ref().map(|planned| planned.digest),
+            current: MfaPolicy::Never,
+        }
+    }),
+    ("code refused", |run| Event::CodeRefused {
+        phase: run.awaits_code(MfaPolicy::Never).unwrap_or(Phase::Plan),
+        refused: RefusedCode {
+            authentication: AuthenticationId::from_bytes([3; 16]),
+            reason: "CODE_REJECTED".into(),
+            message: "use the next code".into(),
+            at: Timestamp::from_millis(1),
+            aws_request_id: None,
+        },
+        current: MfaPolicy::Never,
+    }),
+    ("turn came", |_| Event::TurnCame),
+    ("plan granted", |_| Event::Granted { phase: Phase::Plan, runner: RUNNER }),
+    ("apply granted", |_| Event::Granted { phase: Phase::Apply, runner: RUNNER }),
+    ("handed back", |run| Event::HandedBack {
+        phase: phase_of(run),
+        runner: RUNNER,
+        epoch: run.job(phase_of(run)).epoch,
+    }),
+    ("starting", |run| Event::Starting {
+        phase: phase_of(run),
+        runner: RUNNER,
+        epoch: run.job(phase_of(run)).epoch,
+        current: MfaPolicy::Never,
+        floor: Duration::ZERO,
+    }),
+    ("lease expired", |run| Event::LeaseExpired {
+        phase: phase_of(run),
+        epoch: run.job(phase_of(run)).epoch,
+    }),
+    ("returned", |run| Event::Returned {
+        phase: phase_of(run),
+        runner: RUNNER,
+        epoch: run.job(phase_of(run)).epoch,
+    }),
+    ("planned", |run| Event::PlanEnded {
+        runner: RUNNER,
+        epoch: run.plan.epoch,
+        outcome: PlanOutcome::Planned(planned(true)),
+        current: MfaPolicy::Never,
+    }),
+    ("plan failed", |run| Event::PlanEnded {
+        runner: RUNNER,
+        epoch: run.plan.epoch,
+        outcome: PlanOutcome::Failed(failure(FailureKind::Errored)),
+        current: MfaPolicy::Never,
+    }),
+    ("applied", |run| Event::ApplyEnded {
+        runner: RUNNER,
+        epoch: run.apply.epoch,
+        outcome: ApplyOutcome::Applied { outputs: None },
+    }),
+    ("apply failed", |run| Event::ApplyEnded {
+        runner: RUNNER,
+        epoch: run.apply.epoch,
+        outcome: ApplyOutcome::Failed(failure(FailureKind::Errored)),
+    }),
+    ("state undelivered", |run| Event::ApplyEnded {
+        runner: RUNNER,
+        epoch: run.apply.epoch,
+        outcome: ApplyOutcome::Failed(failure(FailureKind::StateUndelivered)),
+    }),
+    ("confirmed", |run| Event::Confirmed {
+        by: "ada".into(),
+        seen: planned(true).digest,
+        current: run.request.policy,
+    }),
+    ("discarded", |_| Event::Discarded { by: "ada".into() }),
+    ("cancel requested", |_| Event::CancelRequested { by: "ada".into() }),
+];
+
+fn failure(kind: FailureKind) -> Failure {
+    Failure { kind, reason: "terraform exited with code 1".into() }
+}
+
+/// The phase that a runner's message would be about.
+fn phase_of(run: &Run) -> Phase {
+    if run.apply.lease.is_some() { Phase::Apply } else { Phase::Plan }
+}
+
+fn cell(run: &Run, event: Event) -> String {
+    match step(run, event, Timestamp::from_millis(1_000)) {
+        Step::Moved { next, environment, .. } => {
+            let mark = match environment {
+                Change::Keep => "",
+                Change::Hold => " (takes the environment)",
+                Change::Free => " (frees the environment)",
+                Change::Thaw => " (thaws the environment)",
+                Change::Freeze { .. } => " (freezes the environment)",
+            };
+            format!("**{}**{mark}", next.state)
+        }
+        Step::Unchanged => "unchanged".to_owned(),
+        Step::Refused(refusal) => format!("{refusal:?}"),
+    }
+}
+
+fn table() -> String {
+    let mut text = String::from(
+        "# The life of a run\n\nWritten by a test of `latchkey-domain` from the transition function; \
+         do not edit. A row is a state, or a state with the run's circumstances in brackets; each \
+         entry is the answer to one event: the **next state**, *unchanged*, or the refusal's \
+         name.\n",
+    );
+    for (name, run) in given::one_of_each() {
+        let _ = write!(text, "\n## {name}\n\n");
+        for (title, event) in COLUMNS {
+            let _ = writeln!(text, "- {title}: {}", cell(&run, event(&run)));
+        }
+    }
+    text
+}
+
+#[test]
+fn every_state_is_in_the_table() {
+    for state in RunState::ALL {
+        assert!(given::one_of_each().iter().any(|(_, run)| run.state == state), "{state}");
+    }
+}
+
+#[test]
+fn the_committed_table_is_the_machine() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("LIFECYCLE.md");
+    let table = table();
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    if committed != table {
+        std::fs::write(&path, table).unwrap();
+        panic!("LIFECYCLE.md was out of date and has been rewritten: review and commit it");
+    }
+}
