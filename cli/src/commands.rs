@@ -1,0 +1,93 @@
+//! The commands, one per file: a struct whose comments are its help, and a `run`.
+
+mod audit;
+mod authenticate;
+mod cancel;
+mod completions;
+mod confirm;
+mod discard;
+mod env;
+mod login;
+mod logout;
+mod logs;
+mod org;
+mod pool;
+mod queue;
+mod run;
+mod runner;
+mod service_token;
+mod user;
+mod var;
+mod whoami;
+
+use clap::Subcommand;
+
+use crate::Done;
+use crate::context::Context;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Login(login::Login),
+    Logout(logout::Logout),
+    Whoami(whoami::WhoAmI),
+    Queue(queue::Queue),
+    Authenticate(authenticate::Authenticate),
+    Confirm(confirm::Confirm),
+    Discard(discard::Discard),
+    Cancel(cancel::Cancel),
+    Logs(logs::Logs),
+    /// Lists, shows and follows runs
+    #[command(subcommand)]
+    Run(run::Run),
+    /// Environments and their settings
+    #[command(subcommand)]
+    Env(env::Env),
+    /// Variables of environments, of the organization and your own
+    #[command(subcommand)]
+    Var(var::Var),
+    /// The organization's settings
+    #[command(subcommand)]
+    Org(org::Org),
+    /// People
+    #[command(subcommand)]
+    User(user::User),
+    /// Tokens for programs
+    #[command(subcommand)]
+    ServiceToken(service_token::ServiceToken),
+    /// Build hosts
+    #[command(subcommand)]
+    Runner(runner::Runner),
+    /// Pools of build hosts
+    #[command(subcommand)]
+    Pool(pool::Pool),
+    /// The chained record of who did what
+    #[command(subcommand)]
+    Audit(audit::Audit),
+    Completions(completions::Completions),
+}
+
+impl Command {
+    pub(crate) async fn run(self, context: &mut Context) -> Done {
+        match self {
+            Command::Login(command) => command.run(context).await,
+            Command::Logout(command) => command.run(context),
+            Command::Whoami(command) => command.run(context).await,
+            Command::Queue(command) => command.run(context).await,
+            Command::Authenticate(command) => command.run(context).await,
+            Command::Confirm(command) => command.run(context).await,
+            Command::Discard(command) => command.run(context).await,
+            Command::Cancel(command) => command.run(context).await,
+            Command::Logs(command) => command.run(context).await,
+            Command::Run(command) => command.run(context).await,
+            Command::Env(command) => command.run(context).await,
+            Command::Var(command) => command.run(context).await,
+            Command::Org(command) => command.run(context).await,
+            Command::User(command) => command.run(context).await,
+            Command::ServiceToken(command) => command.run(context).await,
+            Command::Runner(command) => command.run(context).await,
+            Command::Pool(command) => command.run(context).await,
+            Command::Audit(command) => command.run(context).await,
+            Command::Completions(command) => command.run(context),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! `env`: environments and their settings.
+
+use clap::{Args, Subcommand, ValueEnum};
+use uuid::Uuid;
+
+use latchkey_proto::v1;
+
+use crate::Done;
+use crate::context::Context;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::view::environment::{EnvironmentListView, EnvironmentView};
+use crate::words::parse_duration;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Env {
+    /// Makes an environment
+    Create {
+        environment: String,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Shows an environment
+    Show { environment: String },
+    /// Lists the environments
+    List,
+    /// Changes the settings that are named
+    Set {
+        environment: String,
+        #[command(flatten)]
+        settings: Settings,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Settings {
+    /// Which phases start only after a token code; owners only
+    #[arg(long, value_enum, value_name = "POLICY")]
+    mfa_policy: Option<Policy>,
+    /// Apply without a confirmation where no code is required
+    #[arg(long, value_name = "true|false")]
+    auto_apply: Option<bool>,
+    /// Directory of the root module inside the uploaded one
+    #[arg(long, value_name = "DIR")]
+    working_directory: Option<String>,
+    /// Pool whose runners execute the jobs
+    #[arg(long, value_name = "NAME")]
+    pool: Option<String>,
+    /// Life of the sessions that codes buy, such as 1h; 15 minutes to 36 hours
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    session_duration: Option<prost_types::Duration>,
+    /// What terraform gets when no code is required
+    #[arg(long, value_enum)]
+    plain_credentials: Option<Plain>,
+    /// AWS region
+    #[arg(long)]
+    region: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Policy {
+    /// No code is required
+    Never,
+    /// Applies require a code. Plan code runs with credentials and without one
+    AppliesOnly,
+    /// Plans and applies require a code each
+    PlansAndApplies,
+}
+
+impl From<Policy> for v1::MfaPolicy {
+    fn from(policy: Policy) -> v1::MfaPolicy {
+        match policy {
+            Policy::Never => v1::MfaPolicy::Never,
+            Policy::AppliesOnly => v1::MfaPolicy::AppliesOnly,
+            Policy::PlansAndApplies => v1::MfaPolicy::PlansAndApplies,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Plain {
+    /// A session without MFA, of the organization's keys; AWS refuses IAM calls with it
+    Session,
+    /// No credentials
+    None,
+}
+
+impl From<Plain> for v1::PlainCredentials {
+    fn from(plain: Plain) -> v1::PlainCredentials {
+        match plain {
+            Plain::Session => v1::PlainCredentials::Session,
+            Plain::None => v1::PlainCredentials::None,
+        }
+    }
+}
+
+impl Env {
+    pub(crate) async fn run(self, context: &mut Context) -> Done {
+        let session = context.session()?;
+        let (client, organization) = (&session.client, session.organization()?);
+        let environment = match self {
+            Env::Create { environment, settings } => {
+                let request = settings.create(organization, environment);
+                client
+                    .call(|| {
+                        let (mut service, request) = (client.environments(), request.clone());
+                        async move { service.create_environment(request).await }
+                    })
+                    .await?
+                    .environment
+            }
+            Env::Show { environment } => {
+                let request = v1::GetEnvironmentRequest { organization, environment };
+                client
+                    .call(|| {
+                        let (mut service, request) = (client.environments(), request.clone());
+                        async move { service.get_environment(request).await }
+                    })
+                    .await?
+                    .environment
+            }
+            Env::Set { environment, settings } => {
+                let request = settings.update(organization, environment)?;
+                client
+                    .call(|| {
+                        let (mut service, request) = (client.environments(), request.clone());
+                        async move { service.update_environment(request).await }
+                    })
+                    .await?
+                    .environment
+            }
+            Env::List => {
+                let mut request =
+                    v1::ListEnvironmentsRequest { organization, ..Default::default() };
+                let mut environments = Vec::new();
+                loop {
+                    let page = client
+                        .call(|| {
+                            let (mut service, request) = (client.environments(), request.clone());
+                            async move { service.list_environments(request).await }
+                        })
+                        .await?;
+                    environments.extend(page.environments.iter().map(EnvironmentView::new));
+                    request.page_token = page.next_page_token;
+                    if request.page_token.is_empty() {
+                        break;
+                    }
+                }
+                let view = EnvironmentListView { environments };
+                context.output.data(&view, EnvironmentListView::human)?;
+                return Ok(Exit::Ok);
+            }
+        };
+        let view = EnvironmentView::new(&environment.unwrap_or_default());
+        context.output.data(&view, EnvironmentView::human)?;
+        Ok(Exit::Ok)
+    }
+}
+
+impl Settings {
+    fn create(self, organization: String, environment: String) -> v1::CreateEnvironmentRequest {
+        let policy = self.mfa_policy.map(v1::MfaPolicy::from).unwrap_or_default();
+        let plain = self.plain_credentials.map(v1::PlainCredentials::from).unwrap_or_default();
+        v1::CreateEnvironmentRequest {
+            organization,
+            environment,
+            settings: Some(v1::EnvironmentSettings {
+                mfa_policy: policy.into(),
+                auto_apply: self.auto_apply.unwrap_or(false),
+                working_directory: self.working_directory.unwrap_or_default(),
+                pool: self.pool.unwrap_or_default(),
+                session_duration: self.session_duration,
+                plain_credentials: plain.into(),
+                region: self.region.unwrap_or_default(),
+            }),
+            request_id: Uuid::new_v4().to_string(),
+        }
+    }
+
+    fn update(
+        self,
+        organization: String,
+        environment: String,
+    ) -> Result<v1::UpdateEnvironmentRequest, Failure> {
+        let request = v1::UpdateEnvironmentRequest {
+            mfa_policy: self.mfa_policy.map(|policy| v1::MfaPolicy::from(policy).into()),
+            auto_apply: self.auto_apply,
+            working_directory: self.working_directory,
+            pool: self.pool,
+            session_duration: self.session_duration,
+            plain_credentials: self
+                .plain_credentials
+                .map(|plain| v1::PlainCredentials::from(plain).into()),
+            region: self.region,
+            ..Default::default()
+        };
+        if request == v1::UpdateEnvironmentRequest::default() {
+            return Err(Failure::Usage {
+                message: "no setting is named".into(),
+                hint: "`latchkey env set --help` lists them".into(),
+            });
+        }
+        Ok(v1::UpdateEnvironmentRequest { organization, environment, ..request })
+    }
+}

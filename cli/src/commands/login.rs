@@ -1,0 +1,127 @@
+//! `login`: checks a token, or buys the first one with the one-time secret, and keeps it.
+
+use std::fs;
+use std::path::PathBuf;
+
+use clap::Args;
+use secrecy::{ExposeSecret, SecretString};
+
+use latchkey_proto::v1;
+
+use crate::client::{Client, Target, full_address};
+use crate::config::{self, Credentials};
+use crate::context::Context;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::input::Question;
+use crate::view::account::CallerView;
+use crate::{Done, log_view};
+
+/// Signs in to a control plane
+///
+/// The token is asked for by a hidden prompt, or read as one line of standard input. It is kept in
+/// a file that only you can read, together with the CA to trust and the default organization.
+#[derive(Debug, Args)]
+pub(crate) struct Login {
+    /// Such as https://latchkey.example.com:7400
+    address: String,
+    /// CA certificate (PEM) to trust instead of the platform's
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+    /// Allow http:// to a loopback address
+    #[arg(long)]
+    insecure_plaintext: bool,
+    /// Make the first organization and its owner, with the secret that the control plane printed
+    /// at its first start; needs --organization and --user
+    #[arg(long, requires = "user")]
+    bootstrap: bool,
+    /// Name of the owner to make
+    #[arg(long, requires = "bootstrap", value_name = "NAME")]
+    user: Option<String>,
+}
+
+impl Login {
+    pub(crate) async fn run(self, context: &mut Context) -> Done {
+        let path = context.config_path()?;
+        let ca_pem = match &self.ca_file {
+            Some(file) => Some(fs::read_to_string(file).map_err(|source| Failure::Usage {
+                message: format!("{} cannot be read: {source}", file.display()),
+                hint: "--ca-file names the control plane's CA certificate".into(),
+            })?),
+            None => None,
+        };
+        let target = Target {
+            address: full_address(&self.address),
+            ca_pem,
+            insecure_plaintext: self.insecure_plaintext,
+        };
+        // Checked before anything is asked for.
+        let stranger = Client::new(&target, None)?;
+        let token = match (self.bootstrap, self.user) {
+            (true, Some(user)) => bootstrap(context, &stranger, user).await?,
+            (_, _) => context.input.answer(Question::Hidden("Token: ".into())).await?,
+        };
+        let token = SecretString::from(token.expose_secret().trim());
+        let mut credentials = Credentials {
+            address: target.address.clone(),
+            ca_pem: target.ca_pem.clone(),
+            token,
+            organization: context.organization.clone(),
+            insecure_plaintext: target.insecure_plaintext,
+        };
+        if self.bootstrap {
+            // Shown once: kept before anything else can fail.
+            config::save(&path, &credentials)?;
+        }
+        let client = Client::new(&target, Some(&credentials.token))?;
+        let caller = client
+            .call(|| {
+                let mut accounts = client.accounts();
+                async move { accounts.who_am_i(v1::WhoAmIRequest {}).await }
+            })
+            .await?;
+        credentials.organization = default_organization(context, &caller)?;
+        config::save(&path, &credentials)?;
+        let view =
+            CallerView::new(&credentials.address, credentials.organization.as_deref(), &caller);
+        context.output.data(&view, CallerView::human)?;
+        Ok(Exit::Ok)
+    }
+}
+
+async fn bootstrap(
+    context: &mut Context,
+    client: &Client,
+    user: String,
+) -> Result<SecretString, Failure> {
+    let organization = context.organization.clone().ok_or_else(|| Failure::Usage {
+        message: "--bootstrap needs a name for the organization".into(),
+        hint: "add --organization NAME".into(),
+    })?;
+    let secret = context.input.answer(Question::Hidden("One-time secret: ".into())).await?;
+    let request = v1::BootstrapRequest {
+        secret: secret.expose_secret().trim().to_owned(),
+        organization,
+        user,
+    };
+    let answer = client.once(client.accounts().bootstrap(request).await)?;
+    Ok(answer.token.into())
+}
+
+/// Takes the named organization if the caller belongs to it, else the only one there is.
+fn default_organization(
+    context: &Context,
+    caller: &v1::WhoAmIResponse,
+) -> Result<Option<String>, Failure> {
+    let names: Vec<&str> =
+        caller.memberships.iter().map(|membership| membership.organization.as_str()).collect();
+    match (&context.organization, names.as_slice()) {
+        (Some(named), names) if names.contains(&named.as_str()) => Ok(Some(named.clone())),
+        (Some(named), names) => Err(Failure::Usage {
+            message: format!("you do not belong to the organization {named}"),
+            hint: format!("yours: {}", log_view::clean(&names.join(", "))),
+        }),
+        (None, [only]) => Ok(Some((*only).to_owned())),
+        (None, _) => Ok(None),
+    }
+}

@@ -1,0 +1,46 @@
+//! `service-token`: tokens for programs, which queue runs and never submit codes.
+
+use clap::Subcommand;
+
+use latchkey_proto::v1;
+
+use crate::Done;
+use crate::context::Context;
+use crate::exit::Exit;
+use crate::view::account::TokenView;
+use crate::words::{human_time, parse_duration, time};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceToken {
+    /// Makes a service token and shows it, once; owners only
+    Create {
+        name: String,
+        /// How long it is good for, such as 720h; 90 days if absent
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+        lifetime: Option<prost_types::Duration>,
+    },
+}
+
+impl ServiceToken {
+    pub(crate) async fn run(self, context: &mut Context) -> Done {
+        let session = context.session()?;
+        let organization = session.organization()?;
+        match self {
+            ServiceToken::Create { name, lifetime } => {
+                let request =
+                    v1::CreateServiceTokenRequest { organization, name: name.clone(), lifetime };
+                let client = &session.client;
+                let answer = client.once(client.accounts().create_service_token(request).await)?;
+                let expires = answer.expire_time;
+                let expire_time = time(expires.as_ref());
+                let view = TokenView { name, token: answer.token, expire_time };
+                context.output.data(&view, |view| format!("{}\n", view.token))?;
+                if !context.output.is_json() {
+                    let until = human_time(expires.as_ref());
+                    context.output.hint(&format!("shown once; good until {until}"));
+                }
+                Ok(Exit::Ok)
+            }
+        }
+    }
+}

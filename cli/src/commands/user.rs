@@ -1,0 +1,64 @@
+//! `user`: people.
+
+use clap::{Subcommand, ValueEnum};
+
+use latchkey_proto::v1;
+
+use crate::Done;
+use crate::context::Context;
+use crate::exit::Exit;
+use crate::view::account::TokenView;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum User {
+    /// Makes a user and shows their token, once; owners only
+    Create {
+        name: String,
+        /// What they may do in the organization
+        #[arg(long, value_enum)]
+        role: Role,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    /// Queues, authenticates, confirms, discards, cancels
+    Member,
+    /// Everything, and alone: policy, organization variables, people, pools, accounts
+    Owner,
+}
+
+impl From<Role> for v1::Role {
+    fn from(role: Role) -> v1::Role {
+        match role {
+            Role::Member => v1::Role::Member,
+            Role::Owner => v1::Role::Owner,
+        }
+    }
+}
+
+impl User {
+    pub(crate) async fn run(self, context: &mut Context) -> Done {
+        let session = context.session()?;
+        let organization = session.organization()?;
+        match self {
+            User::Create { name, role } => {
+                let request = v1::CreateUserRequest {
+                    organization,
+                    user: name.clone(),
+                    role: v1::Role::from(role).into(),
+                };
+                let client = &session.client;
+                let answer = client.once(client.accounts().create_user(request).await)?;
+                let view = TokenView { name, token: answer.token, expire_time: None };
+                context.output.data(&view, |view| format!("{}\n", view.token))?;
+                if !context.output.is_json() {
+                    context.output.hint(
+                        "this token is shown once; its owner signs in with it by `latchkey login`",
+                    );
+                }
+                Ok(Exit::Ok)
+            }
+        }
+    }
+}

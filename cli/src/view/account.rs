@@ -1,0 +1,197 @@
+//! Callers, organizations and audit records, as programs and people see them.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use latchkey_proto::v1;
+
+use crate::output::{fields, table};
+use crate::words::{Word, time};
+
+#[derive(Debug, Serialize)]
+pub(crate) struct CallerView {
+    address: String,
+    user: Option<String>,
+    service_token: Option<String>,
+    /// What commands use when none is named.
+    default_organization: Option<String>,
+    memberships: Vec<MembershipView>,
+}
+
+#[derive(Debug, Serialize)]
+struct MembershipView {
+    organization: String,
+    role: String,
+}
+
+impl CallerView {
+    pub(crate) fn new(
+        address: &str,
+        default_organization: Option<&str>,
+        caller: &v1::WhoAmIResponse,
+    ) -> CallerView {
+        let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+        CallerView {
+            address: address.to_owned(),
+            user: some(&caller.user),
+            service_token: some(&caller.service_token),
+            default_organization: default_organization.map(str::to_owned),
+            memberships: caller
+                .memberships
+                .iter()
+                .map(|membership| MembershipView {
+                    organization: membership.organization.clone(),
+                    role: membership.role().snake(),
+                })
+                .collect(),
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let who = match (&self.user, &self.service_token) {
+            (Some(user), _) => user.clone(),
+            (None, Some(token)) => format!("service token {token}"),
+            (None, None) => "nobody that is known".to_owned(),
+        };
+        let roles: Vec<String> = self
+            .memberships
+            .iter()
+            .map(|membership| format!("{} in {}", membership.role, membership.organization))
+            .collect();
+        let mut text = format!("Signed in as {}\n", crate::log_view::clean(&who));
+        text.push_str(&fields(&[
+            ("at", self.address.clone()),
+            ("roles", roles.join(", ")),
+            ("organization", self.default_organization.clone().unwrap_or_default()),
+        ]));
+        text
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct OrganizationView {
+    organization: String,
+    aws_accounts: Vec<String>,
+}
+
+impl OrganizationView {
+    pub(crate) fn new(organization: &v1::Organization) -> OrganizationView {
+        OrganizationView {
+            organization: organization.organization.clone(),
+            aws_accounts: organization.aws_accounts.clone(),
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let accounts = match self.aws_accounts.join(", ") {
+            none if none.is_empty() => "none: no code can be used".to_owned(),
+            accounts => accounts,
+        };
+        let mut text = format!("Organization {}\n", crate::log_view::clean(&self.organization));
+        text.push_str(&fields(&[("aws accounts", accounts)]));
+        text
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct AuditListView {
+    pub(crate) records: Vec<AuditRecordView>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct AuditRecordView {
+    sequence: u64,
+    time: Option<String>,
+    actor: String,
+    action: String,
+    subject: String,
+    details: Value,
+    digest: String,
+}
+
+impl AuditRecordView {
+    pub(crate) fn new(record: &v1::AuditRecord) -> AuditRecordView {
+        AuditRecordView {
+            sequence: record.sequence,
+            time: time(record.time.as_ref()),
+            actor: record.actor.clone(),
+            action: record.action.clone(),
+            subject: record.subject.clone(),
+            details: serde_json::from_str(&record.details_json).unwrap_or(Value::Null),
+            digest: record.digest.clone(),
+        }
+    }
+}
+
+impl AuditListView {
+    pub(crate) fn human(&self) -> String {
+        let details = |details: &Value| match details {
+            Value::Null => String::new(),
+            Value::Object(details) => details
+                .iter()
+                .map(|(name, value)| match value {
+                    Value::String(text) => format!("{name}={text}"),
+                    other => format!("{name}={other}"),
+                })
+                .collect::<Vec<_>>()
+                .join(" "),
+            other => other.to_string(),
+        };
+        let rows = self
+            .records
+            .iter()
+            .map(|record| {
+                vec![
+                    record.sequence.to_string(),
+                    record.time.clone().unwrap_or_default(),
+                    record.actor.clone(),
+                    record.action.clone(),
+                    record.subject.clone(),
+                    details(&record.details),
+                ]
+            })
+            .collect();
+        table(&["#", "TIME", "ACTOR", "ACTION", "SUBJECT", "DETAILS"], rows, "no records")
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct VerificationView {
+    intact: bool,
+    records: u64,
+    head_digest: String,
+    broken_at: Option<u64>,
+    problem: Option<String>,
+}
+
+impl VerificationView {
+    pub(crate) fn new(answer: &v1::VerifyAuditResponse) -> VerificationView {
+        VerificationView {
+            intact: answer.intact,
+            records: answer.records,
+            head_digest: answer.head_digest.clone(),
+            broken_at: Some(answer.broken_at).filter(|_| !answer.intact),
+            problem: Some(answer.problem.clone()).filter(|_| !answer.intact),
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let mut text = match (self.intact, self.broken_at) {
+            (true, _) => format!("Intact: {} records\n", self.records),
+            (false, at) => format!("BROKEN at record {}\n", at.unwrap_or_default()),
+        };
+        text.push_str(&fields(&[
+            ("head", self.head_digest.clone()),
+            ("problem", self.problem.clone().unwrap_or_default()),
+        ]));
+        text
+    }
+}
+
+/// A token, in the one answer that shows it.
+#[derive(Serialize)]
+pub(crate) struct TokenView {
+    pub(crate) name: String,
+    pub(crate) token: String,
+    pub(crate) expire_time: Option<String>,
+}

@@ -1,0 +1,192 @@
+//! Environments and variables, as programs and people see them.
+
+use serde::Serialize;
+
+use latchkey_proto::v1;
+
+use crate::output::{fields, table};
+use crate::words::{Word, human_duration, time};
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EnvironmentView {
+    environment_id: String,
+    organization: String,
+    environment: String,
+    mfa_policy: String,
+    auto_apply: bool,
+    working_directory: String,
+    pool: Option<String>,
+    session_duration_seconds: Option<i64>,
+    plain_credentials: String,
+    region: String,
+    create_time: Option<String>,
+    active_run_id: Option<String>,
+    frozen: Option<FrozenView>,
+    state: Option<StateView>,
+}
+
+#[derive(Debug, Serialize)]
+struct FrozenView {
+    run_id: String,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct StateView {
+    lineage: String,
+    serial: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EnvironmentListView {
+    pub(crate) environments: Vec<EnvironmentView>,
+}
+
+fn some(text: &str) -> Option<String> {
+    Some(text.to_owned()).filter(|text| !text.is_empty())
+}
+
+impl EnvironmentView {
+    pub(crate) fn new(environment: &v1::Environment) -> EnvironmentView {
+        let settings = environment.settings.clone().unwrap_or_default();
+        EnvironmentView {
+            environment_id: environment.environment_id.clone(),
+            organization: environment.organization.clone(),
+            environment: environment.environment.clone(),
+            mfa_policy: settings.mfa_policy().snake(),
+            auto_apply: settings.auto_apply,
+            pool: some(&settings.pool),
+            session_duration_seconds: settings.session_duration.map(|duration| duration.seconds),
+            plain_credentials: settings.plain_credentials().snake(),
+            region: settings.region,
+            working_directory: settings.working_directory,
+            create_time: time(environment.create_time.as_ref()),
+            active_run_id: some(&environment.active_run_id),
+            frozen: environment.frozen.as_ref().map(|frozen| FrozenView {
+                run_id: frozen.run_id.clone(),
+                reason: frozen.reason.clone(),
+            }),
+            state: some(&environment.state_lineage)
+                .map(|lineage| StateView { lineage, serial: environment.state_serial }),
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let auto_apply = if self.auto_apply { "yes" } else { "no" };
+        let pool = self.pool.clone().unwrap_or_else(|| "none: runs wait".to_owned());
+        let frozen = self
+            .frozen
+            .as_ref()
+            .map(|frozen| format!("{} (run {})", frozen.reason, frozen.run_id))
+            .unwrap_or_default();
+        let state = self
+            .state
+            .as_ref()
+            .map(|state| format!("serial {} of {}", state.serial, state.lineage))
+            .unwrap_or_default();
+        let heading = format!("Environment {}/{}\n", self.organization, self.environment);
+        let mut text = crate::log_view::clean(&heading);
+        text.push_str(&fields(&[
+            ("frozen", frozen),
+            ("mfa policy", self.mfa_policy.replace('_', " ")),
+            ("auto apply", auto_apply.to_owned()),
+            ("pool", pool),
+            ("session", self.session_duration_seconds.map(human_duration).unwrap_or_default()),
+            ("without a code", self.plain_credentials.replace('_', " ")),
+            ("region", self.region.clone()),
+            ("directory", self.working_directory.clone()),
+            ("active run", self.active_run_id.clone().unwrap_or_default()),
+            ("state", state),
+        ]));
+        if self.mfa_policy == "applies_only" {
+            text.push_str(
+                "\nnote: with `applies only`, plan code runs with credentials and without a code; \
+                 let IAM demand aws:MultiFactorAuthPresent for changes.\n",
+            );
+        }
+        if self.plain_credentials == "session" && self.mfa_policy != "plans_and_applies" {
+            text.push_str("\nnote: AWS refuses IAM calls with a session that no code bought.\n");
+        }
+        text
+    }
+}
+
+impl EnvironmentListView {
+    pub(crate) fn human(&self) -> String {
+        let rows = self
+            .environments
+            .iter()
+            .map(|environment| {
+                let status = match (&environment.frozen, &environment.active_run_id) {
+                    (Some(_), _) => "frozen".to_owned(),
+                    (None, Some(run)) => format!("run {run}"),
+                    (None, None) => String::new(),
+                };
+                vec![
+                    environment.environment.clone(),
+                    environment.mfa_policy.replace('_', " "),
+                    environment.pool.clone().unwrap_or_default(),
+                    status,
+                ]
+            })
+            .collect();
+        table(&["ENVIRONMENT", "MFA POLICY", "POOL", "HELD BY"], rows, "no environments yet")
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct VariableView {
+    name: String,
+    category: String,
+    sensitive: bool,
+    hcl: bool,
+    value: Option<String>,
+    update_time: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct VariableListView {
+    pub(crate) variables: Vec<VariableView>,
+}
+
+impl VariableView {
+    pub(crate) fn new(variable: &v1::Variable) -> VariableView {
+        VariableView {
+            name: variable.name.clone(),
+            category: variable.category().snake(),
+            sensitive: variable.sensitive,
+            hcl: variable.hcl,
+            value: variable.value.clone().filter(|_| !variable.sensitive),
+            update_time: time(variable.update_time.as_ref()),
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let sensitive = if self.sensitive { "sensitive " } else { "" };
+        let name = crate::log_view::clean(&self.name);
+        format!("Set the {sensitive}{} variable {name}\n", self.category)
+    }
+}
+
+impl VariableListView {
+    pub(crate) fn human(&self) -> String {
+        let rows = self
+            .variables
+            .iter()
+            .map(|variable| {
+                let value = match (&variable.value, variable.sensitive) {
+                    (_, true) => "(sensitive)".to_owned(),
+                    (Some(value), false) => value.clone(),
+                    (None, false) => String::new(),
+                };
+                vec![
+                    variable.name.clone(),
+                    variable.category.clone(),
+                    if variable.hcl { "hcl".into() } else { "string".into() },
+                    value,
+                ]
+            })
+            .collect();
+        table(&["NAME", "CATEGORY", "KIND", "VALUE"], rows, "no variables")
+    }
+}

@@ -1,0 +1,505 @@
+//! A run, as programs and people see it.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use latchkey_proto::v1;
+use latchkey_proto::v1::{Lock, Phase, RunState};
+
+use crate::output::{fields, table};
+use crate::words::{Word, explain, human_time, time};
+
+/// Changes shown to people before the rest is only counted.
+const SHOWN_CHANGES: usize = 100;
+
+#[derive(Debug, Serialize)]
+pub(crate) struct RunView {
+    pub(crate) run_id: String,
+    organization: String,
+    environment: String,
+    kind: String,
+    state: String,
+    reason: Option<String>,
+    message: Option<String>,
+    queued_by: String,
+    create_time: Option<String>,
+    update_time: Option<String>,
+    mfa_policy: String,
+    auto_apply: bool,
+    configuration_digest: String,
+    target: Vec<String>,
+    replace: Vec<String>,
+    lock: String,
+    last_refusal: Option<RefusalView>,
+    plan: Option<JobView>,
+    apply: Option<JobView>,
+    plan_result: Option<PlanView>,
+    approval: Option<ApprovalView>,
+    outputs: Value,
+    cancel_requested: bool,
+    queue_position: Option<u32>,
+}
+
+#[derive(Debug, Serialize)]
+struct RefusalView {
+    reason: String,
+    message: String,
+    time: Option<String>,
+    aws_request_id: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct JobView {
+    epoch: u64,
+    runner_id: Option<String>,
+    queue_time: Option<String>,
+    start_time: Option<String>,
+    end_time: Option<String>,
+    authenticated: Option<AuthenticatedView>,
+    log_length: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct AuthenticatedView {
+    user: String,
+    authenticate_time: Option<String>,
+    expire_time: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct PlanView {
+    add: u32,
+    change: u32,
+    destroy: u32,
+    import: u32,
+    applyable: bool,
+    digest: String,
+    terraform_version: String,
+    changes: Vec<ChangeView>,
+    truncated: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct ChangeView {
+    address: String,
+    action: String,
+    before: Value,
+    after: Value,
+}
+
+#[derive(Debug, Serialize)]
+struct ApprovalView {
+    user: String,
+    approve_time: Option<String>,
+    plan_digest: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct RunListView {
+    pub(crate) runs: Vec<RunView>,
+}
+
+impl RunView {
+    pub(crate) fn new(run: &v1::Run) -> RunView {
+        RunView {
+            run_id: run.run_id.clone(),
+            organization: run.organization.clone(),
+            environment: run.environment.clone(),
+            kind: run.kind().snake(),
+            state: run.state().snake(),
+            reason: some(&run.reason),
+            message: some(&run.message),
+            queued_by: run.queued_by.clone(),
+            create_time: time(run.create_time.as_ref()),
+            update_time: time(run.update_time.as_ref()),
+            mfa_policy: run.mfa_policy().snake(),
+            auto_apply: run.auto_apply,
+            configuration_digest: run.configuration_digest.clone(),
+            target: run.target.clone(),
+            replace: run.replace.clone(),
+            lock: run.lock().snake(),
+            last_refusal: run.last_refusal.as_ref().map(|refusal| RefusalView {
+                reason: refusal.reason.to_lowercase(),
+                message: refusal.message.clone(),
+                time: time(refusal.time.as_ref()),
+                aws_request_id: some(&refusal.aws_request_id),
+            }),
+            plan: run.plan.as_ref().map(JobView::new),
+            apply: run.apply.as_ref().map(JobView::new),
+            plan_result: run.plan_result.as_ref().map(PlanView::new),
+            approval: run.approval.as_ref().map(|approval| ApprovalView {
+                user: approval.user.clone(),
+                approve_time: time(approval.approve_time.as_ref()),
+                plan_digest: approval.plan_digest.clone(),
+            }),
+            outputs: json(&run.outputs_json),
+            cancel_requested: run.cancel_requested,
+            queue_position: Some(run.queue_position).filter(|position| *position > 0),
+        }
+    }
+}
+
+impl JobView {
+    fn new(job: &v1::JobFacts) -> JobView {
+        JobView {
+            epoch: job.epoch,
+            runner_id: some(&job.runner_id),
+            queue_time: time(job.queue_time.as_ref()),
+            start_time: time(job.start_time.as_ref()),
+            end_time: time(job.end_time.as_ref()),
+            authenticated: job.authenticated.as_ref().map(|authenticated| AuthenticatedView {
+                user: authenticated.user.clone(),
+                authenticate_time: time(authenticated.authenticate_time.as_ref()),
+                expire_time: time(authenticated.expire_time.as_ref()),
+            }),
+            log_length: job.log_length,
+        }
+    }
+}
+
+impl PlanView {
+    fn new(plan: &v1::Plan) -> PlanView {
+        PlanView {
+            add: plan.add,
+            change: plan.change,
+            destroy: plan.destroy,
+            import: plan.import,
+            applyable: plan.applyable,
+            digest: plan.digest.clone(),
+            terraform_version: plan.terraform_version.clone(),
+            changes: plan
+                .change_list
+                .iter()
+                .map(|change| ChangeView {
+                    address: change.address.clone(),
+                    action: change.action.clone(),
+                    before: json(&change.before_json),
+                    after: json(&change.after_json),
+                })
+                .collect(),
+            truncated: plan.truncated,
+        }
+    }
+}
+
+fn some(text: &str) -> Option<String> {
+    Some(text.to_owned()).filter(|text| !text.is_empty())
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or(Value::Null)
+}
+
+/// Writes a run in full for people.
+pub(crate) fn show(run: &v1::Run) -> String {
+    let state = format!("{}: {}", run.state().camel(), explain(run.state()));
+    let position = match run.queue_position {
+        0 => String::new(),
+        position => format!("{position} in line"),
+    };
+    let refusal = run.last_refusal.as_ref().filter(|_| run.lock() == Lock::Failed);
+    let mut text = format!("Run {} in {}/{}\n", run.run_id, run.organization, run.environment);
+    text.push_str(&fields(&[
+        ("state", state),
+        ("reason", run.reason.clone()),
+        ("lock", lock(run)),
+        ("refused", refusal.map(|refusal| refusal.message.clone()).unwrap_or_default()),
+        ("turn", position),
+        ("kind", run.kind().spaced()),
+        ("message", run.message.clone()),
+        ("queued", format!("by {} at {}", run.queued_by, human_time(run.create_time.as_ref()))),
+        ("policy", policy(run)),
+        ("target", run.target.join(", ")),
+        ("replace", run.replace.join(", ")),
+        ("plan", job(run, Phase::Plan)),
+        ("apply", job(run, Phase::Apply)),
+        ("approved", approval(run)),
+    ]));
+    let authenticated = authenticated(run);
+    if !authenticated.is_empty() {
+        text.push_str(&format!("\n{}\n", authenticated.join("\n")));
+    }
+    if let Some(plan) = &run.plan_result {
+        text.push('\n');
+        text.push_str(&changes(plan));
+    }
+    let outputs = outputs(run);
+    if !outputs.is_empty() {
+        text.push('\n');
+        text.push_str(&outputs);
+    }
+    if let Some(next) = next_step(run) {
+        text.push_str(&format!("\nnext: {next}\n"));
+    }
+    crate::log_view::clean(&text)
+}
+
+/// Says how the lock stands, by shape and words.
+pub(crate) fn lock(run: &v1::Run) -> String {
+    match run.lock() {
+        Lock::Unspecified => String::new(),
+        Lock::NotRequired => "[ ] open: no code is required".to_owned(),
+        Lock::CodeRequired => "[?] waiting: a token code is required".to_owned(),
+        Lock::Authenticated => "[+] authenticated".to_owned(),
+        Lock::Failed => "[x] failed: the last code was refused; the run still waits".to_owned(),
+    }
+}
+
+/// Says how many things a plan changes.
+pub(crate) fn counts(plan: &v1::Plan) -> String {
+    if !plan.applyable {
+        return "Plan: no changes".to_owned();
+    }
+    let import = match plan.import {
+        0 => String::new(),
+        import => format!("{import} to import, "),
+    };
+    format!(
+        "Plan: {import}{} to add, {} to change, {} to destroy",
+        plan.add, plan.change, plan.destroy
+    )
+}
+
+/// Lists what a plan changes, the counts last.
+pub(crate) fn changes(plan: &v1::Plan) -> String {
+    let shown: Vec<_> = plan.change_list.iter().filter(|change| change.action != "no-op").collect();
+    let mut text = String::new();
+    for change in shown.iter().take(SHOWN_CHANGES) {
+        let sign = match change.action.as_str() {
+            "create" => "+",
+            "delete" => "-",
+            "replace" => "-/+",
+            "update" => "~",
+            "read" => "<=",
+            _ => ".",
+        };
+        text.push_str(&format!("  {sign:>3} {:<8} {}\n", change.action, change.address));
+    }
+    if shown.len() > SHOWN_CHANGES || plan.truncated {
+        text.push_str("      ... and more\n");
+    }
+    text.push_str(&counts(plan));
+    text.push('\n');
+    crate::log_view::clean(&text)
+}
+
+/// Names whose codes were accepted, one line each.
+pub(crate) fn authenticated(run: &v1::Run) -> Vec<String> {
+    [(Phase::Plan, &run.plan), (Phase::Apply, &run.apply)]
+        .into_iter()
+        .filter_map(|(phase, job)| {
+            let authenticated = job.as_ref()?.authenticated.as_ref()?;
+            let at = human_time(authenticated.authenticate_time.as_ref());
+            let at = if at.is_empty() { at } else { format!(", {at}") };
+            Some(crate::log_view::clean(&format!(
+                "Authenticated with MFA by {} ({}{at})",
+                authenticated.user,
+                phase.snake()
+            )))
+        })
+        .collect()
+}
+
+/// Writes terraform's outputs; empty when there is none.
+pub(crate) fn outputs(run: &v1::Run) -> String {
+    let Value::Object(outputs) = json(&run.outputs_json) else { return String::new() };
+    if outputs.is_empty() {
+        return String::new();
+    }
+    let width = outputs.keys().map(String::len).max().unwrap_or(0);
+    let mut text = "Outputs:\n".to_owned();
+    for (name, output) in &outputs {
+        let sensitive = output.get("sensitive").and_then(Value::as_bool).unwrap_or(false);
+        let value = match output.get("value") {
+            _ if sensitive => "(sensitive)".to_owned(),
+            Some(value) => value.to_string(),
+            None => "(unknown)".to_owned(),
+        };
+        text.push_str(&format!("  {name:width$} = {value}\n"));
+    }
+    crate::log_view::clean(&text)
+}
+
+/// Names the command that brings a waiting run on.
+pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
+    let id = &run.run_id;
+    match run.state() {
+        RunState::AwaitingPlanMfa => Some(format!("latchkey authenticate {id}")),
+        RunState::AwaitingApplyMfa => {
+            Some(format!("latchkey authenticate {id}, or latchkey discard {id}"))
+        }
+        RunState::AwaitingConfirmation => {
+            Some(format!("latchkey confirm {id}, or latchkey discard {id}"))
+        }
+        RunState::Errored => Some(format!("latchkey logs {id}")),
+        RunState::Unspecified
+        | RunState::Pending
+        | RunState::PlanQueued
+        | RunState::Planning
+        | RunState::ApplyQueued
+        | RunState::Applying
+        | RunState::Planned
+        | RunState::Applied
+        | RunState::Canceled
+        | RunState::Discarded
+        | RunState::Lost => None,
+    }
+}
+
+/// Writes runs under each other.
+pub(crate) fn list(runs: &RunListView) -> String {
+    let rows = runs
+        .runs
+        .iter()
+        .map(|run| {
+            vec![
+                run.run_id.clone(),
+                run.state.clone(),
+                run.kind.clone(),
+                run.queued_by.clone(),
+                run.create_time.clone().unwrap_or_default(),
+                run.message.clone().unwrap_or_default(),
+            ]
+        })
+        .collect();
+    table(&["RUN", "STATE", "KIND", "QUEUED BY", "QUEUED AT", "MESSAGE"], rows, "no runs yet")
+}
+
+fn policy(run: &v1::Run) -> String {
+    let auto = if run.auto_apply { "; applies by itself" } else { "" };
+    format!("{}{auto}", run.mfa_policy().spaced())
+}
+
+fn job(run: &v1::Run, phase: Phase) -> String {
+    let facts = match phase {
+        Phase::Plan => &run.plan,
+        Phase::Apply => &run.apply,
+        Phase::Unspecified => return String::new(),
+    };
+    let Some(facts) = facts.as_ref().filter(|facts| facts.epoch > 0) else {
+        return String::new();
+    };
+    let mut text = format!("on runner {}", facts.runner_id);
+    for (word, time) in [(" from", &facts.start_time), (" to", &facts.end_time)] {
+        if time.is_some() {
+            text.push_str(&format!("{word} {}", human_time(time.as_ref())));
+        }
+    }
+    text
+}
+
+fn approval(run: &v1::Run) -> String {
+    run.approval.as_ref().map_or_else(String::new, |approval| {
+        format!("by {} at {}", approval.user, human_time(approval.approve_time.as_ref()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> Option<prost_types::Timestamp> {
+        Some(prost_types::Timestamp { seconds: 1_767_225_600 + seconds, nanos: 0 })
+    }
+
+    fn sample() -> v1::Run {
+        v1::Run {
+            run_id: "0199-run".into(),
+            organization: "acme".into(),
+            environment: "prod".into(),
+            kind: v1::RunKind::PlanAndApply.into(),
+            state: RunState::AwaitingApplyMfa.into(),
+            message: "add\u{1b}[2J a queue".into(),
+            queued_by: "alice".into(),
+            create_time: at(0),
+            update_time: at(90),
+            mfa_policy: v1::MfaPolicy::PlansAndApplies.into(),
+            lock: Lock::Failed.into(),
+            last_refusal: Some(v1::AuthenticationRefusal {
+                reason: "CODE_REJECTED".into(),
+                message: "AWS did not accept the code".into(),
+                time: at(89),
+                aws_request_id: "req-1".into(),
+            }),
+            plan: Some(v1::JobFacts {
+                epoch: 1,
+                runner_id: "runner-1".into(),
+                start_time: at(10),
+                end_time: at(20),
+                authenticated: Some(v1::Authenticated {
+                    user: "alice".into(),
+                    authenticate_time: at(5),
+                    expire_time: at(3605),
+                }),
+                ..Default::default()
+            }),
+            plan_result: Some(v1::Plan {
+                add: 1,
+                destroy: 1,
+                applyable: true,
+                digest: "d1".into(),
+                terraform_version: "1.13.0".into(),
+                change_list: vec![
+                    v1::ResourceChange {
+                        address: "terraform_data.new".into(),
+                        action: "create".into(),
+                        before_json: "null".into(),
+                        after_json: r#"{"input":"x"}"#.into(),
+                    },
+                    v1::ResourceChange {
+                        address: "terraform_data.old".into(),
+                        action: "delete".into(),
+                        ..Default::default()
+                    },
+                ],
+                ..Default::default()
+            }),
+            outputs_json: r#"{"name":{"sensitive":false,"type":"string","value":"x"},
+                "key":{"sensitive":true,"type":"string"}}"#
+                .into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_run_is_shown_with_its_lock_and_the_next_step() {
+        let expect = "\
+Run 0199-run in acme/prod
+  state    AwaitingApplyMfa: the plan waits for a token code, which also confirms it
+  lock     [x] failed: the last code was refused; the run still waits
+  refused  AWS did not accept the code
+  kind     plan and apply
+  message  add a queue
+  queued   by alice at 2026-01-01 00:00:00 UTC
+  policy   plans and applies
+  plan     on runner runner-1 from 2026-01-01 00:00:10 UTC to 2026-01-01 00:00:20 UTC
+
+Authenticated with MFA by alice (plan, 2026-01-01 00:00:05 UTC)
+
+    + create   terraform_data.new
+    - delete   terraform_data.old
+Plan: 1 to add, 0 to change, 1 to destroy
+
+Outputs:
+  key  = (sensitive)
+  name = \"x\"
+
+next: latchkey authenticate 0199-run, or latchkey discard 0199-run
+";
+        assert_eq!(show(&sample()), expect);
+    }
+
+    #[test]
+    fn programs_get_stable_names() {
+        let json = serde_json::to_value(RunView::new(&sample())).unwrap();
+        assert_eq!(json["state"], "awaiting_apply_mfa");
+        assert_eq!(json["lock"], "failed");
+        assert_eq!(json["last_refusal"]["reason"], "code_rejected");
+        assert_eq!(json["plan"]["authenticated"]["user"], "alice");
+        assert_eq!(json["plan_result"]["changes"][0]["after"]["input"], "x");
+        assert_eq!(json["outputs"]["name"]["value"], "x");
+        assert_eq!(json["apply"], Value::Null);
+        assert_eq!(json["reason"], Value::Null);
+        assert_eq!(json["create_time"], "2026-01-01T00:00:00Z");
+    }
+}
