@@ -67,6 +67,31 @@ pub(crate) enum Command {
 }
 
 impl Command {
+    /// Tells whether the command follows a run, and takes Ctrl-C as leave to detach.
+    pub(crate) fn follows(&self) -> bool {
+        match self {
+            Command::Queue(command) => command.follows(),
+            Command::Logs(command) => command.follows(),
+            Command::Run(command) => command.follows(),
+            Command::Login(_)
+            | Command::Logout(_)
+            | Command::Whoami(_)
+            | Command::Authenticate(_)
+            | Command::Confirm(_)
+            | Command::Discard(_)
+            | Command::Cancel(_)
+            | Command::Env(_)
+            | Command::Var(_)
+            | Command::Org(_)
+            | Command::User(_)
+            | Command::ServiceToken(_)
+            | Command::Runner(_)
+            | Command::Pool(_)
+            | Command::Audit(_)
+            | Command::Completions(_) => false,
+        }
+    }
+
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         match self {
             Command::Login(command) => command.run(context).await,

@@ -100,6 +100,8 @@ impl Input {
                 prompt.trim_end_matches([':', ' ']).to_lowercase()
             }
         };
+        // Restores the echo also when nobody waits for the answer any more.
+        let _restored = self.terminal.then(TerminalGuard::new);
         match self.ask(question).await {
             Ok(Ok(Some(answer))) => Ok(answer),
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {

@@ -27,6 +27,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub use crate::exit::Exit;
 pub use crate::input::Stdin;
@@ -37,19 +38,42 @@ use crate::failure::Failure;
 use crate::input::Input;
 use crate::output::{Format, Output};
 
+const GLOBAL: &str = "For every command";
+
 /// Runs Terraform for teams; a person proves presence with an AWS MFA code before what their
 /// policy gates.
 #[derive(Debug, Parser)]
 #[command(name = "latchkey", version, after_help = Exit::help(), max_term_width = 100)]
 struct Cli {
     /// How data is written to standard output
-    #[arg(short, long, global = true, value_enum, default_value_t = Format::Human)]
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        default_value_t = Format::Human,
+        value_name = "human|json",
+        hide_possible_values = true,
+        help_heading = GLOBAL
+    )]
     output: Format,
     /// Organization to work in; the one of the last login if absent
-    #[arg(long, global = true, value_name = "NAME", env = "LATCHKEY_ORGANIZATION")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "NAME",
+        env = "LATCHKEY_ORGANIZATION",
+        help_heading = GLOBAL
+    )]
     organization: Option<String>,
     /// Credentials file
-    #[arg(long, global = true, value_name = "FILE", env = "LATCHKEY_CONFIG")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "LATCHKEY_CONFIG",
+        help_heading = GLOBAL
+    )]
     config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
@@ -113,12 +137,27 @@ async fn dispatch(args: Vec<OsString>, mut output: Output, input: Input) -> Exit
     };
     output.format = cli.output;
     let mut context = Context { output, input, config: cli.config, organization: cli.organization };
-    match cli.command.run(&mut context).await {
+    let follows = cli.command.follows();
+    // A hidden prompt raises the signal itself, and would end us with the echo off.
+    let mut interrupts = if follows { None } else { signal(SignalKind::interrupt()).ok() };
+    let result = tokio::select! {
+        result = cli.command.run(&mut context) => result,
+        () = interrupted(&mut interrupts) => Err(Failure::Interrupted),
+    };
+    match result {
         Ok(exit) => exit,
         Err(failure) => {
             context.output.failure(&failure);
             failure.exit()
         }
+    }
+}
+
+/// Waits for Ctrl-C; for ever where a command listens to it itself.
+async fn interrupted(interrupts: &mut Option<Signal>) {
+    match interrupts {
+        Some(interrupts) => drop(interrupts.recv().await),
+        None => std::future::pending().await,
     }
 }
 

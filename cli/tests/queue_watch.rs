@@ -9,9 +9,12 @@ use std::io::{self, Cursor, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
@@ -480,4 +483,37 @@ async fn nobody_signed_in_and_nobody_there_have_codes_of_their_own() {
     let help = story.run(&["--help"], "").await;
     assert_eq!(help.exit, Exit::Ok);
     assert!(help.out.contains("Exit codes:"), "{}", help.out);
+}
+
+#[tokio::test]
+async fn ctrl_c_leaves_the_run_and_says_how_to_come_back() {
+    let story = Story::start().await;
+    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_latchkey"))
+        .arg("--config")
+        .arg(story.config())
+        .args(["queue", "prod", "--watch"])
+        .arg(story.directory.path().join("root"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut seen = Vec::new();
+    let told = async {
+        while let Some(line) = lines.next_line().await.unwrap() {
+            if line.contains("the next line of standard input") {
+                let id = Pid::from_raw(child.id().unwrap().cast_signed()).unwrap();
+                kill_process(id, Signal::INT).unwrap();
+            }
+            seen.push(line);
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), told).await.unwrap();
+    let seen = seen.join("\n");
+    assert_eq!(child.wait().await.unwrap().code(), Some(130), "{seen}");
+    assert!(seen.contains("run run-1 goes on"), "{seen}");
+    assert!(seen.contains("latchkey run watch run-1"), "{seen}");
+    assert!(story.submitted().is_empty());
 }

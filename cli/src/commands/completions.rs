@@ -10,6 +10,7 @@ use crate::exit::Exit;
 /// Writes the completions for a shell to standard output
 #[derive(Debug, Args)]
 pub(crate) struct Completions {
+    /// Which shell
     #[arg(value_enum)]
     shell: Shell,
 }

@@ -16,16 +16,24 @@ use crate::words::parse_duration;
 pub(crate) enum Env {
     /// Makes an environment
     Create {
+        /// Name of the environment
+        #[arg(value_name = "ENV")]
         environment: String,
         #[command(flatten)]
         settings: Settings,
     },
     /// Shows an environment
-    Show { environment: String },
+    Show {
+        /// Name of the environment
+        #[arg(value_name = "ENV")]
+        environment: String,
+    },
     /// Lists the environments
     List,
     /// Changes the settings that are named
     Set {
+        /// Name of the environment
+        #[arg(value_name = "ENV")]
         environment: String,
         #[command(flatten)]
         settings: Settings,

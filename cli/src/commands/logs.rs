@@ -37,6 +37,11 @@ enum PhaseName {
 }
 
 impl Logs {
+    /// With a phase there is nothing to detach from but the log itself.
+    pub(crate) fn follows(&self) -> bool {
+        self.follow && self.phase.is_none()
+    }
+
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         let session = context.session()?;
         let client = &session.client;

@@ -15,9 +15,13 @@ use crate::words::{human_time, parse_duration, time};
 #[derive(Debug, Subcommand)]
 pub(crate) enum Pool {
     /// Makes a pool; owners only
-    Create { name: String },
+    Create {
+        /// Lower-case letters, digits and `-`
+        name: String,
+    },
     /// Makes a token that lets runners into a pool and shows it, once; owners only
     Token {
+        /// Name of the pool
         name: String,
         /// Runners that it lets in; 1 if absent
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]

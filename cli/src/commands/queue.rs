@@ -34,6 +34,7 @@ const CHUNK: usize = 256 << 10;
 #[derive(Debug, Args)]
 pub(crate) struct Queue {
     /// Environment to run in
+    #[arg(value_name = "ENV")]
     environment: String,
     /// Directory to upload
     #[arg(default_value = ".")]
@@ -68,6 +69,10 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
+    pub(crate) fn follows(&self) -> bool {
+        self.watch
+    }
+
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         let session = context.session()?;
         let organization = session.organization()?;

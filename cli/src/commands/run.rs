@@ -15,18 +15,33 @@ use crate::watch::{self, Asking, LogForm};
 pub(crate) enum Run {
     /// Lists the runs of an environment, newest first
     List {
+        /// Name of the environment
+        #[arg(value_name = "ENV")]
         environment: String,
         /// At most this many
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
         limit: u32,
     },
     /// Shows a run: its lock, its plan, who authenticated, its outputs
-    Show { run: String },
+    Show {
+        /// Id of the run
+        run: String,
+    },
     /// Follows a run to its end, as `queue --watch` does
-    Watch { run: String },
+    Watch {
+        /// Id of the run
+        run: String,
+    },
 }
 
 impl Run {
+    pub(crate) fn follows(&self) -> bool {
+        match self {
+            Run::Watch { .. } => true,
+            Run::List { .. } | Run::Show { .. } => false,
+        }
+    }
+
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         let session = context.session()?;
         let client = &session.client;

@@ -14,6 +14,7 @@ use crate::words::{human_time, parse_duration, time};
 pub(crate) enum ServiceToken {
     /// Makes a service token and shows it, once; owners only
     Create {
+        /// Lower-case letters, digits and `-`
         name: String,
         /// How long it is good for, such as 720h; 90 days if absent
         #[arg(long, value_name = "DURATION", value_parser = parse_duration)]

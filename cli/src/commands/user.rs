@@ -13,6 +13,7 @@ use crate::view::account::TokenView;
 pub(crate) enum User {
     /// Makes a user and shows their token, once; owners only
     Create {
+        /// Lower-case letters, digits and `-`
         name: String,
         /// What they may do in the organization
         #[arg(long, value_enum)]

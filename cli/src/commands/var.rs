@@ -27,6 +27,7 @@ pub(crate) enum Var {
     /// --env-var and --personal or --organization-wide, are the keys and the device that token
     /// codes are used with.
     Set {
+        /// Name of the variable
         name: String,
         #[command(flatten)]
         scope: Where,
@@ -50,6 +51,7 @@ pub(crate) enum Var {
     },
     /// Deletes a variable
     Delete {
+        /// Name of the variable
         name: String,
         #[command(flatten)]
         scope: Where,
