@@ -1,0 +1,595 @@
+//! Every key of the store, built here and nowhere else.
+//!
+//! A key is a kind byte, then parts of fixed width (ids, big-endian numbers, digests), then at
+//! most one part of variable length, last. So keys of a kind sort by their parts, and no two
+//! different lists of parts make the same key. Run ids are UUIDs of version 7: the order of
+//! keys is the order in which runs were made, and a descending scan shows the newest first.
+//!
+//! Kind bytes are on disk: a number is never given to another kind. `0x00` belongs to the
+//! adapters, for what they need to know about themselves.
+
+use std::fmt;
+
+use latchkey_domain::id::{
+    AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, PoolId, RunId, RunnerId,
+    ServiceTokenId, UserId,
+};
+use latchkey_domain::policy::Phase;
+
+/// The name of one record.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(Vec<u8>);
+
+/// The common beginning of the keys that a scan or a watch is about.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Prefix(Vec<u8>);
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $byte:literal)*) => {
+        /// What a record is about.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(u8)]
+        pub enum Kind {
+            $($(#[$doc])* $name = $byte,)*
+        }
+
+        impl Kind {
+            pub const ALL: &[Kind] = &[$(Kind::$name),*];
+
+            fn from_byte(byte: u8) -> Option<Kind> {
+                match byte {
+                    $($byte => Some(Kind::$name),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    Generation = 0x01
+    Setting = 0x02
+    User = 0x10
+    UserByName = 0x11
+    Token = 0x12
+    Request = 0x13
+    Organization = 0x20
+    OrganizationByName = 0x21
+    Membership = 0x22
+    MembershipByUser = 0x23
+    ServiceToken = 0x24
+    Environment = 0x28
+    EnvironmentByName = 0x29
+    Configuration = 0x2a
+    StateVersion = 0x2b
+    Variable = 0x2c
+    Run = 0x30
+    RunByEnvironment = 0x31
+    RunByOrganization = 0x32
+    OpenRun = 0x33
+    Session = 0x34
+    Quarantine = 0x35
+    PendingRun = 0x36
+    Authentication = 0x40
+    AuthenticationOpen = 0x41
+    Device = 0x42
+    Pool = 0x50
+    PoolByName = 0x51
+    PoolToken = 0x52
+    Runner = 0x53
+    RunnerByKey = 0x54
+    RunnerByPool = 0x55
+    /// Written by the committer alone, from the drafts of a batch.
+    Audit = 0x60
+    /// Written by the committer alone.
+    AuditHead = 0x61
+}
+
+/// Whose variable it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VariableScope {
+    Organization(OrganizationId),
+    Environment(OrganizationId, EnvironmentId),
+    /// A person's own variables within an organization.
+    Personal(OrganizationId, UserId),
+    /// Variables given for one run.
+    Run(RunId),
+}
+
+impl Key {
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Returns what the record is about; `None` for the adapters' own keys.
+    pub fn kind(&self) -> Option<Kind> {
+        self.0.first().copied().and_then(Kind::from_byte)
+    }
+
+    /// Returns the last 16 bytes: the id that an index entry points to, where the key ends
+    /// with one (`RunByEnvironment`, `RunByOrganization`, `OpenRun`, `Run`, `Membership`,
+    /// `MembershipByUser`, `RunnerByPool`, `AuthenticationOpen`, ...).
+    pub fn last_id(&self) -> Option<[u8; 16]> {
+        self.0.get(1..)?.last_chunk().copied()
+    }
+
+    /// Returns the name at the end of a `*ByName` or `Variable` key.
+    pub fn name(&self) -> Option<&str> {
+        let fixed = match self.kind()? {
+            Kind::UserByName | Kind::OrganizationByName | Kind::Setting => 0,
+            Kind::EnvironmentByName | Kind::PoolByName | Kind::Request => 16,
+            Kind::Variable => match self.0.get(1)? {
+                b'o' | b'r' => 17,
+                b'e' | b'p' => 33,
+                _ => return None,
+            },
+            Kind::Generation
+            | Kind::User
+            | Kind::Token
+            | Kind::Organization
+            | Kind::Membership
+            | Kind::MembershipByUser
+            | Kind::ServiceToken
+            | Kind::Environment
+            | Kind::Configuration
+            | Kind::StateVersion
+            | Kind::Run
+            | Kind::RunByEnvironment
+            | Kind::RunByOrganization
+            | Kind::OpenRun
+            | Kind::Session
+            | Kind::Quarantine
+            | Kind::PendingRun
+            | Kind::Authentication
+            | Kind::AuthenticationOpen
+            | Kind::Device
+            | Kind::Pool
+            | Kind::PoolToken
+            | Kind::Runner
+            | Kind::RunnerByKey
+            | Kind::RunnerByPool
+            | Kind::Audit
+            | Kind::AuditHead => return None,
+        };
+        std::str::from_utf8(self.0.get(1 + fixed..)?).ok()
+    }
+
+    /// Takes a key as an adapter found it.
+    pub(super) fn from_stored(bytes: impl Into<Vec<u8>>) -> Self {
+        Self(bytes.into())
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({self})")
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind() {
+            Some(kind) => write!(f, "{kind:?} {}", hex::encode(&self.0[1..])),
+            None => f.write_str(&hex::encode(&self.0)),
+        }
+    }
+}
+
+impl Prefix {
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    pub fn covers(&self, key: &Key) -> bool {
+        key.0.starts_with(&self.0)
+    }
+
+    /// Returns the first key after all that the prefix covers; `None` if there is no such key.
+    pub(super) fn end(&self) -> Option<Vec<u8>> {
+        let mut end = self.0.clone();
+        while let Some(last) = end.pop() {
+            if last < 0xff {
+                end.push(last + 1);
+                return Some(end);
+            }
+        }
+        None
+    }
+}
+
+impl fmt::Debug for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Prefix({})", Key(self.0.clone()))
+    }
+}
+
+fn join(kind: Kind, parts: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(1 + parts.iter().map(|part| part.len()).sum::<usize>());
+    bytes.push(kind as u8);
+    parts.iter().for_each(|part| bytes.extend_from_slice(part));
+    bytes
+}
+
+fn key(kind: Kind, parts: &[&[u8]]) -> Key {
+    Key(join(kind, parts))
+}
+
+fn prefix(kind: Kind, parts: &[&[u8]]) -> Prefix {
+    Prefix(join(kind, parts))
+}
+
+fn phase_byte(phase: Phase) -> [u8; 1] {
+    match phase {
+        Phase::Plan => [0],
+        Phase::Apply => [1],
+    }
+}
+
+/// Covers one record alone, where no other key begins with it.
+pub fn exactly(key: &Key) -> Prefix {
+    Prefix(key.0.clone())
+}
+
+/// Covers all records of a kind.
+pub fn all(kind: Kind) -> Prefix {
+    prefix(kind, &[])
+}
+
+// The instance
+
+pub fn generation() -> Key {
+    key(Kind::Generation, &[])
+}
+
+pub fn setting(name: &str) -> Key {
+    key(Kind::Setting, &[name.as_bytes()])
+}
+
+// Who calls
+
+pub fn user(user: UserId) -> Key {
+    key(Kind::User, &[user.as_bytes()])
+}
+
+pub fn user_by_name(name: &str) -> Key {
+    key(Kind::UserByName, &[name.as_bytes()])
+}
+
+/// The login or service token with this digest.
+pub fn token(digest: &[u8; 32]) -> Key {
+    key(Kind::Token, &[digest])
+}
+
+/// The recorded answer to a create or a submission, by the caller's `request_id`.
+pub fn request(user: UserId, request_id: &str) -> Key {
+    key(Kind::Request, &[user.as_bytes(), request_id.as_bytes()])
+}
+
+// Tenants
+
+pub fn organization(organization: OrganizationId) -> Key {
+    key(Kind::Organization, &[organization.as_bytes()])
+}
+
+pub fn organization_by_name(name: &str) -> Key {
+    key(Kind::OrganizationByName, &[name.as_bytes()])
+}
+
+pub fn membership(organization: OrganizationId, user: UserId) -> Key {
+    key(Kind::Membership, &[organization.as_bytes(), user.as_bytes()])
+}
+
+pub fn memberships_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::Membership, &[organization.as_bytes()])
+}
+
+pub fn membership_by_user(user: UserId, organization: OrganizationId) -> Key {
+    key(Kind::MembershipByUser, &[user.as_bytes(), organization.as_bytes()])
+}
+
+pub fn memberships_by_user(user: UserId) -> Prefix {
+    prefix(Kind::MembershipByUser, &[user.as_bytes()])
+}
+
+pub fn service_token(organization: OrganizationId, token: ServiceTokenId) -> Key {
+    key(Kind::ServiceToken, &[organization.as_bytes(), token.as_bytes()])
+}
+
+pub fn service_tokens_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::ServiceToken, &[organization.as_bytes()])
+}
+
+pub fn environment(organization: OrganizationId, environment: EnvironmentId) -> Key {
+    key(Kind::Environment, &[organization.as_bytes(), environment.as_bytes()])
+}
+
+pub fn environments_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::Environment, &[organization.as_bytes()])
+}
+
+pub fn environment_by_name(organization: OrganizationId, name: &str) -> Key {
+    key(Kind::EnvironmentByName, &[organization.as_bytes(), name.as_bytes()])
+}
+
+/// Covers the names of an organization's environments, in the order of names.
+pub fn environments_by_name(organization: OrganizationId) -> Prefix {
+    prefix(Kind::EnvironmentByName, &[organization.as_bytes()])
+}
+
+pub fn configuration(organization: OrganizationId, digest: &Digest) -> Key {
+    key(Kind::Configuration, &[organization.as_bytes(), digest.as_bytes()])
+}
+
+pub fn state_version(environment: EnvironmentId, number: u64) -> Key {
+    key(Kind::StateVersion, &[environment.as_bytes(), &number.to_be_bytes()])
+}
+
+pub fn state_versions_of(environment: EnvironmentId) -> Prefix {
+    prefix(Kind::StateVersion, &[environment.as_bytes()])
+}
+
+pub fn variable(scope: VariableScope, name: &str) -> Key {
+    let mut bytes = variables_of(scope).0;
+    bytes.extend_from_slice(name.as_bytes());
+    Key(bytes)
+}
+
+pub fn variables_of(scope: VariableScope) -> Prefix {
+    match scope {
+        VariableScope::Organization(organization) => {
+            prefix(Kind::Variable, &[b"o", organization.as_bytes()])
+        }
+        VariableScope::Environment(organization, environment) => {
+            prefix(Kind::Variable, &[b"e", organization.as_bytes(), environment.as_bytes()])
+        }
+        VariableScope::Personal(organization, user) => {
+            prefix(Kind::Variable, &[b"p", organization.as_bytes(), user.as_bytes()])
+        }
+        VariableScope::Run(run) => prefix(Kind::Variable, &[b"r", run.as_bytes()]),
+    }
+}
+
+// Runs
+
+pub fn run(run: RunId) -> Key {
+    key(Kind::Run, &[run.as_bytes()])
+}
+
+pub fn run_by_environment(environment: EnvironmentId, run: RunId) -> Key {
+    key(Kind::RunByEnvironment, &[environment.as_bytes(), run.as_bytes()])
+}
+
+pub fn runs_by_environment(environment: EnvironmentId) -> Prefix {
+    prefix(Kind::RunByEnvironment, &[environment.as_bytes()])
+}
+
+pub fn run_by_organization(organization: OrganizationId, run: RunId) -> Key {
+    key(Kind::RunByOrganization, &[organization.as_bytes(), run.as_bytes()])
+}
+
+pub fn runs_by_organization(organization: OrganizationId) -> Prefix {
+    prefix(Kind::RunByOrganization, &[organization.as_bytes()])
+}
+
+/// A run that has not ended; what a control plane rebuilds its dispatch from.
+pub fn open_run(run: RunId) -> Key {
+    key(Kind::OpenRun, &[run.as_bytes()])
+}
+
+pub fn open_runs() -> Prefix {
+    all(Kind::OpenRun)
+}
+
+/// A run that waits for its turn in an environment.
+pub fn pending_run(environment: EnvironmentId, run: RunId) -> Key {
+    key(Kind::PendingRun, &[environment.as_bytes(), run.as_bytes()])
+}
+
+pub fn pending_runs_of(environment: EnvironmentId) -> Prefix {
+    prefix(Kind::PendingRun, &[environment.as_bytes()])
+}
+
+/// The sealed session credentials that wait for a phase.
+pub fn session(run: RunId, phase: Phase) -> Key {
+    key(Kind::Session, &[run.as_bytes(), &phase_byte(phase)])
+}
+
+/// What a runner with an old epoch brought back.
+pub fn quarantine(run: RunId, phase: Phase, epoch: Epoch, number: u32) -> Key {
+    key(
+        Kind::Quarantine,
+        &[run.as_bytes(), &phase_byte(phase), &epoch.get().to_be_bytes(), &number.to_be_bytes()],
+    )
+}
+
+pub fn quarantine_of(run: RunId) -> Prefix {
+    prefix(Kind::Quarantine, &[run.as_bytes()])
+}
+
+// Authentications
+
+pub fn authentication(run: RunId, authentication: AuthenticationId) -> Key {
+    key(Kind::Authentication, &[run.as_bytes(), authentication.as_bytes()])
+}
+
+pub fn authentications_of(run: RunId) -> Prefix {
+    prefix(Kind::Authentication, &[run.as_bytes()])
+}
+
+/// An attempt without an outcome; at start each becomes *unknown*.
+pub fn authentication_open(authentication: AuthenticationId) -> Key {
+    key(Kind::AuthenticationOpen, &[authentication.as_bytes()])
+}
+
+pub fn authentications_open() -> Prefix {
+    all(Kind::AuthenticationOpen)
+}
+
+/// The attempts of one MFA device, over all organizations: AWS counts per device, not per
+/// tenant. `device` names the account and the serial.
+pub fn device(device: &str) -> Key {
+    key(Kind::Device, &[device.as_bytes()])
+}
+
+// Runners
+
+pub fn pool(organization: OrganizationId, pool: PoolId) -> Key {
+    key(Kind::Pool, &[organization.as_bytes(), pool.as_bytes()])
+}
+
+pub fn pools_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::Pool, &[organization.as_bytes()])
+}
+
+pub fn pool_by_name(organization: OrganizationId, name: &str) -> Key {
+    key(Kind::PoolByName, &[organization.as_bytes(), name.as_bytes()])
+}
+
+pub fn pools_by_name(organization: OrganizationId) -> Prefix {
+    prefix(Kind::PoolByName, &[organization.as_bytes()])
+}
+
+pub fn pool_token(digest: &[u8; 32]) -> Key {
+    key(Kind::PoolToken, &[digest])
+}
+
+pub fn runner(runner: RunnerId) -> Key {
+    key(Kind::Runner, &[runner.as_bytes()])
+}
+
+/// The runner whose certificate has this fingerprint of its public key.
+pub fn runner_by_key(fingerprint: &[u8; 32]) -> Key {
+    key(Kind::RunnerByKey, &[fingerprint])
+}
+
+pub fn runner_by_pool(pool: PoolId, runner: RunnerId) -> Key {
+    key(Kind::RunnerByPool, &[pool.as_bytes(), runner.as_bytes()])
+}
+
+pub fn runners_by_pool(pool: PoolId) -> Prefix {
+    prefix(Kind::RunnerByPool, &[pool.as_bytes()])
+}
+
+// Audit
+
+pub fn audit(organization: OrganizationId, sequence: u64) -> Key {
+    key(Kind::Audit, &[organization.as_bytes(), &sequence.to_be_bytes()])
+}
+
+pub fn audit_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::Audit, &[organization.as_bytes()])
+}
+
+pub fn audit_head(organization: OrganizationId) -> Key {
+    key(Kind::AuditHead, &[organization.as_bytes()])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
+
+    use super::*;
+
+    fn organization_of(byte: u8) -> OrganizationId {
+        OrganizationId::from_bytes([byte; 16])
+    }
+
+    #[test]
+    fn kind_bytes_are_distinct_and_none_is_the_adapters_own() {
+        let bytes: BTreeSet<u8> = Kind::ALL.iter().map(|kind| *kind as u8).collect();
+        assert_eq!(bytes.len(), Kind::ALL.len());
+        assert!(!bytes.contains(&0));
+    }
+
+    #[test]
+    fn every_builder_is_covered_by_its_prefix_and_by_no_other_kind() {
+        let organization = organization_of(1);
+        let run_id = RunId::from_bytes([2; 16]);
+        let environment_id = EnvironmentId::from_bytes([3; 16]);
+        let user_id = UserId::from_bytes([4; 16]);
+        let pool_id = PoolId::from_bytes([5; 16]);
+        let runner_id = RunnerId::from_bytes([6; 16]);
+        let authentication_id = AuthenticationId::from_bytes([7; 16]);
+        let scope = VariableScope::Personal(organization, user_id);
+        let pairs = [
+            (membership(organization, user_id), memberships_of(organization)),
+            (membership_by_user(user_id, organization), memberships_by_user(user_id)),
+            (environment(organization, environment_id), environments_of(organization)),
+            (environment_by_name(organization, "x"), environments_by_name(organization)),
+            (state_version(environment_id, 9), state_versions_of(environment_id)),
+            (variable(scope, "AWS_REGION"), variables_of(scope)),
+            (run_by_environment(environment_id, run_id), runs_by_environment(environment_id)),
+            (run_by_organization(organization, run_id), runs_by_organization(organization)),
+            (open_run(run_id), open_runs()),
+            (quarantine(run_id, Phase::Plan, Epoch::new(1), 0), quarantine_of(run_id)),
+            (authentication(run_id, authentication_id), authentications_of(run_id)),
+            (authentication_open(authentication_id), authentications_open()),
+            (pool(organization, pool_id), pools_of(organization)),
+            (pool_by_name(organization, "x"), pools_by_name(organization)),
+            (runner_by_pool(pool_id, runner_id), runners_by_pool(pool_id)),
+            (audit(organization, 1), audit_of(organization)),
+        ];
+        for (key, own) in &pairs {
+            for (other, prefix) in &pairs {
+                assert_eq!(prefix.covers(key), key == other, "{prefix:?} and {key:?}");
+            }
+            let end = own.end().unwrap();
+            assert!(key.as_bytes() < end.as_slice());
+        }
+    }
+
+    #[test]
+    fn keys_tell_their_last_part() {
+        let run_id = RunId::from_bytes([9; 16]);
+        let by = run_by_environment(EnvironmentId::from_bytes([1; 16]), run_id);
+        assert_eq!(by.last_id(), Some([9; 16]));
+        assert_eq!(generation().last_id(), None);
+        assert_eq!(environment_by_name(organization_of(1), "prod").name(), Some("prod"));
+        let scope =
+            VariableScope::Environment(organization_of(1), EnvironmentId::from_bytes([2; 16]));
+        assert_eq!(variable(scope, "region").name(), Some("region"));
+        assert_eq!(variable(VariableScope::Run(run_id), "region").name(), Some("region"));
+        assert_eq!(run(run_id).name(), None);
+    }
+
+    #[test]
+    fn the_end_of_a_prefix_of_the_highest_bytes_is_the_next_kind() {
+        let highest = audit_of(OrganizationId::from_bytes([0xff; 16]));
+        assert_eq!(highest.end().unwrap(), vec![Kind::Audit as u8 + 1]);
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_sort_as_numbers(a in any::<u64>(), b in any::<u64>()) {
+            let organization = organization_of(1);
+            prop_assert_eq!(audit(organization, a).cmp(&audit(organization, b)), a.cmp(&b));
+            let environment_id = EnvironmentId::from_bytes([1; 16]);
+            prop_assert_eq!(
+                state_version(environment_id, a).cmp(&state_version(environment_id, b)),
+                a.cmp(&b)
+            );
+        }
+
+        #[test]
+        fn runs_sort_by_their_ids(a in any::<[u8; 16]>(), b in any::<[u8; 16]>()) {
+            let environment_id = EnvironmentId::from_bytes([1; 16]);
+            let (x, y) = (RunId::from_bytes(a), RunId::from_bytes(b));
+            prop_assert_eq!(
+                run_by_environment(environment_id, x).cmp(&run_by_environment(environment_id, y)),
+                a.cmp(&b)
+            );
+        }
+
+        #[test]
+        fn a_tenants_keys_are_never_anothers(
+            a in any::<[u8; 16]>(), b in any::<[u8; 16]>(), name in ".{0,40}"
+        ) {
+            let (x, y) = (OrganizationId::from_bytes(a), OrganizationId::from_bytes(b));
+            let key = environment_by_name(x, &name);
+            prop_assert_eq!(environments_by_name(y).covers(&key), a == b);
+            prop_assert!(key.name() == Some(name.as_str()));
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! The store on sled 0.34.7, in one directory of one machine.
+//!
+//! ```text
+//! callers ── bounded channel ──► writer thread ──► sled ──► flush, sync ──► feed, answers
+//!    └────── fetch, scan: read what is applied, answer once it is durable
+//! ```
+//!
+//! Sled's traps decide the shape; each was reproduced before it was guarded against:
+//!
+//! - Concurrent `flush_async` hangs for ever, and `flush` on Linux doesn't fsync. So one thread
+//!   writes, and after each group of batches it flushes and syncs the file itself.
+//! - One value or tree node above an eighth of a MiB goes to a file of its own, which sled never
+//!   syncs. Records are limited to 64 KiB, and the writer syncs such files as they appear.
+//! - A batch may be seen half applied by an iterator. So a lock of our own lies between applying
+//!   a batch and reading a page.
+//! - A kill during open can leave `snap.*.generating` behind, which the next open takes for
+//!   damage. [`open`] removes it, under a lock of our own.
+//!
+//! - Recovery takes a flipped bit for the end of the log, drops all that follows, and reports
+//!   nothing. So every batch writes its version to one record, the last durable one is noted in
+//!   a file beside the database, and [`open`] refuses a database that ends before the note.
+//!
+//! Sled's `Mode` is left alone: 0.34.7 stores it and never reads it.
+
+mod open;
+mod writer;
+
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use self::open::{OpenError, exists};
+use self::writer::{Disk, Job};
+use super::feed::{Feed, Publisher};
+use super::{
+    Batch, BoxFuture, CommitError, Key, Order, Prefix, Scan, Store, StoreError, Version, Versioned,
+};
+
+/// Batches that wait for the writer before a caller has to wait.
+const QUEUE: usize = 1024;
+
+/// How to open the store.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The directory that holds the database, its lock and its marker.
+    pub directory: PathBuf,
+    /// Bytes of pages that sled keeps in memory.
+    pub cache: u64,
+}
+
+impl Options {
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
+        Self { directory: directory.into(), cache: 64 * 1024 * 1024 }
+    }
+}
+
+/// Records in a sled database.
+pub struct Sled {
+    shared: Arc<Shared>,
+    /// Taken when the store is dropped, which ends the writer.
+    jobs: Option<mpsc::Sender<Job>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+/// What readers and the writer share.
+struct Shared {
+    database: ::sled::Db,
+    /// The version of the last batch that was applied. Written by the writer, around each batch;
+    /// whoever holds it for reading sees no batch in part.
+    applied: RwLock<u64>,
+    progress: watch::Sender<Progress>,
+    publisher: Publisher,
+    /// Held, not used: it keeps other processes out. Last, so that sled closes first.
+    _lock: File,
+}
+
+/// What is known to survive a power loss. Changed by the writer alone.
+#[derive(Clone, Debug)]
+struct Progress {
+    /// All batches up to this version are durable.
+    durable: u64,
+    failed: Option<Arc<str>>,
+}
+
+impl Sled {
+    /// Opens the store, or creates it where none was. Blocks.
+    pub fn open(options: &Options) -> Result<Self, OpenError> {
+        Self::open_on(options, |path| Ok(Box::new(writer::RealDisk::open(path)?)))
+    }
+
+    fn open_on(
+        options: &Options,
+        disk: impl FnOnce(&Path) -> std::io::Result<Box<dyn Disk>>,
+    ) -> Result<Self, OpenError> {
+        let opened = open::open(options)?;
+        let mut disk = disk(&options.directory)
+            .map_err(|source| OpenError::Io { path: opened.path.clone(), source })?;
+        let last = open::prepare(&opened, disk.as_mut(), &options.directory)?;
+        let shared = Arc::new(Shared {
+            database: opened.database,
+            applied: RwLock::new(last),
+            progress: watch::Sender::new(Progress { durable: last, failed: None }),
+            publisher: Publisher::new(),
+            _lock: opened.lock,
+        });
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let writer = std::thread::Builder::new()
+            .name("store-writer".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || writer::run(&shared, disk, queue)
+            })
+            .map_err(|source| OpenError::Io { path: opened.path, source })?;
+        Ok(Self { shared, jobs: Some(jobs), writer: Some(writer) })
+    }
+}
+
+impl Drop for Sled {
+    /// Waits for the batches that were handed over.
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(writer) = self.writer.take() {
+            // A panic in the writer has been told as a failure already.
+            let _ = writer.join();
+        }
+    }
+}
+
+impl fmt::Debug for Sled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sled").field("progress", &*self.shared.progress.borrow()).finish()
+    }
+}
+
+impl Shared {
+    /// Reads while no batch is half applied; returns what was read with the version that must be
+    /// durable before it may be told.
+    fn read<T>(
+        &self,
+        read: impl FnOnce() -> Result<T, StoreError>,
+    ) -> Result<(T, u64), StoreError> {
+        let applied = self.applied.read().unwrap_or_else(PoisonError::into_inner);
+        Ok((read()?, *applied))
+    }
+
+    /// Waits until all batches up to `version` are durable.
+    async fn durable(&self, version: u64) -> Result<(), StoreError> {
+        let mut progress = self.progress.subscribe();
+        let reached = progress
+            .wait_for(|progress| progress.failed.is_some() || progress.durable >= version)
+            .await
+            .expect("the sender lives as long as self");
+        match &reached.failed {
+            Some(reason) => Err(StoreError::Failed { reason: Arc::clone(reason) }),
+            None => Ok(()),
+        }
+    }
+
+    fn failure(&self) -> StoreError {
+        let failed = self.progress.borrow().failed.clone();
+        StoreError::Failed { reason: failed.unwrap_or_else(|| "the writer has stopped".into()) }
+    }
+
+    /// Records the first failure; all that come after follow from it.
+    fn fail(&self, reason: &str) {
+        self.progress.send_if_modified(|progress| {
+            let first = progress.failed.is_none();
+            if first {
+                tracing::error!(reason, "the store has failed and must be started again");
+                progress.failed = Some(reason.into());
+            }
+            first
+        });
+    }
+
+    /// A failed read leaves the database in doubt as much as a failed write.
+    fn broken(&self, error: &::sled::Error) -> StoreError {
+        self.fail(&format!("read: {error}"));
+        self.failure()
+    }
+
+    fn fetch_applied(&self, key: &Key) -> Result<Option<Versioned>, StoreError> {
+        let found = self.database.get(key.as_bytes()).map_err(|error| self.broken(&error))?;
+        found.map(|stored| split(key, &stored)).transpose()
+    }
+
+    fn scan_applied(&self, scan: &Scan) -> Result<Vec<(Key, Versioned)>, StoreError> {
+        let (low, high) = scan.bounds();
+        if Scan::is_empty(&low, &high) {
+            return Ok(Vec::new());
+        }
+        let found = self.database.range((low, high));
+        let own = |found: ::sled::Result<(::sled::IVec, ::sled::IVec)>| {
+            let (key, stored) = found.map_err(|error| self.broken(&error))?;
+            let key = Key::from_stored(key.as_ref());
+            let record = split(&key, &stored)?;
+            Ok((key, record))
+        };
+        match scan.order {
+            Order::Ascending => found.take(scan.capped()).map(own).collect(),
+            Order::Descending => found.rev().take(scan.capped()).map(own).collect(),
+        }
+    }
+}
+
+impl Store for Sled {
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Version, CommitError>> {
+        Box::pin(async move {
+            let (answer, answered) = oneshot::channel();
+            let jobs = self.jobs.as_ref().expect("taken only by drop");
+            if jobs.send(Job { batch, answer }).await.is_err() {
+                return Err(self.shared.failure().into());
+            }
+            answered.await.unwrap_or_else(|_| Err(self.shared.failure().into()))
+        })
+    }
+
+    fn fetch<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Versioned>, StoreError>> {
+        Box::pin(async move {
+            let (found, applied) = self.shared.read(|| self.shared.fetch_applied(key))?;
+            // A record that is there was durable with its own version; one that isn't may have
+            // been removed by the last batch.
+            let needed = found.as_ref().map_or(applied, |found| found.version.get());
+            self.shared.durable(needed).await?;
+            Ok(found)
+        })
+    }
+
+    fn scan(&self, scan: Scan) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>> {
+        Box::pin(async move {
+            let (page, applied) = self.shared.read(|| self.shared.scan_applied(&scan))?;
+            self.shared.durable(applied).await?;
+            Ok(page)
+        })
+    }
+
+    fn watch(&self, prefix: Prefix) -> Feed {
+        self.shared.publisher.watch(prefix)
+    }
+
+    fn failed(&self) -> BoxFuture<'_, Arc<str>> {
+        Box::pin(async move {
+            let mut progress = self.shared.progress.subscribe();
+            let failed = progress
+                .wait_for(|progress| progress.failed.is_some())
+                .await
+                .expect("the sender lives as long as self");
+            failed.failed.clone().unwrap_or_else(|| "unknown".into())
+        })
+    }
+}
+
+/// Puts the version before the value, as it is stored.
+fn join(version: u64, value: &[u8]) -> Vec<u8> {
+    [&version.to_be_bytes()[..], value].concat()
+}
+
+fn split(key: &Key, stored: &[u8]) -> Result<Versioned, StoreError> {
+    let (version, value) =
+        stored.split_first_chunk().ok_or_else(|| StoreError::Damaged { key: key.clone() })?;
+    Ok(Versioned { version: Version(u64::from_be_bytes(*version)), value: value.to_vec() })
+}
+
+#[cfg(test)]
+mod tests;

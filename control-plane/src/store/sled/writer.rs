@@ -1,0 +1,249 @@
+//! The one thread that writes.
+//!
+//! 1. Take a batch, and all others that wait, up to a bound.
+//! 2. Judge each in turn, as if those before it were written; apply the good ones together, as
+//!    one sled batch. So each is whole or absent, whatever happens.
+//! 3. Flush and sync once.
+//! 4. Only then move the durable mark, feed the watchers and answer the callers, those with a
+//!    conflict too: what they conflict with must be durable before it is told.
+//!
+//! A failure in 2 or 3 is final. What the disk holds is then unknown (a second fsync may succeed
+//! without having written anything), so nothing is answered but the failure, and the next start
+//! recovers.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::super::feed::Change;
+use super::super::plan::{changes, plan};
+use super::super::{Batch, CommitError, Key, StoreError, Version, Versioned};
+use super::open::{self, LAST, note};
+use super::{Shared, join};
+use crate::durable;
+
+/// Bounds of one group: enough to share a sync among all callers, little enough to answer soon.
+const GROUP: usize = 512;
+const GROUP_BYTES: usize = 4 * 1024 * 1024;
+
+/// A batch and who waits for it.
+pub(super) struct Job {
+    pub(super) batch: Batch,
+    pub(super) answer: oneshot::Sender<Outcome>,
+}
+
+type Outcome = Result<Version, CommitError>;
+
+/// What makes the database durable; replaced in tests to fail.
+pub(super) trait Disk: Send {
+    /// Makes all that was flushed durable, then notes the last version that is.
+    fn sync(&mut self, last: u64) -> io::Result<()>;
+}
+
+/// The files of the database.
+pub(super) struct RealDisk {
+    log: File,
+    note: File,
+    overflow: PathBuf,
+    /// Files of large nodes that are synced.
+    synced: HashSet<OsString>,
+}
+
+impl RealDisk {
+    pub(super) fn open(directory: &Path) -> io::Result<Self> {
+        let database = open::database(directory);
+        Ok(Self {
+            note: note::open(directory)?,
+            log: File::options().read(true).write(true).open(database.join("db"))?,
+            overflow: database.join("blobs"),
+            synced: HashSet::new(),
+        })
+    }
+
+    /// Syncs the files of large nodes that came since the last time; usually there are none.
+    fn sync_overflow(&mut self) -> io::Result<()> {
+        let mut present = HashSet::new();
+        let mut news = false;
+        for entry in fs::read_dir(&self.overflow)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if !self.synced.contains(&name) {
+                match File::open(entry.path()) {
+                    Ok(file) => file.sync_all()?,
+                    // Sled removes those it no longer needs.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error),
+                }
+                news = true;
+            }
+            present.insert(name);
+        }
+        if news {
+            durable::sync_directory(&self.overflow)?;
+        }
+        self.synced = present;
+        Ok(())
+    }
+}
+
+impl Drop for RealDisk {
+    fn drop(&mut self) {
+        // After a proper stop the note is exact; if this fails it is as after a power loss.
+        let _ = self.note.sync_data();
+    }
+}
+
+impl Disk for RealDisk {
+    fn sync(&mut self, last: u64) -> io::Result<()> {
+        // Before the log that points to them.
+        self.sync_overflow()?;
+        self.log.sync_data()?;
+        // Not synced: after a power loss the note may be behind, never ahead.
+        note::write(&self.note, last)
+    }
+}
+
+/// Writes until the store is dropped or fails.
+pub(super) fn run(shared: &Shared, mut disk: Box<dyn Disk>, mut queue: mpsc::Receiver<Job>) {
+    let ended = catch_unwind(AssertUnwindSafe(|| write(shared, disk.as_mut(), &mut queue)));
+    if ended.is_err() {
+        shared.fail("the writer panicked");
+    }
+    queue.close();
+    while let Some(job) = queue.blocking_recv() {
+        answer(job.answer, Err(shared.failure().into()));
+    }
+}
+
+fn write(shared: &Shared, disk: &mut dyn Disk, queue: &mut mpsc::Receiver<Job>) {
+    let mut last = *shared.applied.read().unwrap_or_else(PoisonError::into_inner);
+    while let Some(first) = queue.blocking_recv() {
+        let mut group = Group::new(last);
+        let done = group
+            .fill(shared, first, queue)
+            .and_then(|()| group.apply(shared))
+            .and_then(|()| group.make_durable(shared, disk));
+        if let Err(reason) = done {
+            // Before the group is dropped, so that its callers find the reason.
+            shared.fail(&reason);
+            return;
+        }
+        last = group.last;
+        group.tell(shared);
+    }
+}
+
+/// Batches that share a sync. Dropped without [`Group::tell`], it answers with the failure: the
+/// callers find their senders gone.
+struct Group {
+    /// The version of the last batch that was judged good.
+    last: u64,
+    bytes: usize,
+    /// What the batches so far will have written; the next is judged by it.
+    pending: BTreeMap<Key, Option<Versioned>>,
+    changes: Vec<Vec<Change>>,
+    outcomes: Vec<(oneshot::Sender<Outcome>, Outcome)>,
+}
+
+impl Group {
+    fn new(last: u64) -> Self {
+        Self { last, bytes: 0, pending: BTreeMap::new(), changes: Vec::new(), outcomes: Vec::new() }
+    }
+
+    fn fill(
+        &mut self,
+        shared: &Shared,
+        first: Job,
+        queue: &mut mpsc::Receiver<Job>,
+    ) -> Result<(), String> {
+        let mut next = Some(first);
+        while let Some(job) = next {
+            self.judge(shared, job)?;
+            next = if self.has_room() { queue.try_recv().ok() } else { None };
+        }
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        self.outcomes.len() < GROUP && self.bytes < GROUP_BYTES
+    }
+
+    fn judge(&mut self, shared: &Shared, job: Job) -> Result<(), String> {
+        self.bytes += job.batch.size();
+        let read = |key: &Key| match self.pending.get(key) {
+            Some(pending) => Ok(pending.clone()),
+            None => shared.fetch_applied(key),
+        };
+        let outcome = match plan(job.batch, read) {
+            Err(CommitError::Store(StoreError::Failed { reason })) => {
+                return Err(reason.to_string());
+            }
+            Err(error) => Err(error),
+            Ok(writes) if writes.is_empty() => Ok(Version(self.last)),
+            Ok(writes) => {
+                self.last += 1;
+                let version = Version(self.last);
+                self.changes.push(changes(&writes, version));
+                let own = |value| Versioned { version, value };
+                self.pending.extend(writes.into_iter().map(|(key, value)| (key, value.map(own))));
+                Ok(version)
+            }
+        };
+        self.outcomes.push((job.answer, outcome));
+        Ok(())
+    }
+
+    /// Applies the group as one sled batch: sled writes and syncs file ranges twice for each.
+    fn apply(&mut self, shared: &Shared) -> Result<(), String> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let mut batch = ::sled::Batch::default();
+        for (key, record) in std::mem::take(&mut self.pending) {
+            match record {
+                Some(record) => {
+                    batch.insert(key.as_bytes(), join(record.version.0, &record.value));
+                }
+                None => batch.remove(key.as_bytes()),
+            }
+        }
+        batch.insert(LAST, self.last.to_be_bytes().as_slice());
+        let mut applied = shared.applied.write().unwrap_or_else(PoisonError::into_inner);
+        shared.database.apply_batch(batch).map_err(|error| format!("apply a batch: {error}"))?;
+        *applied = self.last;
+        Ok(())
+    }
+
+    fn make_durable(&self, shared: &Shared, disk: &mut dyn Disk) -> Result<(), String> {
+        if self.changes.is_empty() {
+            return Ok(());
+        }
+        shared.database.flush().map_err(|error| format!("flush: {error}"))?;
+        disk.sync(self.last).map_err(|error| format!("sync: {error}"))
+    }
+
+    fn tell(self, shared: &Shared) {
+        shared.progress.send_if_modified(|progress| {
+            let moved = progress.durable != self.last;
+            progress.durable = self.last;
+            moved
+        });
+        for changes in self.changes {
+            shared.publisher.publish(changes);
+        }
+        for (to, outcome) in self.outcomes {
+            answer(to, outcome);
+        }
+    }
+}
+
+fn answer(to: oneshot::Sender<Outcome>, outcome: Outcome) {
+    // A caller that stopped waiting has taken its chance: the batch stands.
+    let _ = to.send(outcome);
+}
