@@ -20,6 +20,7 @@
 pub mod feed;
 pub mod keys;
 pub mod memory;
+pub mod record;
 pub mod sled;
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ pub struct Lease {
     pub runner: RunnerId,
     pub epoch: Epoch,
     pub granted_at: Timestamp,
+    /// Length of the phase's log when the lease was granted: where this lease's offset 0 lies.
+    pub log_base: u64,
     /// Set by the commit that answers `Starting`. From then on the runner may execute terraform.
     pub released: Option<Released>,
 }
@@ -25,8 +27,8 @@ pub struct Released {
 
 impl Lease {
     /// Starts the lease that follows `last` for the same job.
-    pub fn after(last: Epoch, runner: RunnerId, now: Timestamp) -> Self {
-        Self { runner, epoch: last.next(), granted_at: now, released: None }
+    pub fn after(last: Epoch, runner: RunnerId, log_base: u64, now: Timestamp) -> Self {
+        Self { runner, epoch: last.next(), granted_at: now, log_base, released: None }
     }
 
     /// Tells whether a message of `runner` at `epoch` speaks for this lease.

@@ -20,11 +20,14 @@ pub enum Event {
     CodeRefused { phase: Phase, refused: RefusedCode, current: MfaPolicy },
     /// The environment is free and this run is next.
     TurnCame,
-    Granted { phase: Phase, runner: RunnerId },
+    Granted { phase: Phase, runner: RunnerId, log_base: u64 },
     /// The runner declined or gave back a job that it has not started.
     HandedBack { phase: Phase, runner: RunnerId, epoch: Epoch },
     /// The runner is about to start terraform and asks for the credentials.
     Starting { phase: Phase, runner: RunnerId, epoch: Epoch, current: MfaPolicy, floor: Duration },
+    /// The credentials that the phase needs cannot be had, for a reason that waiting does not
+    /// cure.
+    CannotStart { phase: Phase, runner: RunnerId, epoch: Epoch, reason: String },
     LeaseExpired { phase: Phase, epoch: Epoch },
     /// A lost runner is back with the lease it had.
     Returned { phase: Phase, runner: RunnerId, epoch: Epoch },
@@ -120,10 +123,15 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner } => granted(run, phase, runner, now),
+        Event::Granted { phase, runner, log_base } => {
+            granted(run, phase, runner, log_base, now)
+        }
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {
             starting(run, (phase, runner, epoch), current, floor, now)
+        }
+        Event::CannotStart { phase, runner, epoch, reason } => {
+            cannot_start(run, (phase, runner, epoch), reason, now)
         }
         Event::LeaseExpired { phase, epoch } => lease_expired(run, phase, epoch, now),
         Event::Returned { phase, runner, epoch } => returned(run, phase, runner, epoch, now),
@@ -263,13 +271,19 @@ fn turn_came(run: &Run, now: Timestamp) -> Step {
     }
 }
 
-fn granted(run: &Run, phase: Phase, runner: RunnerId, now: Timestamp) -> Step {
+fn granted(
+    run: &Run,
+    phase: Phase,
+    runner: RunnerId,
+    log_base: u64,
+    now: Timestamp,
+) -> Step {
     if run.state != queued(phase) {
         return Step::Refused(Refusal::WrongState);
     }
     let mut next = moved(run, running(phase), now);
     let job = next.job_mut(phase);
-    let lease = Lease::after(job.epoch, runner, now);
+    let lease = Lease::after(job.epoch, runner, log_base, now);
     job.epoch = lease.epoch;
     job.runner = Some(runner);
     job.lease = Some(lease);
@@ -335,6 +349,21 @@ fn starting(
             done(next, vec![])
         }
         Err(denial) => denied(run, (phase, epoch), denial, now),
+    }
+}
+
+fn cannot_start(
+    run: &Run,
+    (phase, runner, epoch): (Phase, RunnerId, Epoch),
+    reason: String,
+    now: Timestamp,
+) -> Step {
+    match current_lease(run, phase, runner, epoch) {
+        Some(lease) if lease.released.is_none() => {
+            let revoke = Effect::Revoke(run.job_id(phase), epoch);
+            ended(moved(run, run.state, now), RunState::Errored, Some(reason), vec![revoke])
+        }
+        Some(_) | None => Step::Refused(Refusal::LeaseLost),
     }
 }
 

@@ -110,12 +110,12 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     let awaiting_plan = queue(MfaPolicy::PlansAndApplies);
     let pending = go(&awaiting_plan, accepted(&awaiting_plan, Phase::Plan));
     let plan_queued = go(&pending, Event::TurnCame);
-    let leased = go(&plan_queued, Event::Granted { phase: Phase::Plan, runner: RUNNER });
+    let leased = go(&plan_queued, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
     let planning = go(&leased, started(&leased, Phase::Plan));
     let canceling = go(&planning, Event::CancelRequested { by: "ada".into() });
     let awaiting_apply = go(&planning, plan_ended(&planning, true));
     let apply_queued = go(&awaiting_apply, accepted(&awaiting_apply, Phase::Apply));
-    let apply_leased = go(&apply_queued, Event::Granted { phase: Phase::Apply, runner: RUNNER });
+    let apply_leased = go(&apply_queued, Event::Granted { phase: Phase::Apply, runner: RUNNER, log_base: 0 });
     let applying = go(&apply_leased, started(&apply_leased, Phase::Apply));
     let lost =
         go(&applying, Event::LeaseExpired { phase: Phase::Apply, epoch: applying.apply.epoch });
@@ -124,7 +124,7 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     let errored = go(&applying, apply_ended(&applying, ApplyOutcome::Failed(failure)));
     let unguarded = queue(MfaPolicy::Never);
     let unguarded = go(&unguarded, Event::TurnCame);
-    let unguarded = go(&unguarded, Event::Granted { phase: Phase::Plan, runner: RUNNER });
+    let unguarded = go(&unguarded, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
     let unguarded = go(&unguarded, started(&unguarded, Phase::Plan));
     vec![
         ("AwaitingPlanMfa", awaiting_plan.clone()),
@@ -305,7 +305,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             current,
         },
         1 | 2 => Event::TurnCame,
-        3 => Event::Granted { phase, runner },
+        3 => Event::Granted { phase, runner, log_base: 0 },
         4 => Event::HandedBack { phase, runner, epoch: epoch(phase) },
         5 | 6 => Event::Starting {
             phase,
@@ -336,7 +336,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
         },
         11 => Event::Confirmed { by: "ada".into(), seen, current },
         _ if draw.wait % 5 == 0 => Event::CancelRequested { by: "ada".into() },
-        _ => Event::Granted { phase, runner: RUNNER },
+        _ => Event::Granted { phase, runner: RUNNER, log_base: 0 },
     }
 }
 
@@ -387,6 +387,7 @@ fn check_stale(before: &Run, event: &Event, moved: bool) -> TestCaseResult {
     let (phase, runner, epoch) = match event {
         Event::HandedBack { phase, runner, epoch }
         | Event::Starting { phase, runner, epoch, .. }
+        | Event::CannotStart { phase, runner, epoch, .. }
         | Event::Returned { phase, runner, epoch } => (*phase, *runner, *epoch),
         Event::PlanEnded { runner, epoch, .. } => (Phase::Plan, *runner, *epoch),
         Event::ApplyEnded { runner, epoch, .. } => (Phase::Apply, *runner, *epoch),

@@ -38,8 +38,8 @@ const COLUMNS: &[Column] = &[
         current: MfaPolicy::Never,
     }),
     ("turn came", |_| Event::TurnCame),
-    ("plan granted", |_| Event::Granted { phase: Phase::Plan, runner: RUNNER }),
-    ("apply granted", |_| Event::Granted { phase: Phase::Apply, runner: RUNNER }),
+    ("plan granted", |_| Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 }),
+    ("apply granted", |_| Event::Granted { phase: Phase::Apply, runner: RUNNER, log_base: 0 }),
     ("handed back", |run| Event::HandedBack {
         phase: phase_of(run),
         runner: RUNNER,
@@ -51,6 +51,12 @@ const COLUMNS: &[Column] = &[
         epoch: run.job(phase_of(run)).epoch,
         current: MfaPolicy::Never,
         floor: Duration::ZERO,
+    }),
+    ("cannot start", |run| Event::CannotStart {
+        phase: phase_of(run),
+        runner: RUNNER,
+        epoch: run.job(phase_of(run)).epoch,
+        reason: "the access key is unknown to AWS".into(),
     }),
     ("lease expired", |run| Event::LeaseExpired {
         phase: phase_of(run),

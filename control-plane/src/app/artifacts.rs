@@ -1,0 +1,343 @@
+//! What jobs fetch and make: configurations, workspaces, states, plans' changes.
+//!
+//! Only the holder of the current lease changes what is current. What any other brings, and
+//! every `errored.tfstate`, is kept in quarantine beside the run, for a person to look at.
+
+use std::sync::Arc;
+
+use latchkey_domain::id::{Digest, OrganizationId};
+use latchkey_domain::policy::Phase;
+use latchkey_domain::run::Run;
+use latchkey_proto::v1::Reason;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use super::App;
+use super::configurations::blob_error;
+use super::lease_job::{LeaseRef, lease_lost};
+use crate::auth::RunnerIdentity;
+use crate::blobs::{BlobReader, Upload};
+use crate::error::{Error, Result};
+use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
+use crate::store::record::{Millis, Text, encode};
+use crate::store::{Batch, CommitError, Expect, keys};
+
+pub(super) const LARGEST_CHANGES: u64 = 32 << 20;
+const LARGEST_STATE: u64 = 64 << 20;
+const LARGEST_WORKSPACE: u64 = 1 << 30;
+const ATTEMPTS: usize = 16;
+
+/// What may be fetched for a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needed {
+    Configuration,
+    Workspace,
+    State,
+}
+
+/// What a job makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Made {
+    Workspace,
+    State,
+    Changes,
+    ErroredState,
+}
+
+impl Made {
+    const fn limit(self) -> u64 {
+        match self {
+            Made::Workspace => LARGEST_WORKSPACE,
+            Made::State | Made::ErroredState => LARGEST_STATE,
+            Made::Changes => LARGEST_CHANGES,
+        }
+    }
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Made::Workspace => "workspace",
+            Made::State => "state",
+            Made::Changes => "changes",
+            Made::ErroredState => "errored state",
+        }
+    }
+}
+
+/// The header of an upload.
+#[derive(Clone, Copy, Debug)]
+pub struct ArtifactHeader {
+    pub lease: LeaseRef,
+    pub kind: Made,
+    pub digest: Digest,
+    pub size: u64,
+}
+
+/// What is kept for a person: something a runner brought that is not, or not yet, current.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Quarantined {
+    pub kind: String,
+    pub digest: Text<Digest>,
+    pub runner: String,
+    pub at: Millis,
+}
+
+/// Where an upload will go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Destination {
+    Current,
+    Quarantine,
+}
+
+/// An artifact on its way in.
+pub struct ArtifactUpload {
+    app: Arc<App>,
+    runner: RunnerIdentity,
+    header: ArtifactHeader,
+    destination: Destination,
+    organization: OrganizationId,
+    blob: Upload,
+    /// A copy of a state, to read its serial from.
+    state: Option<Zeroizing<Vec<u8>>>,
+    received: u64,
+}
+
+impl std::fmt::Debug for ArtifactUpload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ArtifactUpload").field("header", &self.header).finish_non_exhaustive()
+    }
+}
+
+impl App {
+    pub async fn fetch_artifact(
+        &self,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        needed: Needed,
+    ) -> Result<BlobReader> {
+        let subject = self.leased(runner, lease).await?;
+        let run = &subject.run.value;
+        let digest = match (needed, lease.job.phase) {
+            (Needed::Configuration, Phase::Plan) => Some(run.request.configuration),
+            (Needed::Workspace, Phase::Apply) => {
+                run.planned.as_ref().map(|planned| planned.digests.workspace)
+            }
+            (Needed::State, Phase::Plan | Phase::Apply) => {
+                subject.environment.value.state.as_ref().map(|state| state.digest.0)
+            }
+            (Needed::Configuration, Phase::Apply) | (Needed::Workspace, Phase::Plan) => None,
+        };
+        let digest = digest.ok_or_else(|| Error::not_found("artifact of this kind for the job"))?;
+        self.blobs.read(run.request.organization, digest).await.map_err(blob_error)
+    }
+
+    pub async fn upload_artifact(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+    ) -> Result<ArtifactUpload> {
+        let limit = header.kind.limit();
+        if header.size > limit {
+            let message = format!("a {} has up to {} MiB", header.kind.as_str(), limit >> 20);
+            return Err(Error::refused(Reason::LimitReached, message)
+                .with("limit", limit.to_string()));
+        }
+        let destination = match self.leased(runner, header.lease).await {
+            Ok(subject) if can_make(&subject.run.value, header) => match header.kind {
+                Made::ErroredState => Destination::Quarantine,
+                Made::Workspace | Made::State | Made::Changes => Destination::Current,
+            },
+            Ok(_) => return Err(Error::field("header", "this job makes nothing of this kind now")),
+            Err(error) if error.reason() == Reason::LeaseLost => {
+                self.check_once_held(runner, header.lease).await?;
+                Destination::Quarantine
+            }
+            Err(error) => return Err(error),
+        };
+        let organization = runner.organization;
+        let blob = self
+            .blobs
+            .begin(organization, Some(header.digest), header.size)
+            .await
+            .map_err(blob_error)?;
+        let reads_serial = header.kind == Made::State && destination == Destination::Current;
+        Ok(ArtifactUpload {
+            app: Arc::clone(self),
+            runner: runner.clone(),
+            header,
+            destination,
+            organization,
+            blob,
+            state: reads_serial.then(|| {
+                Zeroizing::new(Vec::with_capacity(usize::try_from(header.size).unwrap_or(0)))
+            }),
+            received: 0,
+        })
+    }
+
+    /// Takes nothing into quarantine from a runner that never held a lease of the job: what it
+    /// says of others' runs is not worth a byte of disk.
+    async fn check_once_held(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<()> {
+        let run = match self.run(lease.job.run).await {
+            Ok(run) => run.value,
+            Err(_) => return Err(lease_lost()),
+        };
+        let job = run.job(lease.job.phase);
+        let plausible = run.request.organization == runner.organization
+            && lease.epoch <= job.epoch
+            && (lease.epoch < job.epoch || job.runner == Some(runner.id));
+        let held: Vec<_> = self.list(keys::quarantine_of(run.id)).await?;
+        if plausible && held.len() < MOST_QUARANTINED { Ok(()) } else { Err(lease_lost()) }
+    }
+
+    async fn record_quarantined(
+        &self,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+    ) -> Result<()> {
+        let LeaseRef { job, epoch, .. } = header.lease;
+        let record = Quarantined {
+            kind: header.kind.as_str().to_owned(),
+            digest: Text(header.digest),
+            runner: runner.id.to_string(),
+            at: self.now().into(),
+        };
+        for number in 0..u32::try_from(MOST_QUARANTINED).unwrap_or(u32::MAX) {
+            let key = keys::quarantine(job.run, job.phase, epoch, number);
+            if let Some(known) = self.fetch::<Quarantined>(key.clone()).await? {
+                if known.value.digest == record.digest {
+                    return Ok(());
+                }
+                continue;
+            }
+            let draft = self
+                .draft(
+                    runner.organization,
+                    runner.audit_name(),
+                    "quarantine",
+                    format!("run {}", job.run),
+                )
+                .with("kind", header.kind.as_str())
+                .with("epoch", epoch.get());
+            let batch = Batch::new().put(key, Expect::Absent, encode(&record)).audit(draft);
+            match self.store.commit(batch).await {
+                Ok(_) => return Ok(()),
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+        }
+        Err(Error::refused(Reason::LimitReached, "the run's quarantine is full"))
+    }
+
+    /// Makes a state the environment's newest, if it continues the one before.
+    async fn record_state(
+        &self,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+        facts: StateFacts,
+    ) -> Result<()> {
+        for _ in 0..ATTEMPTS {
+            let subject = self.leased(runner, header.lease).await?;
+            let (run, environment) = (&subject.run.value, &subject.environment);
+            let head = environment.value.state.as_ref();
+            if head.is_some_and(|head| head.digest.0 == header.digest) {
+                return Ok(());
+            }
+            if let Some(head) = head
+                && (head.lineage != facts.lineage || head.serial > facts.serial)
+            {
+                let message = format!(
+                    "the state does not continue the environment's (lineage {}, serial {})",
+                    head.lineage, head.serial
+                );
+                return Err(Error::refused(Reason::WrongState, message));
+            }
+            let number = head.map_or(0, |head| head.number) + 1;
+            let mut next = environment.value.clone();
+            next.state = Some(StateHead {
+                number,
+                digest: Text(header.digest),
+                lineage: facts.lineage.clone(),
+                serial: facts.serial,
+            });
+            let version = StateVersion {
+                digest: Text(header.digest),
+                lineage: facts.lineage.clone(),
+                serial: facts.serial,
+                run: Text(run.id),
+                at: self.now().into(),
+            };
+            let draft = self
+                .draft(
+                    run.request.organization,
+                    runner.audit_name(),
+                    "write_state",
+                    format!("run {}", run.id),
+                )
+                .with("serial", facts.serial)
+                .with("digest", header.digest.to_string());
+            let record = encode(&EnvironmentRecord::from(&next));
+            let batch = Batch::new()
+                .check(subject.run.key.clone(), Expect::At(subject.run.version))
+                .put(environment.key.clone(), Expect::At(environment.version), record)
+                .put(keys::state_version(next.id, number), Expect::Absent, encode(&version))
+                .audit(draft);
+            match self.store.commit(batch).await {
+                Ok(_) => return Ok(()),
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+        }
+        Err(Error::refused(Reason::ChangedMeanwhile, "the run changes too fast; send it again"))
+    }
+}
+
+const MOST_QUARANTINED: usize = 64;
+
+/// Tells whether the job of a current lease makes such a thing now.
+fn can_make(run: &Run, header: ArtifactHeader) -> bool {
+    let phase = header.lease.job.phase;
+    let released =
+        run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some());
+    let kind_fits = match header.kind {
+        Made::Workspace | Made::Changes => phase == Phase::Plan,
+        Made::State | Made::ErroredState => phase == Phase::Apply,
+    };
+    released && kind_fits
+}
+
+#[derive(Debug, Deserialize)]
+struct StateFacts {
+    lineage: String,
+    serial: u64,
+}
+
+impl ArtifactUpload {
+    pub async fn write(&mut self, data: &[u8]) -> Result<()> {
+        self.received += data.len() as u64;
+        if self.received > self.header.size {
+            return Err(Error::field("data", "there is more of it than the header says"));
+        }
+        if let Some(state) = &mut self.state {
+            state.extend_from_slice(data);
+        }
+        self.blob.write(data).await.map_err(blob_error)
+    }
+
+    /// Ends the upload; answers when what it changes is durable.
+    pub async fn finish(self) -> Result<()> {
+        let Self { app, runner, header, destination, organization: _, blob, state, received } = self;
+        if received != header.size {
+            return Err(Error::field("data", "it is shorter than the header says"));
+        }
+        let facts = state
+            .map(|state| serde_json::from_slice::<StateFacts>(&state))
+            .transpose()
+            .map_err(|_| Error::field("data", "it is not a Terraform state"))?;
+        blob.finish().await.map_err(blob_error)?;
+        match (destination, facts) {
+            (Destination::Current, Some(facts)) => app.record_state(&runner, header, facts).await,
+            (Destination::Current, None) => Ok(()),
+            (Destination::Quarantine, _) => app.record_quarantined(&runner, header).await,
+        }
+    }
+}

@@ -1,0 +1,561 @@
+//! Spends a submitted token code, exactly once.
+//!
+//! 1. The code must be six ASCII digits; nothing else happens otherwise.
+//! 2. The caller must be a person with the right to decide in the run's organization.
+//! 3. A `request_id` seen before is answered with what is recorded.
+//! 4. The run must wait for a code for this phase, and an apply must be of the plan that the
+//!    person was shown.
+//! 5. The triple must be complete, its serial usable, its account on the organization's list.
+//! 6. One commit counts the attempt, remembers the code's digest and records the attempt as
+//!    *spending*. Of any number of submissions of one code, one wins this commit.
+//! 7. One call to STS. From here on the code is spent, or its fate is unknown, unless it was
+//!    provably never sent.
+//! 8. The session is sealed into the record as *verifying*: if this process dies now, a start
+//!    goes on from here. An attempt found still *spending* at a start becomes *unknown*.
+//! 9. `GetCallerIdentity` must answer a listed account. It may be asked again, and asks nobody
+//!    for another code.
+//! 10. One commit moves the run, places the session and closes the record.
+//!
+//! The steps from 7 on run in a task of their own: a caller who hangs up changes nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_domain::device::{self, Device};
+use latchkey_domain::id::{AuthenticationId, Digest, RunId, UserId};
+use latchkey_domain::policy::{Evidence, Phase};
+use latchkey_domain::run::{Event, RefusedCode, Run};
+use latchkey_domain::time::Timestamp;
+use latchkey_domain::token_code;
+use latchkey_proto::v1::Reason;
+use secrecy::{ExposeSecret, SecretString};
+
+use super::transition::Subject;
+use super::{App, check_request_id};
+use crate::auth::{Caller, Right};
+use crate::error::{Error, Result};
+use crate::store::record::authentication::{
+    Authentication, DeviceRecord, OpenAuthentication, Outcome, RequestRecord, Session,
+};
+use crate::store::record::{self, Loaded, Text, decode, encode};
+use crate::store::{Batch, CommitError, Expect, keys};
+use crate::sts::errors::{clock_time, sentence};
+use crate::sts::{Exchange, Identity, SessionCredentials, Triple, account_of};
+
+const ATTEMPTS: usize = 32;
+
+/// Above this many attempts in a window, AWS's "unable to validate" means that it has stopped
+/// listening (observed: it does after nine).
+const AWS_PATIENCE: u32 = 8;
+
+/// How long between two tries of `GetCallerIdentity`.
+const IDENTIFY_PAUSE: Duration = Duration::from_secs(2);
+
+/// A submitted code.
+#[derive(Debug)]
+pub struct Submission {
+    pub run: RunId,
+    pub phase: Phase,
+    pub code: SecretString,
+    /// The plan that the person was shown; required for an apply.
+    pub seen: Option<Digest>,
+    pub request_id: String,
+}
+
+/// An attempt that has been counted and may now be spent.
+struct Attempt {
+    record: Authentication,
+    triple: Triple,
+    region: String,
+    session_duration: Duration,
+    device_key: crate::store::Key,
+    digest: device::CodeDigest,
+    /// Attempts in the window, this one included.
+    attempts: u32,
+}
+
+impl App {
+    pub async fn authenticate_run(
+        self: &Arc<Self>,
+        caller: &Caller,
+        submission: Submission,
+    ) -> Result<(Run, AuthenticationId)> {
+        token_code::check(submission.code.expose_secret().as_bytes()).map_err(|_| {
+            Error::field("token_code", "a token code is exactly six digits; nothing was spent")
+        })?;
+        let (standing, _) = self.run_for(caller, submission.run, Right::Decide).await?;
+        let (user, name) = caller.person()?;
+        check_request_id(&submission.request_id)?;
+        let request = keys::request(user, &format!("code:{}", submission.request_id));
+        if let Some(known) = self.fetch::<RequestRecord>(request.clone()).await? {
+            return self.recorded(&known.value).await;
+        }
+        let counted = self.count_attempt(user, name, &submission, &request).await?;
+        let Counted::Mine(attempt) = counted else {
+            let known = self.fetch::<RequestRecord>(request).await?;
+            let known = known.ok_or_else(|| Error::internal("a recorded request vanished"))?;
+            return self.recorded(&known.value).await;
+        };
+        let id = attempt.record.id.0;
+        let app = Arc::clone(self);
+        let actor = standing.caller.audit_name();
+        let code = submission.code;
+        let spent = tokio::spawn(async move { app.spend(*attempt, code, &actor).await });
+        spent.await.map_err(Error::internal)??;
+        self.outcome_of(submission.run, id).await
+    }
+
+    /// Steps 4 to 6.
+    async fn count_attempt(
+        self: &Arc<Self>,
+        user: UserId,
+        name: &str,
+        submission: &Submission,
+        request: &crate::store::Key,
+    ) -> Result<Counted> {
+        for _ in 0..ATTEMPTS {
+            let subject = self.subject(submission.run).await?;
+            check_waiting(&subject, submission)?;
+            let organization = subject.run.value.request.organization;
+            let settings = &subject.environment.value.settings;
+            let triple = self.triple_for(organization, user, &settings.region).await?;
+            self.check_listed(organization, account_of(&triple.access_key_id)).await?;
+
+            // A device belongs to an account: the serial of a hardware device alone may repeat.
+            let account = account_of(&triple.access_key_id)
+                .unwrap_or_else(|| triple.access_key_id.clone());
+            let device_key = keys::device(&format!("{account}/{}", triple.serial));
+            let stored =
+                record::fetch::<DeviceRecord, Device>(&*self.store, device_key.clone()).await?;
+            let (device, expect) = match stored {
+                Some(found) => (found.value, Expect::At(found.version)),
+                None => (Device::default(), Expect::Absent),
+            };
+            let digest =
+                self.master.digest(b"token code", submission.code.expose_secret().as_bytes());
+            let counted = device.attempt(digest, self.now()).map_err(refused_locally)?;
+            let record = Authentication {
+                id: Text(AuthenticationId::from_uuid(self.new_id())),
+                run: Text(submission.run),
+                phase: submission.phase,
+                user: name.to_owned(),
+                device: triple.serial.clone(),
+                access_key_id: triple.access_key_id.clone(),
+                seen: submission.seen.map(Text),
+                submitted_at: self.now().into(),
+                outcome: Outcome::Spending,
+            };
+            let known = RequestRecord { run: record.run, authentication: record.id };
+            let open = OpenAuthentication { run: record.run };
+            let draft = self
+                .draft(
+                    organization,
+                    format!("user {name}"),
+                    "submit_code",
+                    format!("run {}", submission.run),
+                )
+                .with("phase", submission.phase.as_str())
+                .with("authentication", record.id.0.to_string())
+                .with("device", triple.serial.as_str());
+            let batch = Batch::new()
+                .put(device_key.clone(), expect, encode(&DeviceRecord::from(&counted)))
+                .put(request.clone(), Expect::Absent, encode(&known))
+                .put(keys::authentication(record.run.0, record.id.0), Expect::Absent, encode(&record))
+                .put(keys::authentication_open(record.id.0), Expect::Absent, encode(&open))
+                .audit(draft);
+            match self.store.commit(batch).await {
+                Ok(_) => {
+                    return Ok(Counted::Mine(Box::new(Attempt {
+                        record,
+                        triple,
+                        region: settings.region.clone(),
+                        session_duration: settings.session_duration,
+                        device_key,
+                        digest,
+                        attempts: counted.attempts,
+                    })));
+                }
+                Err(CommitError::Conflict { key }) if key == *request => {
+                    return Ok(Counted::Another);
+                }
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+        }
+        Err(Error::refused(
+            Reason::DeviceBusy,
+            "too many codes are being submitted for this device at once; try again in a moment",
+        ))
+    }
+
+    /// Refuses an account that owners did not list. An account that is not known yet passes: it
+    /// is asked for after the exchange.
+    async fn check_listed(
+        &self,
+        organization: latchkey_domain::id::OrganizationId,
+        account: Option<String>,
+    ) -> Result<()> {
+        let listed = self.organization(organization).await?.value.aws_accounts;
+        if listed.is_empty() {
+            return Err(Error::refused(
+                Reason::AccountNotListed,
+                "the organization lists no AWS account that keys may belong to; an owner does so \
+                 with `latchkey org set --aws-account`",
+            ));
+        }
+        match account {
+            Some(account) if !listed.contains(&account) => {
+                let message = format!(
+                    "the access key belongs to the AWS account {account}, which is not on the \
+                     organization's list; an owner adds it with `latchkey org set`"
+                );
+                Err(Error::refused(Reason::AccountNotListed, message).with("account", account))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Steps 7 to 10. Answers once the outcome is recorded.
+    async fn spend(self: Arc<Self>, attempt: Attempt, code: SecretString, actor: &str) -> Result<()> {
+        let exchange = self
+            .sts
+            .exchange(&attempt.triple, Some(&code), &attempt.region, attempt.session_duration)
+            .await;
+        drop(code);
+        let Attempt { mut record, region, device_key, digest, attempts, .. } = attempt;
+        let refusal = match exchange {
+            Exchange::Issued { credentials, request_id } => {
+                let key = keys::authentication(record.run.0, record.id.0);
+                record.outcome = Outcome::Verifying {
+                    session: self.seal_session(&key, &credentials),
+                    expires_at: credentials.expires_at.into(),
+                    aws_request_id: request_id,
+                };
+                let batch = Batch::new().put(key, Expect::Anything, encode(&record));
+                self.store.commit(batch).await?;
+                return self.verify(record, credentials, &region, actor).await;
+            }
+            Exchange::Refused(refused) => {
+                let limited = (attempts >= AWS_PATIENCE).then(|| Device::next_window(self.now()));
+                let (reason, message) = sentence(refused.class, limited, &region);
+                (reason, message, refused.request_id)
+            }
+            Exchange::Unknown { request_id } => {
+                (Reason::ExchangeUnknown, unknown_sentence(), request_id)
+            }
+            Exchange::NotReached => {
+                self.give_back(&device_key, digest).await?;
+                let message = "AWS could not be reached; the code was not sent and is still good. \
+                               Try again."
+                    .to_owned();
+                (Reason::AwsUnreachable, message, None)
+            }
+        };
+        self.refuse(record, refusal, actor).await
+    }
+
+    /// Frees a code that was provably never sent. The attempt stays counted.
+    async fn give_back(
+        &self,
+        device_key: &crate::store::Key,
+        digest: device::CodeDigest,
+    ) -> Result<()> {
+        for _ in 0..ATTEMPTS {
+            let found: Option<Loaded<Device>> =
+                record::fetch::<DeviceRecord, _>(&*self.store, device_key.clone()).await?;
+            let Some(found) = found else { return Ok(()) };
+            let freed = DeviceRecord::from(&found.value.forget(digest));
+            let batch =
+                Batch::new().put(found.key, Expect::At(found.version), encode(&freed));
+            match self.store.commit(batch).await {
+                Ok(_) => return Ok(()),
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Steps 9 and 10; a start calls it again for what it finds *verifying*.
+    async fn verify(
+        self: &Arc<Self>,
+        record: Authentication,
+        session: SessionCredentials,
+        region: &str,
+        actor: &str,
+    ) -> Result<()> {
+        let organization = self.run(record.run.0).await?.value.request.organization;
+        loop {
+            let refusal = match self.sts.identify(&session, region).await {
+                Identity::Account(account) => {
+                    match self.check_listed(organization, Some(account)).await {
+                        Ok(()) => return self.accept(record, &session, actor).await,
+                        Err(error) if error.reason() == Reason::AccountNotListed => {
+                            (error.reason(), error.message().to_owned(), None)
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                Identity::Refused(refused) => {
+                    let (reason, message) = sentence(refused.class, None, region);
+                    (reason, message, refused.request_id)
+                }
+                Identity::Unavailable if session.expires_at > self.now() => {
+                    tracing::warn!(
+                        authentication_id = %record.id.0,
+                        "AWS does not tell whose session it is; asking again"
+                    );
+                    tokio::time::sleep(IDENTIFY_PAUSE).await;
+                    continue;
+                }
+                Identity::Unavailable => {
+                    let message = "AWS never told whose session it issued; use a new code";
+                    (Reason::ExchangeUnknown, message.to_owned(), None)
+                }
+            };
+            return self.refuse(record, refusal, actor).await;
+        }
+    }
+
+    /// Step 10, for a session that may be used.
+    async fn accept(
+        self: &Arc<Self>,
+        mut record: Authentication,
+        session: &SessionCredentials,
+        actor: &str,
+    ) -> Result<()> {
+        let aws_request_id = match &record.outcome {
+            Outcome::Verifying { aws_request_id, .. } => aws_request_id.clone(),
+            Outcome::Spending | Outcome::Accepted { .. } | Outcome::Refused { .. } => None,
+        };
+        let (run, id) = (record.run.0, record.id.0);
+        let expires_at = session.expires_at;
+        let now = self.now();
+        record.outcome =
+            Outcome::Accepted { expires_at: expires_at.into(), aws_request_id, at: now.into() };
+        let place = keys::session(run, record.phase);
+        let waiting = Session {
+            authentication: Some(record.id),
+            credentials: self.seal_session(&place, session),
+            expires_at: expires_at.into(),
+        };
+        let evidence = Evidence {
+            authentication: id,
+            phase: record.phase,
+            user: record.user.clone(),
+            authenticated_at: now,
+            expires_at,
+        };
+        let advance = self
+            .advance_with(run, actor, "authenticate_run", |subject| {
+                let event = Event::CodeAccepted {
+                    evidence: evidence.clone(),
+                    seen: record.seen.map(|seen| seen.0),
+                    current: subject.environment.value.settings.policy,
+                };
+                let batch = close(Batch::new(), &record).put(
+                    place.clone(),
+                    Expect::Anything,
+                    encode(&waiting),
+                );
+                Ok((event, batch))
+            })
+            .await;
+        match advance {
+            Ok(_) => Ok(()),
+            Err(error) if is_refusal(error.reason()) => {
+                // The run moved on while AWS answered: the session serves nobody.
+                let refusal = (error.reason(), error.message().to_owned(), None);
+                self.refuse(record, refusal, actor).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Step 10, for a code that bought nothing: the lock turns red, the run goes on waiting.
+    async fn refuse(
+        self: &Arc<Self>,
+        mut record: Authentication,
+        (reason, message, aws_request_id): (Reason, String, Option<String>),
+        actor: &str,
+    ) -> Result<()> {
+        let now = self.now();
+        record.outcome = Outcome::Refused {
+            reason: reason.name().to_owned(),
+            message: message.clone(),
+            aws_request_id: aws_request_id.clone(),
+            at: now.into(),
+        };
+        let refused = RefusedCode {
+            authentication: record.id.0,
+            reason: reason.name().to_owned(),
+            message,
+            at: now,
+            aws_request_id,
+        };
+        let advance = self
+            .advance_with(record.run.0, actor, "refuse_code", |subject| {
+                let event = Event::CodeRefused {
+                    phase: record.phase,
+                    refused: refused.clone(),
+                    current: subject.environment.value.settings.policy,
+                };
+                Ok((event, close(Batch::new(), &record)))
+            })
+            .await;
+        match advance {
+            Ok(_) => Ok(()),
+            Err(error) if is_refusal(error.reason()) => {
+                // The run waits no more; the record is closed all the same.
+                let batch = close(Batch::new(), &record);
+                self.store.commit(batch).await?;
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// At a start: what was being spent is unknown, what was being verified is verified.
+    pub async fn settle_authentications(self: &Arc<Self>) -> Result<()> {
+        for (key, found) in self.list(keys::authentications_open()).await? {
+            let Some(id) = key.last_id().map(AuthenticationId::from_bytes) else { continue };
+            let open: OpenAuthentication = decode(&key, &found)?;
+            let record_key = keys::authentication(open.run.0, id);
+            let Some(record) = self.fetch::<Authentication>(record_key.clone()).await? else {
+                continue;
+            };
+            let record = record.value;
+            match record.outcome.clone() {
+                Outcome::Spending => {
+                    let refusal = (Reason::ExchangeUnknown, unknown_sentence(), None);
+                    self.refuse(record, refusal, "system").await?;
+                }
+                Outcome::Verifying { session, .. } => {
+                    let session = self.open_session(&record_key, &session)?;
+                    let region = self.subject(open.run.0).await?.environment.value.settings.region;
+                    let app = Arc::clone(self);
+                    tokio::spawn(async move {
+                        let actor = format!("user {}", record.user);
+                        if let Err(error) = app.verify(record, session, &region, &actor).await {
+                            tracing::error!(authentication_id = %id, error = %error,
+                                "a session was not verified");
+                        }
+                    });
+                }
+                Outcome::Accepted { .. } | Outcome::Refused { .. } => {
+                    let batch = Batch::new().delete(key, Expect::Anything);
+                    self.store.commit(batch).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn recorded(&self, known: &RequestRecord) -> Result<(Run, AuthenticationId)> {
+        let key = keys::authentication(known.run.0, known.authentication.0);
+        let mut feed = self.store.watch(keys::exactly(&key));
+        loop {
+            let found: Option<Loaded<Authentication>> = self.fetch(key.clone()).await?;
+            if found.is_none_or(|found| !found.value.outcome.is_open()) {
+                return self.outcome_of(known.run.0, known.authentication.0).await;
+            }
+            feed.next().await;
+        }
+    }
+
+    /// Answers what is recorded of an attempt, as a success or as its refusal.
+    async fn outcome_of(&self, run: RunId, id: AuthenticationId) -> Result<(Run, AuthenticationId)> {
+        let found: Loaded<Authentication> = self
+            .fetch(keys::authentication(run, id))
+            .await?
+            .ok_or_else(|| Error::not_found("authentication"))?;
+        match found.value.outcome {
+            Outcome::Accepted { .. } => Ok((self.run(run).await?.value, id)),
+            Outcome::Refused { reason, message, aws_request_id, .. } => {
+                let reason = Reason::from_str_name(&format!("REASON_{reason}"))
+                    .unwrap_or(Reason::ExchangeRefused);
+                let mut error =
+                    Error::refused(reason, message).with("authentication_id", id.to_string());
+                if let Some(request_id) = aws_request_id {
+                    error = error.with("aws_request_id", request_id);
+                }
+                Err(error)
+            }
+            Outcome::Spending | Outcome::Verifying { .. } => {
+                Err(Error::internal("an attempt was answered before it had an outcome"))
+            }
+        }
+    }
+}
+
+/// Who won the commit of step 6.
+enum Counted {
+    Mine(Box<Attempt>),
+    /// The same request, submitted at the same time.
+    Another,
+}
+
+fn close(batch: Batch, record: &Authentication) -> Batch {
+    batch
+        .put(
+            keys::authentication(record.run.0, record.id.0),
+            Expect::Anything,
+            encode(record),
+        )
+        .delete(keys::authentication_open(record.id.0), Expect::Anything)
+}
+
+fn is_refusal(reason: Reason) -> bool {
+    matches!(reason, Reason::NotAwaitingCode | Reason::WrongState | Reason::PlanChanged)
+}
+
+fn unknown_sentence() -> String {
+    "Whether AWS accepted this code is not known, so it will not be used. Use the next code.".into()
+}
+
+/// Step 4.
+fn check_waiting(subject: &Subject, submission: &Submission) -> Result<()> {
+    let run = &subject.run.value;
+    let awaited = run.awaits_code(subject.environment.value.settings.policy);
+    if awaited != Some(submission.phase) {
+        let message = match awaited {
+            Some(phase) => format!("the run waits for a token code for its {phase}"),
+            None => format!("the run waits for no token code; it is in {}", run.state),
+        };
+        return Err(Error::refused(Reason::NotAwaitingCode, message)
+            .with("state", run.state.as_str()));
+    }
+    if submission.phase == Phase::Apply {
+        let planned = run.planned.as_ref().map(|planned| planned.digest);
+        if submission.seen.is_none() {
+            let message = "give the digest of the plan that you were shown (`Plan.digest`)";
+            return Err(Error::field("plan_digest", message));
+        }
+        if submission.seen != planned {
+            return Err(latchkey_domain::run::Refusal::PlanChanged.into());
+        }
+    }
+    Ok(())
+}
+
+fn refused_locally(refused: device::Refused) -> Error {
+    match refused {
+        device::Refused::CodeUsed => Error::refused(
+            Reason::CodeUsed,
+            "this code was submitted before and is good only once; use the next one",
+        ),
+        device::Refused::Busy { retry_at } => Error::refused(
+            Reason::DeviceBusy,
+            format!(
+                "five codes were tried for this device in the current three minutes; AWS would \
+                 block it after a few more. Use a new code from {} on",
+                clock_time(retry_at)
+            ),
+        )
+        .with("retry_at", rfc3339(retry_at)),
+    }
+}
+
+fn rfc3339(time: Timestamp) -> String {
+    jiff::Timestamp::from_millisecond(time.as_millis()).map_or_else(|_| String::new(), |t| t.to_string())
+}

@@ -1,0 +1,190 @@
+//! Takes a job's result. By then its log and all it made are durable here.
+
+use std::sync::Arc;
+
+use latchkey_domain::id::{Digest, JobId};
+use latchkey_domain::policy::Phase;
+use latchkey_domain::run::{
+    ApplyOutcome, Counts, Event, Failure, FailureKind, PlanDigests, PlanOutcome, Planned,
+};
+use latchkey_proto::v1::Reason;
+
+use super::App;
+use super::lease_job::{LeaseRef, lease_lost};
+use crate::auth::{RunnerIdentity, sha256};
+use crate::error::{Error, Result};
+
+const LONGEST_REASON: usize = 1024;
+const LARGEST_OUTPUTS: usize = 24 * 1024;
+
+/// How a job ended.
+#[derive(Clone, Debug)]
+pub enum JobResult {
+    Planned { digests: PlanDigests, applyable: bool, counts: Counts, terraform_version: String },
+    Applied { outputs: Option<String> },
+    Failed { kind: FailureKind, reason: String },
+}
+
+impl App {
+    /// Records a result. A repeat after a lost answer is answered the same; a result of an old
+    /// lease is refused and changes nothing.
+    pub async fn finish_job(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        log_length: u64,
+        result: JobResult,
+    ) -> Result<()> {
+        if self.is_recorded(runner, lease).await? {
+            return Ok(());
+        }
+        let subject = self.leased(runner, lease).await?;
+        let LeaseRef { job, epoch, .. } = lease;
+        let organization = subject.run.value.request.organization;
+        let held = subject.run.value.job(job.phase).lease.as_ref().ok_or_else(lease_lost)?;
+        let stored = self.log_length(job.run, job.phase).await?.saturating_sub(held.log_base);
+        if stored != log_length {
+            let message = format!("the log is not here whole: {stored} bytes are");
+            return Err(Error::refused(Reason::LogOffset, message)
+                .with("expected", stored.to_string()));
+        }
+        let runner_id = runner.id;
+        let actor = runner.audit_name();
+        match (job.phase, result) {
+            (Phase::Plan, JobResult::Planned { digests, applyable, counts, terraform_version }) => {
+                for digest in [digests.workspace, digests.changes] {
+                    if !self.blobs.exists(organization, digest).await.map_err(Error::internal)? {
+                        let message = "upload the workspace and the changes before the result";
+                        return Err(Error::field("plan", message));
+                    }
+                }
+                let planned = Planned {
+                    digest: digest_of(&digests),
+                    digests,
+                    applyable,
+                    counts,
+                    terraform_version,
+                };
+                self.advance(job.run, &actor, "finish_plan", |subject| {
+                    Ok(Event::PlanEnded {
+                        runner: runner_id,
+                        epoch,
+                        outcome: PlanOutcome::Planned(planned.clone()),
+                        current: subject.environment.value.settings.policy,
+                    })
+                })
+                .await?;
+            }
+            (Phase::Plan, JobResult::Failed { kind, reason }) => {
+                let failure = failure(kind, reason);
+                self.advance(job.run, &actor, "fail_plan", |subject| {
+                    Ok(Event::PlanEnded {
+                        runner: runner_id,
+                        epoch,
+                        outcome: PlanOutcome::Failed(failure.clone()),
+                        current: subject.environment.value.settings.policy,
+                    })
+                })
+                .await?;
+            }
+            (Phase::Apply, JobResult::Applied { outputs }) => {
+                let outputs = outputs.filter(|outputs| {
+                    outputs.len() <= LARGEST_OUTPUTS
+                        && serde_json::from_str::<serde_json::Value>(outputs).is_ok()
+                });
+                self.advance(job.run, &actor, "finish_apply", |_| {
+                    Ok(Event::ApplyEnded {
+                        runner: runner_id,
+                        epoch,
+                        outcome: ApplyOutcome::Applied { outputs: outputs.clone() },
+                    })
+                })
+                .await?;
+            }
+            (Phase::Apply, JobResult::Failed { kind, reason }) => {
+                let failure = failure(kind, reason);
+                self.advance(job.run, &actor, "fail_apply", |_| {
+                    Ok(Event::ApplyEnded {
+                        runner: runner_id,
+                        epoch,
+                        outcome: ApplyOutcome::Failed(failure.clone()),
+                    })
+                })
+                .await?;
+            }
+            (Phase::Plan, JobResult::Applied { .. }) | (Phase::Apply, JobResult::Planned { .. }) => {
+                return Err(Error::field("result", "it is the result of the other phase"));
+            }
+        }
+        self.close_log(job).await
+    }
+
+    async fn close_log(&self, job: JobId) -> Result<()> {
+        self.logs.finish(job.run, job.phase).await.map_err(Error::internal)?;
+        self.gates.forget(job);
+        Ok(())
+    }
+
+    /// Tells whether the lease's result is recorded already: the job has ended, and this runner
+    /// with this epoch was the last to hold it.
+    async fn is_recorded(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<bool> {
+        self.check_generation(lease)?;
+        let run = match self.run(lease.job.run).await {
+            Ok(run) => run.value,
+            Err(error) if error.reason() == Reason::NotFound => return Err(lease_lost()),
+            Err(error) => return Err(error),
+        };
+        let job = run.job(lease.job.phase);
+        Ok(job.ended_at.is_some()
+            && job.lease.is_none()
+            && job.epoch == lease.epoch
+            && job.runner == Some(runner.id))
+    }
+}
+
+/// One digest over the four that an approval is bound to.
+pub fn digest_of(digests: &PlanDigests) -> Digest {
+    let PlanDigests { plan, workspace, lock_file, changes } = digests;
+    let mut bytes = b"latchkey plan 1\0".to_vec();
+    for digest in [Some(plan), Some(workspace), lock_file.as_ref(), Some(changes)] {
+        match digest {
+            Some(digest) => {
+                bytes.push(1);
+                bytes.extend_from_slice(digest.as_bytes());
+            }
+            None => bytes.push(0),
+        }
+    }
+    sha256(&bytes)
+}
+
+fn failure(kind: FailureKind, reason: String) -> Failure {
+    let mut reason: String = reason.chars().filter(|c| !c.is_control()).collect();
+    if reason.len() > LONGEST_REASON {
+        let end = reason.floor_char_boundary(LONGEST_REASON);
+        reason.truncate(end);
+    }
+    Failure { kind, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_the_plan_changes_its_digest() {
+        let d = |n| Digest::from_bytes([n; 32]);
+        let base =
+            PlanDigests { plan: d(1), workspace: d(2), lock_file: Some(d(3)), changes: d(4) };
+        let variants = [
+            PlanDigests { plan: d(9), ..base.clone() },
+            PlanDigests { workspace: d(9), ..base.clone() },
+            PlanDigests { lock_file: Some(d(9)), ..base.clone() },
+            PlanDigests { lock_file: None, ..base.clone() },
+            PlanDigests { changes: d(9), ..base.clone() },
+        ];
+        for variant in variants {
+            assert_ne!(digest_of(&variant), digest_of(&base), "{variant:?}");
+        }
+    }
+}

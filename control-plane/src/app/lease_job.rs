@@ -1,0 +1,237 @@
+//! Leases: granted by a compare-and-swap, given back, expired, taken up again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_domain::id::{Digest, Epoch, Generation, JobId, RunnerId};
+use latchkey_domain::policy::Phase;
+use latchkey_domain::run::{Event, PlanDigests, Run, RunKind};
+use latchkey_proto::v1::Reason;
+
+use super::App;
+use super::transition::Subject;
+use crate::auth::RunnerIdentity;
+use crate::error::{Error, Result};
+
+/// Names one lease, as frames do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LeaseRef {
+    pub job: JobId,
+    pub epoch: Epoch,
+    pub generation: Generation,
+}
+
+/// All that preparing a job needs. No secret.
+#[derive(Clone, Debug)]
+pub struct JobSpec {
+    pub organization: String,
+    pub environment: String,
+    pub kind: RunKind,
+    pub archive: Digest,
+    pub working_directory: String,
+    pub target: Vec<String>,
+    pub replace: Vec<String>,
+    pub has_state: bool,
+    pub terraform_version: String,
+    pub approved: Option<PlanDigests>,
+    pub queued_by: String,
+    pub message: String,
+    pub region: String,
+}
+
+/// What is to become of a job that a runner says it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    Keep,
+    GiveUp,
+}
+
+impl App {
+    /// Grants an open job to a runner, if nobody else was faster.
+    pub async fn grant(
+        self: &Arc<Self>,
+        job: JobId,
+        runner: RunnerId,
+    ) -> Result<(LeaseRef, JobSpec)> {
+        let gate = self.gates.of(job);
+        let mut current = gate.lock().await;
+        let mut length = self.log_length(job.run, job.phase).await?;
+        if length > 0 {
+            length = self.note_in_log(job, length, "leased again: the phase starts over").await?;
+        }
+        let advance = self
+            .advance(job.run, &format!("runner {runner}"), "grant_lease", |_| {
+                Ok(Event::Granted { phase: job.phase, runner, log_base: length })
+            })
+            .await?;
+        let run = advance.into_run();
+        let epoch = run.job(job.phase).epoch;
+        *current = epoch;
+        let spec = self.job_spec(&run, job.phase).await?;
+        Ok((LeaseRef { job, epoch, generation: self.generation }, spec))
+    }
+
+    async fn job_spec(&self, run: &Run, phase: Phase) -> Result<JobSpec> {
+        let request = &run.request;
+        let environment =
+            self.environment(request.organization, request.environment).await?.value;
+        let organization = self.organization(request.organization).await?.value.name;
+        let (archive, approved, terraform_version) = match (phase, &run.planned) {
+            (Phase::Plan, _) => (request.configuration, None, String::new()),
+            (Phase::Apply, Some(planned)) => (
+                planned.digests.workspace,
+                Some(planned.digests.clone()),
+                planned.terraform_version.clone(),
+            ),
+            (Phase::Apply, None) => {
+                return Err(Error::internal("an apply was granted without a plan"));
+            }
+        };
+        Ok(JobSpec {
+            organization,
+            environment: environment.name,
+            kind: request.kind,
+            archive,
+            working_directory: environment.settings.working_directory,
+            target: request.target.clone(),
+            replace: request.replace.clone(),
+            has_state: environment.state.is_some(),
+            terraform_version,
+            approved,
+            queued_by: request.queued_by.name().to_owned(),
+            message: request.message.clone(),
+            region: environment.settings.region,
+        })
+    }
+
+    /// Takes back a job that its runner did not start.
+    pub async fn hand_back(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+    ) -> Result<()> {
+        self.check_generation(lease)?;
+        let LeaseRef { job, epoch, .. } = lease;
+        self.advance(job.run, &runner.audit_name(), "hand_back_job", |_| {
+            Ok(Event::HandedBack { phase: job.phase, runner: runner.id, epoch })
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Ends a lease whose runner has been silent for a whole term.
+    pub async fn expire(self: &Arc<Self>, job: JobId, epoch: Epoch) -> Result<()> {
+        let advance = self
+            .advance(job.run, "system", "expire_lease", |_| {
+                Ok(Event::LeaseExpired { phase: job.phase, epoch })
+            })
+            .await;
+        match advance {
+            Ok(_) => Ok(()),
+            Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Decides what becomes of a job that a runner holds when it connects. A lost apply whose
+    /// runner is back with its own lease goes on.
+    pub async fn take_up(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+    ) -> Result<Held> {
+        self.check_generation(lease)?;
+        let LeaseRef { job, epoch, .. } = lease;
+        let returned = self
+            .advance(job.run, &runner.audit_name(), "return", |_| {
+                Ok(Event::Returned { phase: job.phase, runner: runner.id, epoch })
+            })
+            .await;
+        match returned {
+            Ok(_) => Ok(Held::Keep),
+            Err(error) if matches!(error.reason(), Reason::LeaseLost | Reason::NotFound) => {
+                Ok(Held::GiveUp)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The term of every lease that the store knows, for a start: each has one full term from
+    /// the moment that runners can be heard again.
+    pub async fn standing_leases(&self) -> Result<Vec<(JobId, Epoch, RunnerId)>> {
+        let mut standing = vec![];
+        for run in self.open_runs().await? {
+            for phase in Phase::ALL {
+                if let Some(lease) = &run.job(phase).lease {
+                    standing.push((run.job_id(phase), lease.epoch, lease.runner));
+                }
+            }
+        }
+        Ok(standing)
+    }
+
+    pub(super) fn check_generation(&self, lease: LeaseRef) -> Result<()> {
+        if lease.generation == self.generation {
+            return Ok(());
+        }
+        if lease.generation > self.generation {
+            tracing::error!(
+                told = lease.generation.get(),
+                own = self.generation.get(),
+                "a runner has seen a later history than this control plane has: it runs on an \
+                 old copy of its data"
+            );
+        }
+        Err(lease_lost())
+    }
+
+    /// Fetches the run of a lease, if the runner holds it now.
+    pub(super) async fn leased(
+        &self,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+    ) -> Result<Subject> {
+        self.check_generation(lease)?;
+        let subject = match self.subject(lease.job.run).await {
+            Ok(subject) => subject,
+            // Ids of others are answered like any lease that is not theirs.
+            Err(error) if error.reason() == Reason::NotFound => return Err(lease_lost()),
+            Err(error) => return Err(error),
+        };
+        let run = &subject.run.value;
+        let job = run.job(lease.job.phase);
+        let current = job.lease.as_ref().is_some_and(|held| held.is(runner.id, lease.epoch));
+        if current { Ok(subject) } else { Err(lease_lost()) }
+    }
+
+    /// Fetches every run that has not ended.
+    pub(super) async fn open_runs(&self) -> Result<Vec<Run>> {
+        let mut runs = vec![];
+        for (key, _) in self.list(crate::store::keys::open_runs()).await? {
+            if let Some(id) = key.last_id().map(latchkey_domain::id::RunId::from_bytes) {
+                runs.push(self.run(id).await?.value);
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Rebuilds, after a start, what lives in memory only: open jobs and turns to be given.
+    pub async fn resume(self: &Arc<Self>) -> Result<()> {
+        for run in self.open_runs().await? {
+            let request = &run.request;
+            let environment =
+                self.environment(request.organization, request.environment).await?.value;
+            if let (Some(phase), Some(pool)) = (run.open_phase(), environment.settings.pool) {
+                self.dispatch.open(run.job_id(phase), pool);
+            }
+        }
+        self.give_all_turns().await
+    }
+}
+
+pub(super) fn lease_lost() -> Error {
+    latchkey_domain::run::Refusal::LeaseLost.into()
+}
+
+/// The least life a session must have left when its phase starts.
+pub const SESSION_FLOOR: Duration = Duration::from_secs(300);

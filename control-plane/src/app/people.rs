@@ -1,0 +1,226 @@
+//! People and programs: the first owner, users, service tokens.
+//!
+//! The first start prints a one-time secret. Whoever brings it makes the first organization and
+//! owns it; the secret is spent by the same commit.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_domain::id::{OrganizationId, ServiceTokenId, UserId};
+use latchkey_domain::time::Timestamp;
+use latchkey_proto::v1::Reason;
+use secrecy::SecretString;
+
+use super::{App, check_name};
+use crate::auth::{Caller, NewToken, Right, token_digest};
+use crate::error::{Error, Result};
+use crate::store::record::people::{
+    Bearer, Bootstrap, Membership, Organization, Role, ServiceToken, Token, User,
+};
+use crate::store::record::{Loaded, Text, encode};
+use crate::store::{Batch, CommitError, Expect, keys};
+
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
+const LONGEST_LIFETIME: Duration = Duration::from_secs(366 * 86_400);
+const BOOTSTRAP: &str = "bootstrap";
+
+/// What a caller learns of itself.
+#[derive(Debug)]
+pub struct Who {
+    pub caller: Caller,
+    pub memberships: Vec<(String, Role)>,
+}
+
+impl App {
+    /// Makes the one-time secret, if this control plane never had one. Answers it once.
+    pub async fn prepare_bootstrap(&self) -> Result<Option<SecretString>> {
+        let key = keys::setting(BOOTSTRAP);
+        if self.fetch::<Bootstrap>(key.clone()).await?.is_some() {
+            return Ok(None);
+        }
+        let token = NewToken::generate("lkb_")?;
+        let record = Bootstrap { secret: Text(token.digest), spent_at: None };
+        match self.store.commit(Batch::new().put(key, Expect::Absent, encode(&record))).await {
+            Ok(_) => Ok(Some(token.secret)),
+            Err(CommitError::Conflict { .. }) => Ok(None),
+            Err(error @ CommitError::Store(_)) => Err(error.into()),
+        }
+    }
+
+    pub async fn bootstrap(
+        &self,
+        secret: &SecretString,
+        organization: &str,
+        user: &str,
+    ) -> Result<SecretString> {
+        let rejected = || {
+            Error::refused(
+                Reason::IdentityRequired,
+                "the one-time secret is wrong or spent; it was printed at the first start",
+            )
+        };
+        let key = keys::setting(BOOTSTRAP);
+        let stored: Loaded<Bootstrap> = self.fetch(key).await?.ok_or_else(rejected)?;
+        let known = stored.value.secret.0;
+        let given = token_digest(secret);
+        let same: bool = subtle::ConstantTimeEq::ct_eq(
+            known.as_bytes().as_slice(),
+            given.as_bytes().as_slice(),
+        )
+        .into();
+        if !same || stored.value.spent_at.is_some() {
+            return Err(rejected());
+        }
+        check_name("organization", organization)?;
+        check_name("user", user)?;
+        let now = self.now();
+        let id = OrganizationId::from_uuid(self.new_id());
+        let spent = Bootstrap { spent_at: Some(now.into()), ..stored.value };
+        let record = Organization {
+            id: Text(id),
+            name: organization.to_owned(),
+            aws_accounts: vec![],
+            created_at: now.into(),
+        };
+        let (batch, token) = self.new_user(Batch::new(), id, user, Role::Owner)?;
+        let batch = batch
+            .put(stored.key, Expect::At(stored.version), encode(&spent))
+            .put(keys::organization(id), Expect::Absent, encode(&record))
+            .put(keys::organization_by_name(organization), Expect::Absent, encode(&Text(id)))
+            .audit(self.draft(id, format!("user {user}"), "bootstrap", format!("user {user}")));
+        self.store.commit(batch).await.map_err(|error| match error {
+            CommitError::Conflict { .. } => rejected(),
+            CommitError::Store(_) => error.into(),
+        })?;
+        Ok(token)
+    }
+
+    fn new_user(
+        &self,
+        batch: Batch,
+        organization: OrganizationId,
+        name: &str,
+        role: Role,
+    ) -> Result<(Batch, SecretString)> {
+        let id = UserId::from_uuid(self.new_id());
+        let token = NewToken::generate("lk_")?;
+        let bearer = Bearer::User { id: Text(id), name: name.to_owned() };
+        let record = Token { bearer, expires_at: None };
+        let user = User { id: Text(id), name: name.to_owned(), created_at: self.now().into() };
+        let membership = encode(&Membership { role });
+        let batch = batch
+            .put(keys::user(id), Expect::Absent, encode(&user))
+            .put(keys::user_by_name(name), Expect::Absent, encode(&Text(id)))
+            .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
+            .put(keys::membership(organization, id), Expect::Absent, membership.clone())
+            .put(keys::membership_by_user(id, organization), Expect::Absent, membership);
+        Ok((batch, token.secret))
+    }
+
+    /// Makes a user of an organization. Users' names are unique in the whole control plane.
+    pub async fn create_user(
+        &self,
+        caller: &Caller,
+        organization: &str,
+        name: &str,
+        role: Role,
+    ) -> Result<SecretString> {
+        let standing = self.standing(caller, organization, Right::Own).await?;
+        check_name("user", name)?;
+        let (batch, token) = self.new_user(Batch::new(), standing.organization, name, role)?;
+        let role = match role {
+            Role::Member => "member",
+            Role::Owner => "owner",
+        };
+        let batch = batch.audit(
+            self.draft(
+                standing.organization,
+                caller.audit_name(),
+                "create_user",
+                format!("user {name}"),
+            )
+            .with("role", role),
+        );
+        self.commit_named(batch, "user").await?;
+        Ok(token)
+    }
+
+    pub async fn create_service_token(
+        &self,
+        caller: &Caller,
+        organization: &str,
+        name: &str,
+        lifetime: Option<Duration>,
+    ) -> Result<(SecretString, Timestamp)> {
+        let standing = self.standing(caller, organization, Right::Own).await?;
+        check_name("name", name)?;
+        let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
+        if lifetime.is_zero() || lifetime > LONGEST_LIFETIME {
+            return Err(Error::field("lifetime", "a service token lives up to 366 days"));
+        }
+        let organization = standing.organization;
+        // Names are unique because the id is derived from the name.
+        let id = ServiceTokenId::from_uuid(uuid::Uuid::new_v8(
+            crate::auth::sha256(name.as_bytes()).as_bytes()[..16].try_into().expect("16 of 32"),
+        ));
+        let token = NewToken::generate("lks_")?;
+        let expires_at = self.now() + lifetime;
+        let bearer = Bearer::Service {
+            id: Text(id),
+            organization: Text(organization),
+            name: name.to_owned(),
+        };
+        let record = Token { bearer, expires_at: Some(expires_at.into()) };
+        let service = ServiceToken {
+            name: name.to_owned(),
+            created_by: caller.name().to_owned(),
+            created_at: self.now().into(),
+            expires_at: expires_at.into(),
+        };
+        let subject = format!("service-token {name}");
+        let batch = Batch::new()
+            .put(keys::service_token(organization, id), Expect::Absent, encode(&service))
+            .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
+            .audit(self.draft(
+                organization,
+                caller.audit_name(),
+                "create_service_token",
+                subject,
+            ));
+        self.commit_named(batch, "service token").await?;
+        Ok((token.secret, expires_at))
+    }
+
+    /// Commits a batch in which a conflict means that the name is taken.
+    pub(super) async fn commit_named(&self, batch: Batch, what: &str) -> Result<()> {
+        match self.store.commit(batch).await {
+            Ok(_) => Ok(()),
+            Err(CommitError::Conflict { .. }) => Err(Error::refused(
+                Reason::NameTaken,
+                format!("a {what} of this name exists; choose another"),
+            )),
+            Err(error @ CommitError::Store(_)) => Err(error.into()),
+        }
+    }
+
+    pub async fn who_am_i(self: &Arc<Self>, caller: &Caller) -> Result<Who> {
+        let mut memberships = vec![];
+        match caller {
+            Caller::User { id, .. } => {
+                for (key, found) in self.list(keys::memberships_by_user(*id)).await? {
+                    let Some(organization) = key.last_id().map(OrganizationId::from_bytes) else {
+                        continue;
+                    };
+                    let membership: Membership = crate::store::record::decode(&key, &found)?;
+                    let name = self.organization(organization).await?.value.name;
+                    memberships.push((name, membership.role));
+                }
+            }
+            Caller::Service { organization, .. } => {
+                let name = self.organization(*organization).await?.value.name;
+                memberships.push((name, Role::Member));
+            }
+        }
+        Ok(Who { caller: caller.clone(), memberships })
+    }
+}

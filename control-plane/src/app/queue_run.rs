@@ -1,0 +1,174 @@
+//! Queues a run.
+
+use std::sync::Arc;
+
+use latchkey_domain::environment::Change;
+use latchkey_domain::id::{Digest, RunId};
+use latchkey_domain::run::{Request, Run, RunKind, RunState};
+use latchkey_proto::v1::Reason;
+
+use super::environments::request_owner;
+use super::transition::Subject;
+use super::{App, check_request_id};
+use crate::auth::{Caller, Right};
+use crate::error::{Error, Result};
+use crate::store::record::run::RunRecord;
+use crate::store::record::{Loaded, Text, encode};
+use crate::store::{Batch, CommitError, Expect, Version, keys};
+
+const LONGEST_MESSAGE: usize = 512;
+const MOST_ADDRESSES: usize = 100;
+const LONGEST_ADDRESS: usize = 512;
+const ATTEMPTS: usize = 16;
+
+/// What a person asks for.
+#[derive(Clone, Debug)]
+pub struct NewRun {
+    pub organization: String,
+    pub environment: String,
+    pub configuration: Digest,
+    pub kind: RunKind,
+    pub message: String,
+    pub target: Vec<String>,
+    pub replace: Vec<String>,
+    /// The environment's own setting when absent.
+    pub auto_apply: Option<bool>,
+    /// The environment's name typed again, for a destroy.
+    pub destroy_confirmation: String,
+    pub request_id: String,
+}
+
+impl App {
+    pub async fn queue_run(self: &Arc<Self>, caller: &Caller, new: NewRun) -> Result<Run> {
+        let standing = self.standing(caller, &new.organization, Right::Operate).await?;
+        check_request_id(&new.request_id)?;
+        let request_key =
+            keys::request(request_owner(caller), &format!("run:{}", new.request_id));
+        if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
+            return Ok(self.run(made.value.0).await?.value);
+        }
+        check(&new)?;
+        let organization = standing.organization;
+        let configuration = keys::configuration(organization, &new.configuration);
+        if self.store.fetch(&configuration).await?.is_none() {
+            let message = "no such configuration was uploaded here; upload it first";
+            return Err(Error::field("configuration_digest", message));
+        }
+        let id = RunId::from_uuid(self.new_id());
+        for _ in 0..ATTEMPTS {
+            let environment = self.environment_named(organization, &new.environment).await?;
+            let settings = &environment.value.settings;
+            let run = Run::queue(
+                id,
+                Request {
+                    organization,
+                    environment: environment.value.id,
+                    kind: new.kind,
+                    configuration: new.configuration,
+                    message: new.message.clone(),
+                    target: new.target.clone(),
+                    replace: new.replace.clone(),
+                    auto_apply: new.auto_apply.unwrap_or(settings.auto_apply),
+                    policy: settings.policy,
+                    queued_by: caller.actor(),
+                    queued_at: self.now(),
+                },
+            );
+            match self.commit_queued(caller, run, environment, request_key.clone()).await? {
+                Queued::Made(run) => return Ok(*run),
+                Queued::LostRace => {
+                    if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
+                        return Ok(self.run(made.value.0).await?.value);
+                    }
+                }
+            }
+        }
+        Err(Error::refused(
+            Reason::ChangedMeanwhile,
+            "the environment changes too fast; repeat with the same request_id",
+        ))
+    }
+
+    async fn commit_queued(
+        self: &Arc<Self>,
+        caller: &Caller,
+        run: Run,
+        environment: Loaded<crate::store::record::environment::Environment>,
+        request_key: crate::store::Key,
+    ) -> Result<Queued> {
+        let id = run.id;
+        // The run is not stored yet: its version is only a placeholder.
+        let loaded = Loaded { key: keys::run(id), version: Version::new(0), value: run.clone() };
+        let subject = Subject { run: loaded, environment };
+        let (next, change, effects) = self.with_turn(&subject, (run, Change::Keep, vec![]));
+        let request = &next.request;
+        let hold = subject.environment.value.hold.after(id, &change);
+        let mut changed = subject.environment.value.clone();
+        let environment_key = subject.environment.key.clone();
+        let expect = Expect::At(subject.environment.version);
+        let mut batch = Batch::new();
+        batch = if hold == changed.hold {
+            // The policy and the turn that the run was given are those of this version.
+            batch.check(environment_key, expect)
+        } else {
+            changed.hold = hold;
+            let record = crate::store::record::environment::EnvironmentRecord::from(&changed);
+            batch.put(environment_key, expect, encode(&record))
+        };
+        if next.state == RunState::Pending {
+            batch = batch.put(keys::pending_run(request.environment, id), Expect::Absent, []);
+        }
+        let draft = self
+            .draft(request.organization, caller.audit_name(), "queue_run", format!("run {id}"))
+            .with("environment", changed.name.as_str())
+            .with("configuration", request.configuration.to_string())
+            .with("to", next.state.as_str());
+        let batch = batch
+            .put(keys::run(id), Expect::Absent, encode(&RunRecord::from(&next)))
+            .put(keys::open_run(id), Expect::Absent, [])
+            .put(keys::run_by_environment(request.environment, id), Expect::Absent, [])
+            .put(request_key, Expect::Absent, encode(&Text(id)))
+            .audit(draft);
+        match self.store.commit(batch).await {
+            Ok(_) => {}
+            Err(CommitError::Conflict { .. }) => return Ok(Queued::LostRace),
+            Err(error @ CommitError::Store(_)) => return Err(error.into()),
+        }
+        tracing::info!(run_id = %id, state = %next.state, "a run was queued");
+        self.perform(&next, &subject.environment.value, effects);
+        if next.state == RunState::Pending {
+            self.give_turn_soon(&next);
+        }
+        Ok(Queued::Made(Box::new(next)))
+    }
+}
+
+enum Queued {
+    Made(Box<Run>),
+    LostRace,
+}
+
+fn check(new: &NewRun) -> Result<()> {
+    if new.message.chars().count() > LONGEST_MESSAGE {
+        return Err(Error::field("message", "a message has up to 512 characters"));
+    }
+    for (field, addresses) in [("target", &new.target), ("replace", &new.replace)] {
+        let fits = |address: &String| {
+            (1..=LONGEST_ADDRESS).contains(&address.len())
+                && !address.starts_with('-')
+                && !address.chars().any(char::is_control)
+        };
+        if addresses.len() > MOST_ADDRESSES || !addresses.iter().all(fits) {
+            let message = "give up to 100 resource addresses of up to 512 bytes, such as \
+                           aws_instance.web[0]";
+            return Err(Error::field(field, message));
+        }
+    }
+    if new.kind == RunKind::Destroy && new.destroy_confirmation != new.environment {
+        return Err(Error::field(
+            "destroy_confirmation",
+            "type the environment's name again to destroy all that is in it",
+        ));
+    }
+    Ok(())
+}

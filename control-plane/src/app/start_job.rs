@@ -1,0 +1,197 @@
+//! Answers `Starting` with `Go`: the one place where credentials leave.
+//!
+//! What the phase may have is judged by the domain in the commit that releases it; the audit
+//! record of the release is part of that commit, so nothing leaves unrecorded. A repeat, after
+//! a lost answer or for a replaced supervisor, is given the same again and is not judged again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_domain::policy::Phase;
+use latchkey_domain::run::{Actor, Event, Run};
+use latchkey_proto::v1::Reason;
+
+use super::App;
+use super::lease_job::{LeaseRef, lease_lost};
+use super::transition::Subject;
+use super::variables::JobVariable;
+use crate::auth::RunnerIdentity;
+use crate::error::{Error, Result};
+use crate::store::record::authentication::Session;
+use crate::store::record::encode;
+use crate::store::record::environment::PlainCredentials;
+use crate::store::{Batch, Expect, keys};
+use crate::sts::errors::sentence;
+use crate::sts::{Exchange, SessionCredentials};
+
+const PLAIN_ATTEMPTS: u32 = 3;
+const PLAIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a job starts with.
+#[derive(Debug)]
+pub struct Go {
+    pub session: Option<SessionCredentials>,
+    pub variables: Vec<JobVariable>,
+}
+
+/// The answer to `Starting`.
+#[derive(Debug)]
+pub enum Start {
+    Go(Go),
+    /// The lease is over: the run waits for a code again, or cannot start at all.
+    Revoked { reason: String },
+}
+
+impl App {
+    pub async fn start_job(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+    ) -> Result<Start> {
+        let subject = self.leased(runner, lease).await?;
+        let LeaseRef { job, epoch, .. } = lease;
+        let phase = job.phase;
+        let held = subject.run.value.job(phase).lease.as_ref().ok_or_else(lease_lost)?;
+        let plain = if held.released.is_some() {
+            None
+        } else {
+            match self.plain_session(&subject, phase).await {
+                Ok(plain) => plain,
+                Err(reason) => return self.cannot_start(runner, lease, reason).await,
+            }
+        };
+        let place = keys::session(job.run, phase);
+        let waiting = plain.as_ref().map(|session| Session {
+            authentication: None,
+            credentials: self.seal_session(&place, session),
+            expires_at: session.expires_at.into(),
+        });
+        let advance = self
+            .advance_with(job.run, &runner.audit_name(), "release_credentials", |subject| {
+                let event = Event::Starting {
+                    phase,
+                    runner: runner.id,
+                    epoch,
+                    current: subject.environment.value.settings.policy,
+                    floor: self.session_floor,
+                };
+                let mut batch = Batch::new();
+                if let Some(waiting) = &waiting {
+                    batch = batch.put(place.clone(), Expect::Anything, encode(waiting));
+                }
+                Ok((event, batch))
+            })
+            .await?;
+        let run = advance.into_run();
+        let released = run.job(phase).lease.as_ref().and_then(|lease| lease.released);
+        if released.is_none() {
+            let reason = run.reason.unwrap_or_else(|| "the lease is over".into());
+            return Ok(Start::Revoked { reason });
+        }
+        self.go(&run, phase).await.map(Start::Go)
+    }
+
+    /// Answers a supervisor that was replaced while terraform runs.
+    pub async fn start_again(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+    ) -> Result<Go> {
+        let subject = self.leased(runner, lease).await?;
+        let run = &subject.run.value;
+        let held = run.job(lease.job.phase).lease.as_ref();
+        match held.and_then(|held| held.released) {
+            Some(_) => self.go(run, lease.job.phase).await,
+            None => Err(lease_lost()),
+        }
+    }
+
+    async fn go(&self, run: &Run, phase: Phase) -> Result<Go> {
+        let person = match &run.request.queued_by {
+            Actor::User { id, .. } => Some(*id),
+            Actor::Service { .. } => None,
+        };
+        let request = &run.request;
+        Ok(Go {
+            session: self.session_of(run.id, phase).await?,
+            variables: self
+                .job_variables(request.organization, request.environment, person)
+                .await?,
+        })
+    }
+
+    /// Gets a session without MFA for a phase that demands no code, where the environment wants
+    /// one and the organization has keys. The error is for the run's reason.
+    async fn plain_session(
+        &self,
+        subject: &Subject,
+        phase: Phase,
+    ) -> Result<Option<SessionCredentials>, String> {
+        let (run, environment) = (&subject.run.value, &subject.environment.value);
+        let settings = &environment.settings;
+        let policy = run.request.policy.max(settings.policy);
+        if run.job(phase).evidence.is_some() || policy.requires_code(phase) {
+            return Ok(None);
+        }
+        match settings.plain_credentials {
+            PlainCredentials::None => return Ok(None),
+            PlainCredentials::Session => {}
+        }
+        let keys = self
+            .organization_keys(run.request.organization)
+            .await
+            .map_err(|error| error.message().to_owned())?;
+        let Some(keys) = keys else { return Ok(None) };
+        for attempt in 1..=PLAIN_ATTEMPTS {
+            let exchange =
+                self.sts.exchange(&keys, None, &settings.region, settings.session_duration).await;
+            match exchange {
+                Exchange::Issued { credentials, .. } => return Ok(Some(credentials)),
+                Exchange::Refused(refused) => {
+                    return Err(sentence(refused.class, None, &settings.region).1);
+                }
+                // Without a code nothing is spent by asking again.
+                Exchange::Unknown { .. } | Exchange::NotReached if attempt < PLAIN_ATTEMPTS => {
+                    tokio::time::sleep(PLAIN_PAUSE).await;
+                }
+                Exchange::Unknown { .. } | Exchange::NotReached => {}
+            }
+        }
+        Err("AWS STS did not answer, so there are no credentials; queue the run again".into())
+    }
+
+    /// Ends a run whose job no runner of this kind can prepare: the next would fail alike.
+    pub async fn decline_job(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        reason: String,
+    ) -> Result<()> {
+        self.leased(runner, lease).await?;
+        self.cannot_start(runner, lease, reason).await.map(drop)
+    }
+
+    async fn cannot_start(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        reason: String,
+    ) -> Result<Start> {
+        let LeaseRef { job, epoch, .. } = lease;
+        let advance = self
+            .advance(job.run, "system", "refuse_start", |_| {
+                Ok(Event::CannotStart {
+                    phase: job.phase,
+                    runner: runner.id,
+                    epoch,
+                    reason: reason.clone(),
+                })
+            })
+            .await;
+        match advance {
+            Ok(_) => Ok(Start::Revoked { reason }),
+            Err(error) if error.reason() == Reason::LeaseLost => Err(lease_lost()),
+            Err(error) => Err(Error::internal(error)),
+        }
+    }
+}

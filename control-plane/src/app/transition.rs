@@ -1,0 +1,229 @@
+//! Moves a run: read at a version, step, commit expecting that version, then perform.
+//!
+//! Everything a step changes is in one batch: the run, its environment, indexes, the sessions
+//! that are over, and the audit record that tells of it. What remains for after the commit are
+//! messages to the dispatch, which are derived again from the store at a start.
+
+use std::sync::Arc;
+
+use latchkey_domain::environment::Change;
+use latchkey_domain::id::RunId;
+use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
+
+use super::App;
+use crate::error::{Error, Result};
+use crate::store::record::environment::{Environment, EnvironmentRecord};
+use crate::store::record::run::RunRecord;
+use crate::store::record::{Loaded, encode};
+use crate::store::{Batch, CommitError, Expect, keys};
+
+/// How often a lost race is run again before the caller is told.
+const ATTEMPTS: usize = 16;
+
+/// A run and its environment as one read them.
+#[derive(Debug)]
+pub(super) struct Subject {
+    pub(super) run: Loaded<Run>,
+    pub(super) environment: Loaded<Environment>,
+}
+
+/// What an event did.
+#[derive(Debug)]
+pub(super) enum Advance {
+    Moved(Box<Run>),
+    /// It was so already.
+    Unchanged(Box<Run>),
+}
+
+impl Advance {
+    pub(super) fn into_run(self) -> Run {
+        match self {
+            Advance::Moved(run) | Advance::Unchanged(run) => *run,
+        }
+    }
+}
+
+impl App {
+    pub(super) async fn subject(&self, id: RunId) -> Result<Subject> {
+        let run = self.run(id).await?;
+        let request = &run.value.request;
+        let environment = self.environment(request.organization, request.environment).await?;
+        Ok(Subject { run, environment })
+    }
+
+    /// Moves a run by the event that `decide` makes of what is stored, and performs what
+    /// follows. `decide` is asked again after a lost race.
+    pub(super) async fn advance(
+        self: &Arc<Self>,
+        id: RunId,
+        actor: &str,
+        action: &str,
+        decide: impl Fn(&Subject) -> Result<Event>,
+    ) -> Result<Advance> {
+        self.advance_with(id, actor, action, |subject| Ok((decide(subject)?, Batch::new()))).await
+    }
+
+    /// As [`App::advance`], with more that belongs in the same commit.
+    pub(super) async fn advance_with(
+        self: &Arc<Self>,
+        id: RunId,
+        actor: &str,
+        action: &str,
+        decide: impl Fn(&Subject) -> Result<(Event, Batch)>,
+    ) -> Result<Advance> {
+        for _ in 0..ATTEMPTS {
+            let subject = self.subject(id).await?;
+            let (event, batch) = decide(&subject)?;
+            let run = &subject.run.value;
+            let (next, environment, effects) = match step(run, event, self.now()) {
+                Step::Unchanged => {
+                    return Ok(Advance::Unchanged(Box::new(subject.run.value)));
+                }
+                Step::Refused(refusal) => {
+                    let error = Error::from(refusal);
+                    return Err(error.with("state", run.state.as_str()));
+                }
+                Step::Moved { next, environment, effects } => (*next, environment, effects),
+            };
+            let moved = self.with_turn(&subject, (next, environment, effects));
+            let batch = self.write(&subject, &moved, actor, action, batch);
+            match self.store.commit(batch).await {
+                Ok(_) => {}
+                Err(CommitError::Conflict { .. }) => continue,
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+            let (next, _, effects) = moved;
+            tracing::info!(run_id = %id, state = %next.state, action, "the run moved");
+            self.perform(&next, &subject.environment.value, effects);
+            return Ok(Advance::Moved(Box::new(next)));
+        }
+        Err(CommitError::Conflict { key: keys::run(id) }.into())
+    }
+
+    /// Gives a run that has just become pending its turn in the same commit, if nothing is in
+    /// its way: one write to the disk less for the usual case.
+    pub(super) fn with_turn(&self, subject: &Subject, moved: Moved) -> Moved {
+        let (next, change, mut effects) = moved;
+        let hold = &subject.environment.value.hold;
+        let free = hold.after(next.id, &change);
+        if next.state != RunState::Pending || !may_start(&next, &free) {
+            return (next, change, effects);
+        }
+        match step(&next, Event::TurnCame, self.now()) {
+            Step::Moved { next, environment, effects: more } => {
+                effects.retain(|effect| *effect != Effect::GiveTurn);
+                effects.extend(more);
+                (*next, environment, effects)
+            }
+            Step::Unchanged | Step::Refused(_) => (next, change, effects),
+        }
+    }
+
+    fn write(
+        &self,
+        subject: &Subject,
+        (next, change, effects): &Moved,
+        actor: &str,
+        action: &str,
+        mut batch: Batch,
+    ) -> Batch {
+        let Subject { run, environment } = subject;
+        let request = &next.request;
+        batch = batch.put(
+            run.key.clone(),
+            Expect::At(run.version),
+            encode(&RunRecord::from(next)),
+        );
+        let hold = environment.value.hold.after(next.id, change);
+        if hold == environment.value.hold {
+            batch = match change {
+                // A turn was judged by what the environment said: it must still say so.
+                Change::Keep if next.state == RunState::PlanQueued => {
+                    batch.check(environment.key.clone(), Expect::At(environment.version))
+                }
+                Change::Keep
+                | Change::Hold
+                | Change::Free
+                | Change::Thaw
+                | Change::Freeze { .. } => batch,
+            };
+        } else {
+            let mut changed = environment.value.clone();
+            changed.hold = hold;
+            let value = encode(&EnvironmentRecord::from(&changed));
+            batch = batch.put(environment.key.clone(), Expect::At(environment.version), value);
+        }
+        let pending = keys::pending_run(request.environment, next.id);
+        match (run.value.state == RunState::Pending, next.state == RunState::Pending) {
+            (false, true) => batch = batch.put(pending, Expect::Anything, []),
+            (true, false) => batch = batch.delete(pending, Expect::Anything),
+            (true, true) | (false, false) => {}
+        }
+        if next.state.is_end() && !run.value.state.is_end() {
+            batch = batch.delete(keys::open_run(next.id), Expect::Anything);
+        }
+        for effect in effects {
+            if let Effect::DropSession(phase) = effect {
+                batch = batch.delete(keys::session(next.id, *phase), Expect::Anything);
+            }
+        }
+        let mut draft = self
+            .draft(request.organization, actor, action, format!("run {}", next.id))
+            .with("from", run.value.state.as_str())
+            .with("to", next.state.as_str());
+        if let Some(reason) = &next.reason {
+            draft = draft.with("reason", reason.as_str());
+        }
+        batch.audit(draft)
+    }
+
+    /// Does what follows a commit. All of it can be done again: at a start it is derived from
+    /// the store.
+    pub(super) fn perform(
+        self: &Arc<Self>,
+        run: &Run,
+        environment: &Environment,
+        effects: Vec<Effect>,
+    ) {
+        for effect in effects {
+            match effect {
+                Effect::GiveTurn => self.give_turn_soon(run),
+                Effect::Offer(job) => {
+                    if let Some(pool) = environment.settings.pool {
+                        self.dispatch.open(job, pool);
+                    }
+                }
+                Effect::Withdraw(job) => self.dispatch.withdraw(job),
+                Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch),
+                Effect::Revoke(job, epoch) => self.dispatch.revoke(job, epoch, &reason(run)),
+                // Done in the commit.
+                Effect::DropSession(_) => {}
+                Effect::DropPlan => self.drop_plan_soon(run),
+            }
+        }
+    }
+
+    fn drop_plan_soon(self: &Arc<Self>, run: &Run) {
+        let Some(planned) = &run.planned else { return };
+        let (app, organization) = (Arc::clone(self), run.request.organization);
+        let workspace = planned.digests.workspace;
+        tokio::spawn(async move {
+            if let Err(error) = app.blobs.delete(organization, workspace).await {
+                tracing::warn!(%workspace, error = %error, "a workspace was left behind");
+            }
+        });
+    }
+}
+
+/// What one step makes: the run, what becomes of its environment, what follows.
+pub(super) type Moved = (Run, Change, Vec<Effect>);
+
+fn reason(run: &Run) -> String {
+    run.reason.clone().unwrap_or_else(|| "the lease is over".to_owned())
+}
+
+/// Tells whether a pending run may start: plan-only runs pass those that hold the environment,
+/// but nothing passes a frozen one.
+pub(super) fn may_start(run: &Run, hold: &latchkey_domain::environment::Hold) -> bool {
+    if run.is_plan_only() { hold.frozen.is_none() } else { hold.admits(run.id) }
+}

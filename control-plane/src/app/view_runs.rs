@@ -1,0 +1,184 @@
+//! Runs as people see them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use latchkey_domain::id::{EnvironmentId, RunId};
+use latchkey_domain::policy::{MfaPolicy, Phase};
+use latchkey_domain::run::{Run, RunState};
+use tokio::sync::mpsc;
+
+use super::{App, Page, PageRequest};
+use crate::auth::{Caller, Right};
+use crate::error::Result;
+use crate::store::{Scan, keys};
+
+/// What the lock beside a run shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    NotRequired,
+    CodeRequired,
+    Authenticated,
+    Failed,
+}
+
+/// A run with the names that people know, and what is derived of it.
+#[derive(Clone, Debug)]
+pub struct RunView {
+    pub run: Run,
+    pub organization: String,
+    pub environment: String,
+    pub lock: Lock,
+    pub plan_log_length: u64,
+    pub apply_log_length: u64,
+    /// 1 is next; 0 when it does not wait for its turn.
+    pub queue_position: u32,
+    /// The reduced `show -json` of its plan; only where one run is shown.
+    pub changes: Option<Arc<serde_json::Value>>,
+}
+
+/// Tells what the lock shows: the phase that waits, or else the last that was gated.
+pub fn lock(run: &Run, current: MfaPolicy) -> Lock {
+    if run.awaits_code(current).is_some() {
+        return if run.refused_code.is_some() { Lock::Failed } else { Lock::CodeRequired };
+    }
+    let authenticated = |phase| run.job(phase).authenticated.is_some();
+    if authenticated(Phase::Apply) || authenticated(Phase::Plan) {
+        Lock::Authenticated
+    } else {
+        Lock::NotRequired
+    }
+}
+
+impl App {
+    pub async fn show_run(&self, caller: &Caller, id: RunId) -> Result<RunView> {
+        let (standing, run) = self.run_for(caller, id, Right::Read).await?;
+        self.run_view(run.value, standing.organization_name).await
+    }
+
+    /// Completes a run that the caller was just answered, for the answer.
+    pub async fn run_view(&self, run: Run, organization: String) -> Result<RunView> {
+        let mut names = HashMap::new();
+        let mut view = self.view(run, &organization, &mut names).await?;
+        view.changes = self.changes(&view.run).await?;
+        view.queue_position = self.queue_position(&view.run).await?;
+        Ok(view)
+    }
+
+    /// As [`App::run_view`], for callers whose right was checked by the use case before.
+    pub async fn view_of(&self, run: Run) -> Result<RunView> {
+        let organization = self.organization(run.request.organization).await?.value.name;
+        self.run_view(run, organization).await
+    }
+
+    /// Lists an environment's runs, newest first.
+    pub async fn list_runs(
+        &self,
+        caller: &Caller,
+        organization: &str,
+        environment: &str,
+        page: PageRequest,
+    ) -> Result<Page<RunView>> {
+        let standing = self.standing(caller, organization, Right::Read).await?;
+        let environment = self.environment_named(standing.organization, environment).await?.value;
+        let size = page.size()?;
+        let after =
+            page.after::<RunId>()?.map(|run| keys::run_by_environment(environment.id, run));
+        let scan =
+            Scan::descending(keys::runs_by_environment(environment.id), size + 1).after(after);
+        let (mut items, mut next) = (vec![], None);
+        let mut names = HashMap::new();
+        for (key, _) in self.scan(scan).await? {
+            if items.len() == size {
+                next = items.last().map(|view: &RunView| view.run.id.to_string());
+                break;
+            }
+            let Some(id) = key.last_id().map(RunId::from_bytes) else { continue };
+            let run = self.run(id).await?.value;
+            items.push(self.view(run, &standing.organization_name, &mut names).await?);
+        }
+        Ok(Page { items, next })
+    }
+
+    /// Sends the run now and again after every change, until it has ended or nobody listens.
+    pub async fn watch_run(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: RunId,
+    ) -> Result<mpsc::Receiver<Result<RunView>>> {
+        let (standing, _) = self.run_for(caller, id, Right::Read).await?;
+        let app = Arc::clone(self);
+        let (sender, receiver) = mpsc::channel(4);
+        let mut feed = self.store.watch(keys::exactly(&keys::run(id)));
+        tokio::spawn(async move {
+            loop {
+                let view = match app.run(id).await {
+                    Ok(run) => app.run_view(run.value, standing.organization_name.clone()).await,
+                    Err(error) => Err(error),
+                };
+                let last = view.as_ref().map_or(true, |view| view.run.state.is_end());
+                if sender.send(view).await.is_err() || last {
+                    return;
+                }
+                tokio::select! {
+                    _ = feed.next() => {}
+                    () = sender.closed() => return,
+                }
+            }
+        });
+        Ok(receiver)
+    }
+
+    async fn view(
+        &self,
+        run: Run,
+        organization: &str,
+        names: &mut HashMap<EnvironmentId, (String, MfaPolicy)>,
+    ) -> Result<RunView> {
+        let request = &run.request;
+        let (environment, current) = match names.get(&request.environment) {
+            Some(known) => known.clone(),
+            None => {
+                let found = self.environment(request.organization, request.environment).await?;
+                let known = (found.value.name, found.value.settings.policy);
+                names.insert(request.environment, known.clone());
+                known
+            }
+        };
+        Ok(RunView {
+            lock: lock(&run, current),
+            organization: organization.to_owned(),
+            environment,
+            plan_log_length: self.log_length(run.id, Phase::Plan).await?,
+            apply_log_length: self.log_length(run.id, Phase::Apply).await?,
+            queue_position: 0,
+            changes: None,
+            run,
+        })
+    }
+
+    async fn queue_position(&self, run: &Run) -> Result<u32> {
+        if run.state != RunState::Pending {
+            return Ok(0);
+        }
+        let pending = self.list(keys::pending_runs_of(run.request.environment)).await?;
+        let before = pending
+            .iter()
+            .filter(|(key, _)| key.last_id().is_some_and(|id| id <= *run.id.as_bytes()))
+            .count();
+        Ok(u32::try_from(before).unwrap_or(u32::MAX))
+    }
+
+    async fn changes(&self, run: &Run) -> Result<Option<Arc<serde_json::Value>>> {
+        let Some(planned) = &run.planned else { return Ok(None) };
+        let organization = run.request.organization;
+        let bytes = self
+            .blobs
+            .get(organization, planned.digests.changes, super::artifacts::LARGEST_CHANGES)
+            .await
+            .map_err(super::configurations::blob_error)?;
+        let changes = serde_json::from_slice(bytes.expose_secret())
+            .map_err(|_| crate::error::Error::internal("stored changes are malformed"))?;
+        Ok(Some(Arc::new(changes)))
+    }
+}

@@ -1,0 +1,186 @@
+//! Who is connected, what is open, and who gets it: one actor and its handle.
+//!
+//! The actor owns open jobs by pool, connected runners with their idle slots, and the deadline
+//! of every lease. It decides nothing for good: a grant is a commit in the store, which another
+//! control plane may win, and an expiry is an event that the domain judges. So all it owns may
+//! be lost and is rebuilt from the store at a start.
+//!
+//! Deadlines are of the monotonic clock. A lease found at a start gets a full term.
+
+mod actor;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_domain::id::{Epoch, JobId, PoolId, RunnerId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::app::App;
+use crate::app::lease_job::{JobSpec, LeaseRef};
+use crate::auth::RunnerIdentity;
+
+pub use self::actor::ConnectionId;
+
+/// How many messages may wait for the actor before senders wait too.
+const QUEUE: usize = 1024;
+
+/// How many frames may wait for one runner. A runner that does not read is disconnected.
+pub const RUNNER_QUEUE: usize = 64;
+
+/// What a runner's stream is told to send.
+#[derive(Debug)]
+pub enum ToRunner {
+    Offer { lease: LeaseRef, spec: Box<JobSpec> },
+    Cancel { lease: LeaseRef, force: bool },
+    Revoke { lease: LeaseRef, reason: String },
+    /// Another stream of the same runner took over.
+    Superseded,
+}
+
+/// A runner as this process sees it.
+#[derive(Clone, Debug)]
+pub struct Connected {
+    pub slots: u32,
+    pub engines: Vec<(String, String)>,
+    pub held: Vec<JobId>,
+    pub last_seen: latchkey_domain::time::Timestamp,
+}
+
+/// What a runner says of itself when it connects.
+#[derive(Clone, Debug)]
+pub struct Introduction {
+    pub slots: u32,
+    pub engines: Vec<(String, String)>,
+    /// Leases that were kept.
+    pub held: Vec<LeaseRef>,
+}
+
+enum Message {
+    Open { job: JobId, pool: PoolId },
+    Withdraw { job: JobId },
+    Cancel { job: JobId, epoch: Epoch },
+    Revoke { job: JobId, epoch: Epoch, reason: String },
+    Connect {
+        runner: RunnerIdentity,
+        introduction: Introduction,
+        frames: mpsc::Sender<ToRunner>,
+        reply: oneshot::Sender<ConnectionId>,
+    },
+    Disconnect { runner: RunnerId, connection: ConnectionId },
+    Heartbeat { runner: RunnerId, held: Vec<LeaseRef>, reply: oneshot::Sender<Vec<LeaseRef>> },
+    Released { job: JobId, epoch: Epoch },
+    Watch { job: JobId, epoch: Epoch, runner: RunnerId },
+    Granted { job: JobId, pool: PoolId, runner: RunnerId, lease: Option<(LeaseRef, Box<JobSpec>)> },
+    Expired { job: JobId, epoch: Epoch, settled: bool },
+    List { reply: oneshot::Sender<HashMap<RunnerId, Connected>> },
+}
+
+/// The cheap end that everyone else holds.
+#[derive(Clone)]
+pub struct Handle {
+    messages: mpsc::Sender<Message>,
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("dispatch::Handle")
+    }
+}
+
+/// The end that becomes the actor once the use cases exist.
+#[derive(Debug)]
+pub struct Inbox {
+    messages: mpsc::Receiver<Message>,
+    own: mpsc::Sender<Message>,
+}
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("dispatch::Message")
+    }
+}
+
+pub fn channel() -> (Handle, Inbox) {
+    let (sender, messages) = mpsc::channel(QUEUE);
+    (Handle { messages: sender.clone() }, Inbox { messages, own: sender })
+}
+
+impl Inbox {
+    /// Runs the actor until the process ends. `term` is the life of a lease without a heartbeat.
+    pub async fn run(self, app: Arc<App>, term: Duration) {
+        actor::Actor::new(app, self.own, term).run(self.messages).await;
+    }
+}
+
+impl Handle {
+    /// Queues without holding up the caller, who has committed and must not wait for others.
+    fn send(&self, message: Message) {
+        if let Err(mpsc::error::TrySendError::Full(message)) = self.messages.try_send(message) {
+            let messages = self.messages.clone();
+            tokio::spawn(async move {
+                let _ = messages.send(message).await;
+            });
+        }
+    }
+
+    pub fn open(&self, job: JobId, pool: PoolId) {
+        self.send(Message::Open { job, pool });
+    }
+
+    pub fn withdraw(&self, job: JobId) {
+        self.send(Message::Withdraw { job });
+    }
+
+    pub fn cancel(&self, job: JobId, epoch: Epoch) {
+        self.send(Message::Cancel { job, epoch });
+    }
+
+    pub fn revoke(&self, job: JobId, epoch: Epoch, reason: &str) {
+        self.send(Message::Revoke { job, epoch, reason: reason.to_owned() });
+    }
+
+    /// Frees the slot of a job that has ended or was given back.
+    pub fn released(&self, job: JobId, epoch: Epoch) {
+        self.send(Message::Released { job, epoch });
+    }
+
+    /// Gives a lease that the store knows a full term from now.
+    pub fn watch(&self, job: JobId, epoch: Epoch, runner: RunnerId) {
+        self.send(Message::Watch { job, epoch, runner });
+    }
+
+    /// Registers a runner's stream; an earlier stream of the same runner is ended.
+    pub async fn connect(
+        &self,
+        runner: RunnerIdentity,
+        introduction: Introduction,
+        frames: mpsc::Sender<ToRunner>,
+    ) -> Option<ConnectionId> {
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Connect { runner, introduction, frames, reply };
+        self.messages.send(message).await.ok()?;
+        answer.await.ok()
+    }
+
+    pub fn disconnect(&self, runner: RunnerId, connection: ConnectionId) {
+        self.send(Message::Disconnect { runner, connection });
+    }
+
+    /// Renews leases and answers those that are renewed.
+    pub async fn heartbeat(&self, runner: RunnerId, held: Vec<LeaseRef>) -> Vec<LeaseRef> {
+        let (reply, answer) = oneshot::channel();
+        if self.messages.send(Message::Heartbeat { runner, held, reply }).await.is_err() {
+            return vec![];
+        }
+        answer.await.unwrap_or_default()
+    }
+
+    pub async fn connected(&self) -> HashMap<RunnerId, Connected> {
+        let (reply, answer) = oneshot::channel();
+        if self.messages.send(Message::List { reply }).await.is_err() {
+            return HashMap::new();
+        }
+        answer.await.unwrap_or_default()
+    }
+}

@@ -1,0 +1,332 @@
+//! The actor: one task that owns all of dispatch's state.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_domain::id::{Epoch, JobId, PoolId, RunnerId};
+use latchkey_proto::v1::Reason;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::{Connected, Introduction, Message, ToRunner};
+use crate::app::App;
+use crate::app::lease_job::LeaseRef;
+use crate::auth::RunnerIdentity;
+
+/// How long before a grant that failed, other than by a lost race, is tried again.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Tells one stream of a runner from the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionId(u64);
+
+pub(super) struct Actor {
+    app: Arc<App>,
+    /// For the answers of tasks that the actor starts.
+    own: mpsc::Sender<Message>,
+    term: Duration,
+    /// Jobs that wait, by pool; job ids sort by the age of their run.
+    open: HashMap<PoolId, BTreeSet<JobId>>,
+    /// Where each open job is listed.
+    pool_of: HashMap<JobId, PoolId>,
+    runners: HashMap<RunnerId, Connection>,
+    leases: HashMap<JobId, Watched>,
+    /// Jobs whose grant is being committed.
+    granting: HashMap<JobId, RunnerId>,
+    connections: u64,
+}
+
+struct Connection {
+    id: ConnectionId,
+    pool: PoolId,
+    slots: u32,
+    engines: Vec<(String, String)>,
+    frames: mpsc::Sender<ToRunner>,
+    last_seen: latchkey_domain::time::Timestamp,
+}
+
+/// A lease and when it ends without a heartbeat.
+struct Watched {
+    epoch: Epoch,
+    runner: RunnerId,
+    deadline: Instant,
+}
+
+impl Actor {
+    pub(super) fn new(app: Arc<App>, own: mpsc::Sender<Message>, term: Duration) -> Self {
+        Self {
+            app,
+            own,
+            term,
+            open: HashMap::new(),
+            pool_of: HashMap::new(),
+            runners: HashMap::new(),
+            leases: HashMap::new(),
+            granting: HashMap::new(),
+            connections: 0,
+        }
+    }
+
+    pub(super) async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        let mut tick = tokio::time::interval(self.term / 10);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                message = messages.recv() => match message {
+                    Some(message) => self.handle(message),
+                    None => return,
+                },
+                _ = tick.tick() => self.expire(),
+            }
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Open { job, pool } => {
+                if let Some(watched) = self.leases.get(&job) {
+                    tracing::debug!(%job, epoch = watched.epoch.get(), "open again");
+                }
+                self.leases.remove(&job);
+                self.pool_of.insert(job, pool);
+                self.open.entry(pool).or_default().insert(job);
+                self.match_pool(pool);
+            }
+            Message::Withdraw { job } => self.withdraw(job),
+            Message::Cancel { job, epoch } => {
+                let lease = self.lease_ref(job, epoch);
+                self.tell_holder(job, epoch, ToRunner::Cancel { lease, force: false });
+            }
+            Message::Revoke { job, epoch, reason } => {
+                let lease = self.lease_ref(job, epoch);
+                self.tell_holder(job, epoch, ToRunner::Revoke { lease, reason });
+                self.release(job, epoch);
+            }
+            Message::Connect { runner, introduction, frames, reply } => {
+                let id = self.connect(&runner, introduction, frames);
+                let _ = reply.send(id);
+                self.match_pool(runner.pool);
+            }
+            Message::Disconnect { runner, connection } => {
+                if self.runners.get(&runner).is_some_and(|known| known.id == connection) {
+                    self.runners.remove(&runner);
+                }
+            }
+            Message::Heartbeat { runner, held, reply } => {
+                let renewed = self.renew(runner, held);
+                let _ = reply.send(renewed);
+            }
+            Message::Released { job, epoch } => self.release(job, epoch),
+            Message::Watch { job, epoch, runner } => self.watch(job, epoch, runner),
+            Message::Granted { job, pool, runner, lease } => {
+                self.granted(job, pool, runner, lease);
+            }
+            Message::Expired { job, epoch, settled } => {
+                if settled {
+                    self.release(job, epoch);
+                } else if let Some(watched) = self.leases.get_mut(&job) {
+                    watched.deadline = Instant::now() + self.term;
+                }
+            }
+            Message::List { reply } => {
+                let _ = reply.send(self.list());
+            }
+        }
+    }
+
+    fn lease_ref(&self, job: JobId, epoch: Epoch) -> LeaseRef {
+        LeaseRef { job, epoch, generation: self.app.generation }
+    }
+
+    fn withdraw(&mut self, job: JobId) {
+        if let Some(pool) = self.pool_of.remove(&job)
+            && let Some(open) = self.open.get_mut(&pool)
+        {
+            open.remove(&job);
+        }
+    }
+
+    fn connect(
+        &mut self,
+        runner: &RunnerIdentity,
+        introduction: Introduction,
+        frames: mpsc::Sender<ToRunner>,
+    ) -> ConnectionId {
+        self.connections += 1;
+        let id = ConnectionId(self.connections);
+        let connection = Connection {
+            id,
+            pool: runner.pool,
+            slots: introduction.slots,
+            engines: introduction.engines,
+            frames,
+            last_seen: self.app.now(),
+        };
+        if let Some(earlier) = self.runners.insert(runner.id, connection) {
+            tracing::warn!(runner_id = %runner.id, "a second stream of one runner took over");
+            let _ = earlier.frames.try_send(ToRunner::Superseded);
+        }
+        for lease in introduction.held {
+            self.watch(lease.job, lease.epoch, runner.id);
+        }
+        id
+    }
+
+    fn watch(&mut self, job: JobId, epoch: Epoch, runner: RunnerId) {
+        let deadline = Instant::now() + self.term;
+        self.leases.insert(job, Watched { epoch, runner, deadline });
+    }
+
+    fn renew(&mut self, runner: RunnerId, held: Vec<LeaseRef>) -> Vec<LeaseRef> {
+        if let Some(connection) = self.runners.get_mut(&runner) {
+            connection.last_seen = self.app.now();
+        }
+        let deadline = Instant::now() + self.term;
+        held.into_iter()
+            .filter(|lease| match self.leases.get_mut(&lease.job) {
+                Some(watched) if watched.runner == runner && watched.epoch == lease.epoch => {
+                    watched.deadline = deadline;
+                    true
+                }
+                Some(_) | None => false,
+            })
+            .collect()
+    }
+
+    fn release(&mut self, job: JobId, epoch: Epoch) {
+        let Some(watched) = self.leases.get(&job) else { return };
+        if watched.epoch != epoch {
+            return;
+        }
+        let runner = watched.runner;
+        self.leases.remove(&job);
+        if let Some(pool) = self.runners.get(&runner).map(|connection| connection.pool) {
+            self.match_pool(pool);
+        }
+    }
+
+    /// Offers a pool's open jobs, oldest first, to its idlest runners.
+    fn match_pool(&mut self, pool: PoolId) {
+        loop {
+            let next = self.open.get(&pool).and_then(|open| {
+                open.iter().find(|job| !self.granting.contains_key(job)).copied()
+            });
+            let (Some(job), Some(runner)) = (next, self.idlest(pool)) else { return };
+            self.withdraw(job);
+            self.granting.insert(job, runner);
+            let (app, own) = (Arc::clone(&self.app), self.own.clone());
+            tokio::spawn(async move {
+                let mut raced = false;
+                let lease = match app.grant(job, runner).await {
+                    Ok((lease, spec)) => Some((lease, Box::new(spec))),
+                    Err(error) => {
+                        raced = error.reason() == Reason::WrongState;
+                        if !raced {
+                            tracing::warn!(%job, runner_id = %runner, error = %error,
+                                "a job was not granted");
+                        }
+                        None
+                    }
+                };
+                let retry = lease.is_none() && !raced;
+                let _ = own.send(Message::Granted { job, pool, runner, lease }).await;
+                if retry {
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                    let _ = own.send(Message::Open { job, pool }).await;
+                }
+            });
+        }
+    }
+
+    fn idlest(&self, pool: PoolId) -> Option<RunnerId> {
+        self.runners
+            .iter()
+            .filter(|(_, connection)| connection.pool == pool && !connection.frames.is_closed())
+            .filter_map(|(id, connection)| {
+                let busy = self.busy(*id);
+                (busy < connection.slots).then(|| (connection.slots - busy, *id))
+            })
+            .max_by_key(|(idle, id)| (*idle, std::cmp::Reverse(*id)))
+            .map(|(_, id)| id)
+    }
+
+    fn busy(&self, runner: RunnerId) -> u32 {
+        let leased = self.leases.values().filter(|watched| watched.runner == runner).count();
+        let granting = self.granting.values().filter(|granting| **granting == runner).count();
+        u32::try_from(leased + granting).unwrap_or(u32::MAX)
+    }
+
+    fn granted(
+        &mut self,
+        job: JobId,
+        pool: PoolId,
+        runner: RunnerId,
+        lease: Option<(LeaseRef, Box<crate::app::lease_job::JobSpec>)>,
+    ) {
+        self.granting.remove(&job);
+        let Some((lease, spec)) = lease else {
+            self.match_pool(pool);
+            return;
+        };
+        self.watch(job, lease.epoch, runner);
+        self.tell_holder(job, lease.epoch, ToRunner::Offer { lease, spec });
+    }
+
+    /// Sends a frame to whoever holds a lease. One that cannot take it is disconnected: it will
+    /// be told what is so when it comes back.
+    fn tell_holder(&mut self, job: JobId, epoch: Epoch, frame: ToRunner) {
+        let Some(watched) = self.leases.get(&job).filter(|watched| watched.epoch == epoch) else {
+            return;
+        };
+        let runner = watched.runner;
+        let Some(connection) = self.runners.get(&runner) else { return };
+        if connection.frames.try_send(frame).is_err() {
+            tracing::warn!(runner_id = %runner, "a runner does not read its stream; dropped");
+            self.runners.remove(&runner);
+        }
+    }
+
+    fn expire(&mut self) {
+        let now = Instant::now();
+        for (job, watched) in &mut self.leases {
+            if watched.deadline > now {
+                continue;
+            }
+            // Asked again after another term, should the store not answer.
+            watched.deadline = now + self.term;
+            let (app, own) = (Arc::clone(&self.app), self.own.clone());
+            let (job, epoch) = (*job, watched.epoch);
+            tracing::warn!(%job, epoch = epoch.get(), "a runner was silent for a whole term");
+            tokio::spawn(async move {
+                let settled = match app.expire(job, epoch).await {
+                    Ok(()) => true,
+                    Err(error) => {
+                        tracing::error!(%job, error = %error, "a lease did not expire");
+                        false
+                    }
+                };
+                let _ = own.send(Message::Expired { job, epoch, settled }).await;
+            });
+        }
+    }
+
+    fn list(&self) -> HashMap<RunnerId, Connected> {
+        let held = |runner: RunnerId| {
+            let mine = self.leases.iter().filter(move |(_, watched)| watched.runner == runner);
+            mine.map(|(job, _)| *job).collect()
+        };
+        self.runners
+            .iter()
+            .map(|(id, connection)| {
+                let connected = Connected {
+                    slots: connection.slots,
+                    engines: connection.engines.clone(),
+                    held: held(*id),
+                    last_seen: connection.last_seen,
+                };
+                (*id, connected)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,105 @@
+//! gRPC: parses, asks a use case, translates the answer; decides nothing.
+//!
+//! Two listeners. The people's carries every service but the runners', with health and
+//! reflection; the runners' carries `RunnerService` alone. A layer in front of each proves who
+//! is calling, by the table in [`crate::auth::rules`], before any service sees the request.
+
+mod account;
+mod audit;
+mod convert;
+mod environment;
+mod identity;
+mod organization;
+mod pool;
+mod run;
+mod runner;
+pub mod status;
+mod variable;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_stream::Stream;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic::{Request, Status};
+
+use latchkey_proto::v1::account_service_server::AccountServiceServer;
+use latchkey_proto::v1::audit_service_server::AuditServiceServer;
+use latchkey_proto::v1::environment_service_server::EnvironmentServiceServer;
+use latchkey_proto::v1::organization_service_server::OrganizationServiceServer;
+use latchkey_proto::v1::pool_service_server::PoolServiceServer;
+use latchkey_proto::v1::run_service_server::RunServiceServer;
+use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
+use latchkey_proto::v1::variable_service_server::VariableServiceServer;
+
+use crate::app::App;
+use crate::auth::Caller;
+use crate::error::Error;
+
+pub use self::identity::{PeopleLayer, RunnersLayer};
+
+/// The largest message that either side may send; bulk data comes in parts.
+const LARGEST_MESSAGE: usize = 4 << 20;
+
+/// What streaming rpcs answer.
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The part of every service: the use cases.
+#[derive(Clone, Debug)]
+struct Service {
+    app: Arc<App>,
+}
+
+macro_rules! limited {
+    ($server:ident, $service:expr) => {
+        $server::new($service.clone())
+            .max_decoding_message_size(LARGEST_MESSAGE)
+            .max_encoding_message_size(LARGEST_MESSAGE)
+    };
+}
+
+/// The services of the people's listener.
+pub async fn people(app: Arc<App>) -> Routes {
+    let service = Service { app };
+    let (health, serving) = tonic_health::server::health_reporter();
+    health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(latchkey_proto::DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the descriptor set was made by this build");
+    Routes::new(serving)
+        .add_service(reflection)
+        .add_service(limited!(AccountServiceServer, service))
+        .add_service(limited!(OrganizationServiceServer, service))
+        .add_service(limited!(EnvironmentServiceServer, service))
+        .add_service(limited!(VariableServiceServer, service))
+        .add_service(limited!(RunServiceServer, service))
+        .add_service(limited!(PoolServiceServer, service))
+        .add_service(limited!(AuditServiceServer, service))
+}
+
+/// The service of the runners' listener.
+pub fn runners(app: Arc<App>) -> Routes {
+    let service = Service { app };
+    Routes::new(limited!(RunnerServiceServer, service))
+}
+
+/// A transport with the bounds that both listeners have.
+pub fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .max_concurrent_streams(256)
+        .http2_max_header_list_size(16 * 1024)
+        .http2_max_pending_accept_reset_streams(Some(64))
+        .concurrency_limit_per_connection(256)
+        .tcp_nodelay(true)
+}
+
+/// The caller that the layer proved.
+fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>().cloned();
+    caller.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
+}

@@ -1,0 +1,304 @@
+//! Wire to domain and back.
+
+use std::time::Duration;
+
+use latchkey_domain::id::{Digest, Epoch, Generation, JobId};
+use latchkey_domain::policy::{MfaPolicy, Phase};
+use latchkey_domain::run::{Authenticated, Counts, Job, Planned, RunKind, RunState};
+use latchkey_domain::time::Timestamp;
+use latchkey_proto::v1;
+use serde_json::Value;
+
+use crate::app::PageRequest;
+use crate::app::environments::EnvironmentView;
+use crate::app::lease_job::{JobSpec, LeaseRef};
+use crate::app::view_runs::{Lock, RunView};
+use crate::error::{Error, Result};
+use crate::store::record::environment::PlainCredentials;
+
+/// The most changes that one answer lists.
+const MOST_CHANGES: usize = 1000;
+
+pub(super) fn timestamp(time: Timestamp) -> prost_types::Timestamp {
+    let millis = time.as_millis();
+    prost_types::Timestamp {
+        seconds: millis.div_euclid(1000),
+        nanos: i32::try_from(millis.rem_euclid(1000) * 1_000_000).unwrap_or(0),
+    }
+}
+
+/// Reads a duration that may be absent.
+pub(super) fn duration(
+    field: &'static str,
+    duration: Option<prost_types::Duration>,
+) -> Result<Option<Duration>> {
+    duration
+        .map(|duration| {
+            Duration::try_from(duration)
+                .map_err(|_| Error::field(field, "a duration is not negative"))
+        })
+        .transpose()
+}
+
+pub(super) fn page(size: u32, token: String) -> PageRequest {
+    PageRequest { size, token }
+}
+
+/// Reads a digest that may be absent: empty text.
+pub(super) fn optional_digest(field: &'static str, text: &str) -> Result<Option<Digest>> {
+    if text.is_empty() { Ok(None) } else { crate::app::parse_digest(field, text).map(Some) }
+}
+
+pub(super) fn phase(value: i32) -> Result<Phase> {
+    match v1::Phase::try_from(value) {
+        Ok(v1::Phase::Plan) => Ok(Phase::Plan),
+        Ok(v1::Phase::Apply) => Ok(Phase::Apply),
+        Ok(v1::Phase::Unspecified) | Err(_) => {
+            Err(Error::field("phase", "say PHASE_PLAN or PHASE_APPLY"))
+        }
+    }
+}
+
+pub(super) const fn phase_out(phase: Phase) -> v1::Phase {
+    match phase {
+        Phase::Plan => v1::Phase::Plan,
+        Phase::Apply => v1::Phase::Apply,
+    }
+}
+
+/// Reads a policy; unspecified is absent.
+pub(super) fn policy(value: i32) -> Result<Option<MfaPolicy>> {
+    match v1::MfaPolicy::try_from(value) {
+        Ok(v1::MfaPolicy::Unspecified) => Ok(None),
+        Ok(v1::MfaPolicy::Never) => Ok(Some(MfaPolicy::Never)),
+        Ok(v1::MfaPolicy::AppliesOnly) => Ok(Some(MfaPolicy::AppliesOnly)),
+        Ok(v1::MfaPolicy::PlansAndApplies) => Ok(Some(MfaPolicy::PlansAndApplies)),
+        Err(_) => Err(Error::field("mfa_policy", "it is none of the three levels")),
+    }
+}
+
+const fn policy_out(policy: MfaPolicy) -> v1::MfaPolicy {
+    match policy {
+        MfaPolicy::Never => v1::MfaPolicy::Never,
+        MfaPolicy::AppliesOnly => v1::MfaPolicy::AppliesOnly,
+        MfaPolicy::PlansAndApplies => v1::MfaPolicy::PlansAndApplies,
+    }
+}
+
+/// Reads a mode; unspecified is absent.
+pub(super) fn plain_credentials(value: i32) -> Result<Option<PlainCredentials>> {
+    match v1::PlainCredentials::try_from(value) {
+        Ok(v1::PlainCredentials::Unspecified) => Ok(None),
+        Ok(v1::PlainCredentials::Session) => Ok(Some(PlainCredentials::Session)),
+        Ok(v1::PlainCredentials::None) => Ok(Some(PlainCredentials::None)),
+        Err(_) => Err(Error::field("plain_credentials", "say SESSION or NONE")),
+    }
+}
+
+/// Reads a kind; unspecified means plan and apply.
+pub(super) fn kind(value: i32) -> Result<RunKind> {
+    match v1::RunKind::try_from(value) {
+        Ok(v1::RunKind::Unspecified | v1::RunKind::PlanAndApply) => Ok(RunKind::PlanAndApply),
+        Ok(v1::RunKind::PlanOnly) => Ok(RunKind::PlanOnly),
+        Ok(v1::RunKind::Destroy) => Ok(RunKind::Destroy),
+        Ok(v1::RunKind::RefreshOnly) => Ok(RunKind::RefreshOnly),
+        Err(_) => Err(Error::field("kind", "it is none of the kinds of runs")),
+    }
+}
+
+const fn kind_out(kind: RunKind) -> v1::RunKind {
+    match kind {
+        RunKind::PlanAndApply => v1::RunKind::PlanAndApply,
+        RunKind::PlanOnly => v1::RunKind::PlanOnly,
+        RunKind::Destroy => v1::RunKind::Destroy,
+        RunKind::RefreshOnly => v1::RunKind::RefreshOnly,
+    }
+}
+
+const fn state_out(state: RunState) -> v1::RunState {
+    match state {
+        RunState::AwaitingPlanMfa => v1::RunState::AwaitingPlanMfa,
+        RunState::Pending => v1::RunState::Pending,
+        RunState::PlanQueued => v1::RunState::PlanQueued,
+        RunState::Planning => v1::RunState::Planning,
+        RunState::AwaitingConfirmation => v1::RunState::AwaitingConfirmation,
+        RunState::AwaitingApplyMfa => v1::RunState::AwaitingApplyMfa,
+        RunState::ApplyQueued => v1::RunState::ApplyQueued,
+        RunState::Applying => v1::RunState::Applying,
+        RunState::Planned => v1::RunState::Planned,
+        RunState::Applied => v1::RunState::Applied,
+        RunState::Errored => v1::RunState::Errored,
+        RunState::Canceled => v1::RunState::Canceled,
+        RunState::Discarded => v1::RunState::Discarded,
+        RunState::Lost => v1::RunState::Lost,
+    }
+}
+
+pub(super) fn run(view: RunView) -> v1::Run {
+    let RunView { run, organization, environment, lock, queue_position, changes, .. } = &view;
+    let request = &run.request;
+    v1::Run {
+        run_id: run.id.to_string(),
+        organization: organization.clone(),
+        environment: environment.clone(),
+        kind: kind_out(request.kind).into(),
+        state: state_out(run.state).into(),
+        message: request.message.clone(),
+        queued_by: request.queued_by.name().to_owned(),
+        create_time: Some(timestamp(request.queued_at)),
+        update_time: Some(timestamp(run.updated_at)),
+        mfa_policy: policy_out(request.policy).into(),
+        auto_apply: request.auto_apply,
+        configuration_digest: request.configuration.to_string(),
+        lock: match lock {
+            Lock::NotRequired => v1::Lock::NotRequired,
+            Lock::CodeRequired => v1::Lock::CodeRequired,
+            Lock::Authenticated => v1::Lock::Authenticated,
+            Lock::Failed => v1::Lock::Failed,
+        }
+        .into(),
+        last_refusal: run.refused_code.as_ref().filter(|_| *lock == Lock::Failed).map(|refused| {
+            v1::AuthenticationRefusal {
+                reason: refused.reason.clone(),
+                message: refused.message.clone(),
+                time: Some(timestamp(refused.at)),
+                aws_request_id: refused.aws_request_id.clone().unwrap_or_default(),
+            }
+        }),
+        plan: Some(job(&run.plan, view.plan_log_length)),
+        apply: Some(job(&run.apply, view.apply_log_length)),
+        plan_result: run.planned.as_ref().map(|planned| plan(planned, changes.as_deref())),
+        approval: run.approval.as_ref().map(|approval| v1::Approval {
+            user: approval.by.clone(),
+            approve_time: Some(timestamp(approval.at)),
+            plan_digest: approval.digest.to_string(),
+        }),
+        reason: run.reason.clone().unwrap_or_default(),
+        target: request.target.clone(),
+        replace: request.replace.clone(),
+        outputs_json: run.outputs.clone().unwrap_or_default(),
+        cancel_requested: run.cancel_requested_by.is_some(),
+        queue_position: *queue_position,
+    }
+}
+
+fn job(job: &Job, log_length: u64) -> v1::JobFacts {
+    v1::JobFacts {
+        epoch: job.epoch.get(),
+        runner_id: job.runner.map(|runner| runner.to_string()).unwrap_or_default(),
+        queue_time: job.queued_at.map(timestamp),
+        start_time: job.started_at.map(timestamp),
+        end_time: job.ended_at.map(timestamp),
+        authenticated: job.authenticated.as_ref().map(|authenticated| {
+            let Authenticated { user, at, expires_at } = authenticated;
+            v1::Authenticated {
+                user: user.clone(),
+                authenticate_time: Some(timestamp(*at)),
+                expire_time: Some(timestamp(*expires_at)),
+            }
+        }),
+        log_length,
+    }
+}
+
+fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
+    let Counts { add, change, destroy, import } = planned.counts;
+    let listed = changes.and_then(|changes| changes.get("resource_changes")?.as_array());
+    let listed = listed.map_or(&[][..], Vec::as_slice);
+    v1::Plan {
+        add,
+        change,
+        destroy,
+        import,
+        applyable: planned.applyable,
+        digest: planned.digest.to_string(),
+        terraform_version: planned.terraform_version.clone(),
+        change_list: listed.iter().take(MOST_CHANGES).map(resource_change).collect(),
+        truncated: listed.len() > MOST_CHANGES,
+    }
+}
+
+fn resource_change(change: &Value) -> v1::ResourceChange {
+    let text = |name: &str| change.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let json = |name: &str| {
+        change.get(name).filter(|value| !value.is_null()).map(Value::to_string).unwrap_or_default()
+    };
+    v1::ResourceChange {
+        address: text("address"),
+        action: text("action"),
+        before_json: json("before"),
+        after_json: json("after"),
+    }
+}
+
+pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
+    let EnvironmentView { environment, organization_name, pool_name } = view;
+    let settings = environment.settings;
+    v1::Environment {
+        environment_id: environment.id.to_string(),
+        organization: organization_name,
+        environment: environment.name,
+        settings: Some(v1::EnvironmentSettings {
+            mfa_policy: policy_out(settings.policy).into(),
+            auto_apply: settings.auto_apply,
+            working_directory: settings.working_directory,
+            pool: pool_name,
+            session_duration: prost_types::Duration::try_from(settings.session_duration).ok(),
+            plain_credentials: match settings.plain_credentials {
+                PlainCredentials::Session => v1::PlainCredentials::Session,
+                PlainCredentials::None => v1::PlainCredentials::None,
+            }
+            .into(),
+            region: settings.region,
+        }),
+        create_time: Some(timestamp(environment.created_at)),
+        active_run_id: environment.hold.holder.map(|run| run.to_string()).unwrap_or_default(),
+        frozen: environment
+            .hold
+            .frozen
+            .map(|frozen| v1::Frozen { run_id: frozen.run.to_string(), reason: frozen.reason }),
+        state_serial: environment.state.as_ref().map_or(0, |state| state.serial),
+        state_lineage: environment.state.map(|state| state.lineage).unwrap_or_default(),
+    }
+}
+
+pub(super) fn lease(lease: Option<v1::LeaseRef>) -> Result<LeaseRef> {
+    let lease = lease.ok_or_else(|| Error::field("lease", "name the lease"))?;
+    Ok(LeaseRef {
+        job: JobId { run: crate::app::parse_run_id(&lease.run_id)?, phase: phase(lease.phase)? },
+        epoch: Epoch::new(lease.epoch),
+        generation: Generation::new(lease.generation),
+    })
+}
+
+pub(super) fn lease_out(lease: LeaseRef) -> v1::LeaseRef {
+    v1::LeaseRef {
+        run_id: lease.job.run.to_string(),
+        phase: phase_out(lease.job.phase).into(),
+        epoch: lease.epoch.get(),
+        generation: lease.generation.get(),
+    }
+}
+
+pub(super) fn job_spec(spec: JobSpec) -> v1::JobSpec {
+    v1::JobSpec {
+        organization: spec.organization,
+        environment: spec.environment,
+        kind: kind_out(spec.kind).into(),
+        archive_digest: spec.archive.to_string(),
+        working_directory: spec.working_directory,
+        target: spec.target,
+        replace: spec.replace,
+        has_state: spec.has_state,
+        terraform_version: spec.terraform_version,
+        approved: spec.approved.map(|digests| v1::ApprovedPlan {
+            plan_digest: digests.plan.to_string(),
+            workspace_digest: digests.workspace.to_string(),
+            lock_file_digest: digests.lock_file.map(|d| d.to_string()).unwrap_or_default(),
+            changes_digest: digests.changes.to_string(),
+        }),
+        queued_by: spec.queued_by,
+        message: spec.message,
+        region: spec.region,
+    }
+}

@@ -1,0 +1,112 @@
+//! `EnvironmentService`.
+
+use latchkey_proto::v1;
+use latchkey_proto::v1::environment_service_server::EnvironmentService;
+use tonic::{Request, Response, Status};
+
+use super::{Service, caller, convert};
+use crate::app::environments::SettingsChange;
+use crate::error::Error;
+
+#[tonic::async_trait]
+impl EnvironmentService for Service {
+    async fn create_environment(
+        &self,
+        request: Request<v1::CreateEnvironmentRequest>,
+    ) -> Result<Response<v1::CreateEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let settings = request.settings.map(given).transpose()?.unwrap_or_default();
+        let view = self
+            .app
+            .create_environment(
+                &caller,
+                &request.organization,
+                &request.environment,
+                settings,
+                &request.request_id,
+            )
+            .await?;
+        let environment = Some(convert::environment(view));
+        Ok(Response::new(v1::CreateEnvironmentResponse { environment }))
+    }
+
+    async fn get_environment(
+        &self,
+        request: Request<v1::GetEnvironmentRequest>,
+    ) -> Result<Response<v1::GetEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::GetEnvironmentRequest { organization, environment } = request.into_inner();
+        let view = self.app.show_environment(&caller, &organization, &environment).await?;
+        let environment = Some(convert::environment(view));
+        Ok(Response::new(v1::GetEnvironmentResponse { environment }))
+    }
+
+    async fn list_environments(
+        &self,
+        request: Request<v1::ListEnvironmentsRequest>,
+    ) -> Result<Response<v1::ListEnvironmentsResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::ListEnvironmentsRequest { organization, page_size, page_token } =
+            request.into_inner();
+        let page = convert::page(page_size, page_token);
+        let page = self.app.list_environments(&caller, &organization, page).await?;
+        Ok(Response::new(v1::ListEnvironmentsResponse {
+            environments: page.items.into_iter().map(convert::environment).collect(),
+            next_page_token: page.next.unwrap_or_default(),
+        }))
+    }
+
+    async fn update_environment(
+        &self,
+        request: Request<v1::UpdateEnvironmentRequest>,
+    ) -> Result<Response<v1::UpdateEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let change = SettingsChange {
+            policy: specified("mfa_policy", request.mfa_policy, convert::policy)?,
+            auto_apply: request.auto_apply,
+            working_directory: request.working_directory,
+            pool: request.pool,
+            session_duration: convert::duration("session_duration", request.session_duration)?,
+            plain_credentials: specified(
+                "plain_credentials",
+                request.plain_credentials,
+                convert::plain_credentials,
+            )?,
+            region: request.region,
+        };
+        let view = self
+            .app
+            .update_environment(&caller, &request.organization, &request.environment, change)
+            .await?;
+        let environment = Some(convert::environment(view));
+        Ok(Response::new(v1::UpdateEnvironmentResponse { environment }))
+    }
+}
+
+/// Reads a field that, when it is set, must say something.
+fn specified<T>(
+    field: &'static str,
+    value: Option<i32>,
+    read: fn(i32) -> Result<Option<T>, Error>,
+) -> Result<Option<T>, Error> {
+    match value.map(read).transpose()? {
+        Some(None) => Err(Error::field(field, "leave it out, or say a value")),
+        Some(Some(value)) => Ok(Some(value)),
+        None => Ok(None),
+    }
+}
+
+/// Settings of a new environment: what is empty or unspecified takes its default.
+fn given(settings: v1::EnvironmentSettings) -> Result<SettingsChange, Error> {
+    Ok(SettingsChange {
+        policy: convert::policy(settings.mfa_policy)?,
+        auto_apply: Some(settings.auto_apply),
+        working_directory: Some(settings.working_directory),
+        pool: Some(settings.pool),
+        session_duration: convert::duration("session_duration", settings.session_duration)?,
+        plain_credentials: convert::plain_credentials(settings.plain_credentials)?,
+        region: Some(settings.region).filter(|region| !region.is_empty()),
+    })
+}

@@ -1,0 +1,184 @@
+//! `RunService`.
+
+use latchkey_domain::run::Run;
+use latchkey_proto::v1;
+use latchkey_proto::v1::run_service_server::RunService;
+use latchkey_proto::v1::upload_configuration_request::Part;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Answers, Service, caller, convert};
+use crate::app::authenticate_run::Submission;
+use crate::app::queue_run::NewRun;
+use crate::app::{parse_digest, parse_run_id};
+use crate::error::Error;
+
+impl Service {
+    async fn shown(&self, run: Run) -> Result<Option<v1::Run>, Status> {
+        Ok(Some(convert::run(self.app.view_of(run).await?)))
+    }
+}
+
+#[tonic::async_trait]
+impl RunService for Service {
+    type WatchRunStream = Answers<v1::WatchRunResponse>;
+    type ReadLogStream = Answers<v1::ReadLogResponse>;
+
+    async fn upload_configuration(
+        &self,
+        request: Request<Streaming<v1::UploadConfigurationRequest>>,
+    ) -> Result<Response<v1::UploadConfigurationResponse>, Status> {
+        let caller = caller(&request)?;
+        let mut parts = request.into_inner();
+        let header = match parts.message().await?.and_then(|first| first.part) {
+            Some(Part::Header(header)) => header,
+            Some(Part::Data(_)) | None => {
+                return Err(Error::field("header", "the first message carries the header").into());
+            }
+        };
+        let mut upload = self
+            .app
+            .upload_configuration(&caller, &header.organization, &header.environment)
+            .await?;
+        while let Some(message) = parts.message().await? {
+            match message.part {
+                Some(Part::Data(data)) => upload.write(&data).await?,
+                Some(Part::Header(_)) | None => {
+                    let message = "only the first message carries a header";
+                    return Err(Error::field("data", message).into());
+                }
+            }
+        }
+        let configuration_digest = upload.finish().await?.to_string();
+        Ok(Response::new(v1::UploadConfigurationResponse { configuration_digest }))
+    }
+
+    async fn queue_run(
+        &self,
+        request: Request<v1::QueueRunRequest>,
+    ) -> Result<Response<v1::QueueRunResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let new = NewRun {
+            organization: request.organization,
+            environment: request.environment,
+            configuration: parse_digest("configuration_digest", &request.configuration_digest)?,
+            kind: convert::kind(request.kind)?,
+            message: request.message,
+            target: request.target,
+            replace: request.replace,
+            auto_apply: request.auto_apply,
+            destroy_confirmation: request.destroy_confirmation,
+            request_id: request.request_id,
+        };
+        let run = self.app.queue_run(&caller, new).await?;
+        Ok(Response::new(v1::QueueRunResponse { run: self.shown(run).await? }))
+    }
+
+    async fn get_run(
+        &self,
+        request: Request<v1::GetRunRequest>,
+    ) -> Result<Response<v1::GetRunResponse>, Status> {
+        let caller = caller(&request)?;
+        let id = parse_run_id(&request.into_inner().run_id)?;
+        let view = self.app.show_run(&caller, id).await?;
+        Ok(Response::new(v1::GetRunResponse { run: Some(convert::run(view)) }))
+    }
+
+    async fn list_runs(
+        &self,
+        request: Request<v1::ListRunsRequest>,
+    ) -> Result<Response<v1::ListRunsResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::ListRunsRequest { organization, environment, page_size, page_token } =
+            request.into_inner();
+        let page = convert::page(page_size, page_token);
+        let page = self.app.list_runs(&caller, &organization, &environment, page).await?;
+        Ok(Response::new(v1::ListRunsResponse {
+            runs: page.items.into_iter().map(convert::run).collect(),
+            next_page_token: page.next.unwrap_or_default(),
+        }))
+    }
+
+    async fn watch_run(
+        &self,
+        request: Request<v1::WatchRunRequest>,
+    ) -> Result<Response<Self::WatchRunStream>, Status> {
+        let caller = caller(&request)?;
+        let id = parse_run_id(&request.into_inner().run_id)?;
+        let views = self.app.watch_run(&caller, id).await?;
+        let answers = ReceiverStream::new(views).map(|view| {
+            let run = Some(convert::run(view?));
+            Ok(v1::WatchRunResponse { run })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn authenticate(
+        &self,
+        request: Request<v1::AuthenticateRequest>,
+    ) -> Result<Response<v1::AuthenticateResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::AuthenticateRequest { run_id, phase, token_code, plan_digest, request_id } =
+            request.into_inner();
+        let submission = Submission {
+            code: token_code.into(),
+            run: parse_run_id(&run_id)?,
+            phase: convert::phase(phase)?,
+            seen: convert::optional_digest("plan_digest", &plan_digest)?,
+            request_id,
+        };
+        let (run, authentication) = self.app.authenticate_run(&caller, submission).await?;
+        Ok(Response::new(v1::AuthenticateResponse {
+            run: self.shown(run).await?,
+            authentication_id: authentication.to_string(),
+        }))
+    }
+
+    async fn confirm(
+        &self,
+        request: Request<v1::ConfirmRequest>,
+    ) -> Result<Response<v1::ConfirmResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::ConfirmRequest { run_id, plan_digest } = request.into_inner();
+        let seen = parse_digest("plan_digest", &plan_digest)?;
+        let run = self.app.confirm_run(&caller, parse_run_id(&run_id)?, seen).await?;
+        Ok(Response::new(v1::ConfirmResponse { run: self.shown(run).await? }))
+    }
+
+    async fn discard(
+        &self,
+        request: Request<v1::DiscardRequest>,
+    ) -> Result<Response<v1::DiscardResponse>, Status> {
+        let caller = caller(&request)?;
+        let id = parse_run_id(&request.into_inner().run_id)?;
+        let run = self.app.discard_run(&caller, id).await?;
+        Ok(Response::new(v1::DiscardResponse { run: self.shown(run).await? }))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<v1::CancelRequest>,
+    ) -> Result<Response<v1::CancelResponse>, Status> {
+        let caller = caller(&request)?;
+        let id = parse_run_id(&request.into_inner().run_id)?;
+        let run = self.app.cancel_run(&caller, id).await?;
+        Ok(Response::new(v1::CancelResponse { run: self.shown(run).await? }))
+    }
+
+    async fn read_log(
+        &self,
+        request: Request<v1::ReadLogRequest>,
+    ) -> Result<Response<Self::ReadLogStream>, Status> {
+        let caller = caller(&request)?;
+        let v1::ReadLogRequest { run_id, phase, offset, follow } = request.into_inner();
+        let (id, phase) = (parse_run_id(&run_id)?, convert::phase(phase)?);
+        let parts = self.app.read_log(&caller, id, phase, offset, follow).await?;
+        let answers = ReceiverStream::new(parts).map(|part| {
+            let part = part?;
+            Ok(v1::ReadLogResponse { offset: part.offset, data: part.data })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+}

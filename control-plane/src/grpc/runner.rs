@@ -1,0 +1,467 @@
+//! `RunnerService`: the runners' side of leases and of bulk data.
+//!
+//! A lease stream has two halves. This file reads the runner's frames one by one and answers
+//! them; what dispatch has to say comes over a channel of its own, and both go out in one
+//! stream.
+
+use latchkey_domain::run::{Counts, FailureKind, PlanDigests};
+use latchkey_proto::v1::{self, Reason};
+use latchkey_proto::v1::finished::Result as WireResult;
+use latchkey_proto::v1::lease_request::Frame as In;
+use latchkey_proto::v1::lease_response::Frame as Out;
+use latchkey_proto::v1::runner_service_server::RunnerService;
+use latchkey_proto::v1::upload_artifact_request::Part;
+use secrecy::ExposeSecret;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Answers, Service, convert};
+use crate::app::artifacts::{ArtifactHeader, Made, Needed};
+use crate::app::finish_job::JobResult;
+use crate::app::lease_job::{Held, LeaseRef};
+use crate::app::parse_digest;
+use crate::app::start_job::{Go, Start};
+use crate::auth::RunnerIdentity;
+use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
+use crate::error::Error;
+use crate::store::record::variable::Category;
+
+/// The most that one runner may say it holds.
+const MOST_HELD: usize = 256;
+const MOST_SLOTS: u32 = 256;
+
+/// Two would do; three forgive a lost one.
+const HEARTBEATS_PER_TERM: u32 = 3;
+
+#[tonic::async_trait]
+impl RunnerService for Service {
+    type LeaseStream = Answers<v1::LeaseResponse>;
+    type FetchArtifactStream = Answers<v1::FetchArtifactResponse>;
+    type AppendLogStream = Answers<v1::AppendLogResponse>;
+
+    async fn enroll(
+        &self,
+        request: Request<v1::EnrollRequest>,
+    ) -> Result<Response<v1::EnrollResponse>, Status> {
+        let v1::EnrollRequest { pool_token, certificate_request, name } = request.into_inner();
+        let enrolled = self.app.enroll(&pool_token.into(), &certificate_request, &name).await?;
+        Ok(Response::new(v1::EnrollResponse {
+            runner_id: enrolled.runner.to_string(),
+            certificate: enrolled.issued.certificate.to_vec(),
+            ca_certificate: enrolled.issued.ca_certificate.to_vec(),
+        }))
+    }
+
+    async fn lease(
+        &self,
+        request: Request<Streaming<v1::LeaseRequest>>,
+    ) -> Result<Response<Self::LeaseStream>, Status> {
+        let runner = identity(&request)?;
+        let mut frames = request.into_inner();
+        let hello = match frames.message().await?.and_then(|first| first.frame) {
+            Some(In::Hello(hello)) => hello,
+            Some(_) | None => {
+                return Err(Error::field("frame", "the first frame is Hello").into());
+            }
+        };
+        let (answers, outgoing) = mpsc::channel(RUNNER_QUEUE);
+        let service = self.clone();
+        tokio::spawn(async move {
+            let sender = answers.clone();
+            if let Err(status) = service.hold_leases(runner, hello, frames, answers).await {
+                let _ = sender.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+
+    async fn fetch_artifact(
+        &self,
+        request: Request<v1::FetchArtifactRequest>,
+    ) -> Result<Response<Self::FetchArtifactStream>, Status> {
+        let runner = identity(&request)?;
+        let v1::FetchArtifactRequest { lease, kind } = request.into_inner();
+        let needed = match v1::ArtifactKind::try_from(kind) {
+            Ok(v1::ArtifactKind::Configuration) => Needed::Configuration,
+            Ok(v1::ArtifactKind::Workspace) => Needed::Workspace,
+            Ok(v1::ArtifactKind::State) => Needed::State,
+            Ok(
+                v1::ArtifactKind::Unspecified
+                | v1::ArtifactKind::Changes
+                | v1::ArtifactKind::ErroredState,
+            )
+            | Err(_) => return Err(Error::field("kind", "it cannot be fetched").into()),
+        };
+        let mut reader =
+            self.app.fetch_artifact(&runner, convert::lease(lease)?, needed).await?;
+        let (sender, parts) = mpsc::channel(4);
+        tokio::spawn(async move {
+            loop {
+                let part = match reader.next().await {
+                    Ok(Some(data)) => Ok(v1::FetchArtifactResponse { data }),
+                    Ok(None) => return,
+                    Err(error) => Err(Error::internal(error).into()),
+                };
+                let failed = part.is_err();
+                if sender.send(part).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
+    }
+
+    async fn upload_artifact(
+        &self,
+        request: Request<Streaming<v1::UploadArtifactRequest>>,
+    ) -> Result<Response<v1::UploadArtifactResponse>, Status> {
+        let runner = identity(&request)?;
+        let mut parts = request.into_inner();
+        let header = match parts.message().await?.and_then(|first| first.part) {
+            Some(Part::Header(header)) => artifact_header(header)?,
+            Some(Part::Data(_)) | None => {
+                return Err(Error::field("header", "the first message carries the header").into());
+            }
+        };
+        let mut upload = self.app.upload_artifact(&runner, header).await?;
+        while let Some(message) = parts.message().await? {
+            match message.part {
+                Some(Part::Data(data)) => upload.write(&data).await?,
+                Some(Part::Header(_)) | None => {
+                    let message = "only the first message carries a header";
+                    return Err(Error::field("data", message).into());
+                }
+            }
+        }
+        upload.finish().await?;
+        Ok(Response::new(v1::UploadArtifactResponse {}))
+    }
+
+    async fn append_log(
+        &self,
+        request: Request<Streaming<v1::AppendLogRequest>>,
+    ) -> Result<Response<Self::AppendLogStream>, Status> {
+        let runner = identity(&request)?;
+        let mut chunks = request.into_inner();
+        let app = std::sync::Arc::clone(&self.app);
+        let (sender, answers) = mpsc::channel(16);
+        tokio::spawn(async move {
+            let append = async {
+                let Some(mut chunk) = chunks.message().await? else { return Ok(()) };
+                let lease = convert::lease(chunk.lease.take())?;
+                let appender = app.append_log(&runner, lease).await?;
+                loop {
+                    let durable_length = appender.append(chunk.offset, chunk.data).await?;
+                    let answer = v1::AppendLogResponse { durable_length };
+                    if sender.send(Ok(answer)).await.is_err() {
+                        return Ok(());
+                    }
+                    match chunks.message().await? {
+                        Some(next) => chunk = next,
+                        None => return Ok(()),
+                    }
+                }
+            };
+            if let Err(status) = append.await {
+                let _: Result<(), _> = sender.send(Err::<_, Status>(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+}
+
+type Outgoing = mpsc::Sender<Result<v1::LeaseResponse, Status>>;
+
+impl Service {
+    /// Steps 1 and 2 of the protocol, then all others until the stream ends.
+    async fn hold_leases(
+        &self,
+        runner: RunnerIdentity,
+        hello: v1::Hello,
+        mut frames: Streaming<v1::LeaseRequest>,
+        answers: Outgoing,
+    ) -> Result<(), Status> {
+        if hello.held.len() > MOST_HELD || !(1..=MOST_SLOTS).contains(&hello.slots) {
+            let message = "a runner has 1 to 256 slots and holds up to 256 jobs";
+            return Err(Error::field("hello", message).into());
+        }
+        let (mut keep, mut give_up) = (vec![], vec![]);
+        for held in hello.held {
+            let lease = convert::lease(Some(held))?;
+            match self.app.take_up(&runner, lease).await {
+                Ok(Held::Keep) => keep.push(lease),
+                Ok(Held::GiveUp) => give_up.push(lease),
+                Err(error) if error.reason() == Reason::LeaseLost => give_up.push(lease),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let welcome = v1::Welcome {
+            runner_id: runner.id.to_string(),
+            generation: self.app.generation.get(),
+            heartbeat_interval: prost_types::Duration::try_from(self.app.lease_term / HEARTBEATS_PER_TERM).ok(),
+            keep: keep.iter().copied().map(convert::lease_out).collect(),
+            give_up: give_up.into_iter().map(convert::lease_out).collect(),
+        };
+        send(&answers, Out::Welcome(welcome)).await?;
+        let (to_runner, mut from_dispatch) = mpsc::channel(RUNNER_QUEUE);
+        let introduction = Introduction {
+            slots: hello.slots,
+            engines: hello.engines.into_iter().take(8).map(|e| (e.name, e.version)).collect(),
+            held: keep,
+        };
+        let connected = self.app.dispatch.connect(runner.clone(), introduction, to_runner).await;
+        let Some(connection) = connected else {
+            return Err(Status::unavailable("the control plane is stopping"));
+        };
+        tracing::info!(runner_id = %runner.id, "a runner connected");
+        let ended = loop {
+            tokio::select! {
+                frame = frames.message() => match frame {
+                    Ok(Some(v1::LeaseRequest { frame: Some(frame) })) => {
+                        if let Err(status) = self.answer(&runner, frame, &answers).await {
+                            break Err(status);
+                        }
+                    }
+                    Ok(Some(v1::LeaseRequest { frame: None })) => {
+                        break Err(Error::field("frame", "the frame is empty or unknown").into());
+                    }
+                    Ok(None) => break Ok(()),
+                    Err(status) => {
+                        tracing::info!(runner_id = %runner.id, code = %status.code(),
+                            "a runner's stream broke");
+                        break Ok(());
+                    }
+                },
+                message = from_dispatch.recv() => {
+                    let Some(message) = message else {
+                        break Err(Status::aborted("the stream was not read; connect again"));
+                    };
+                    let Some(frame) = from_dispatch_out(message) else {
+                        break Err(Status::aborted("another stream of this runner took over"));
+                    };
+                    if send(&answers, frame).await.is_err() {
+                        break Ok(());
+                    }
+                }
+            }
+        };
+        self.app.dispatch.disconnect(runner.id, connection);
+        tracing::info!(runner_id = %runner.id, "a runner disconnected");
+        ended
+    }
+
+    async fn answer(
+        &self,
+        runner: &RunnerIdentity,
+        frame: In,
+        answers: &Outgoing,
+    ) -> Result<(), Status> {
+        match frame {
+            In::Hello(_) => Err(Error::field("frame", "Hello is the first frame only").into()),
+            In::Accept(accept) => {
+                let lease = convert::lease(accept.lease)?;
+                tracing::debug!(job = %lease.job, epoch = lease.epoch.get(), "accepted");
+                Ok(())
+            }
+            In::Decline(decline) => {
+                let lease = convert::lease(decline.lease)?;
+                let reason: String = decline.reason.chars().take(256).collect();
+                tracing::warn!(job = %lease.job, runner_id = %runner.id, reason, "declined");
+                self.decline(runner, lease, reason).await
+            }
+            In::NeverStarted(never) => self.hand_back(runner, convert::lease(never.lease)?).await,
+            In::Starting(starting) => {
+                let lease = convert::lease(starting.lease)?;
+                match self.app.start_job(runner, lease).await {
+                    Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
+                    Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
+                    Err(error) => lost(answers, lease, error).await,
+                }
+            }
+            In::Again(again) => {
+                let lease = convert::lease(again.lease)?;
+                match self.app.start_again(runner, lease).await {
+                    Ok(go) => send(answers, go_out(lease, go)).await,
+                    Err(error) => lost(answers, lease, error).await,
+                }
+            }
+            In::Heartbeat(heartbeat) => {
+                if heartbeat.held.len() > MOST_HELD {
+                    return Err(Error::field("held", "a runner holds up to 256 jobs").into());
+                }
+                let held = heartbeat.held.into_iter().map(|held| convert::lease(Some(held)));
+                let held = held.collect::<Result<Vec<_>, _>>()?;
+                let renewed = self.app.dispatch.heartbeat(runner.id, held).await;
+                let lease = renewed.into_iter().map(convert::lease_out).collect();
+                send(answers, Out::Renewed(v1::Renewed { lease })).await
+            }
+            In::Finished(finished) => {
+                let lease = convert::lease(finished.lease)?;
+                let result = job_result(finished.result)?;
+                let recorded =
+                    self.app.finish_job(runner, lease, finished.log_length, result).await;
+                match recorded {
+                    Ok(()) => {
+                        self.app.dispatch.released(lease.job, lease.epoch);
+                        let lease = Some(convert::lease_out(lease));
+                        send(answers, Out::Recorded(v1::Recorded { lease })).await
+                    }
+                    Err(error) => lost(answers, lease, error).await,
+                }
+            }
+        }
+    }
+
+    async fn hand_back(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<(), Status> {
+        match self.app.hand_back(runner, lease).await {
+            Ok(()) => {
+                self.app.dispatch.released(lease.job, lease.epoch);
+                Ok(())
+            }
+            Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A runner that cannot prepare a job ends it with its reason: the next would fail alike.
+    async fn decline(
+        &self,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        reason: String,
+    ) -> Result<(), Status> {
+        match self.app.decline_job(runner, lease, reason).await {
+            Ok(()) => {
+                self.app.dispatch.released(lease.job, lease.epoch);
+                Ok(())
+            }
+            Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn identity<T>(request: &Request<T>) -> Result<RunnerIdentity, Status> {
+    let identity = request.extensions().get::<RunnerIdentity>().cloned();
+    identity.ok_or_else(|| Error::internal("the layer let an unproved runner pass").into())
+}
+
+async fn send(answers: &Outgoing, frame: Out) -> Result<(), Status> {
+    answers
+        .send(Ok(v1::LeaseResponse { frame: Some(frame) }))
+        .await
+        .map_err(|_| Status::cancelled("the runner is gone"))
+}
+
+async fn revoke(answers: &Outgoing, lease: LeaseRef, reason: String) -> Result<(), Status> {
+    let lease = Some(convert::lease_out(lease));
+    send(answers, Out::Revoke(v1::Revoke { lease, reason })).await
+}
+
+/// A refused frame of one job ends that lease, not the stream that other jobs share.
+async fn lost(answers: &Outgoing, lease: LeaseRef, error: Error) -> Result<(), Status> {
+    match error.reason() {
+        Reason::LeaseLost | Reason::PlanChanged | Reason::WrongState | Reason::NotFound => {
+            revoke(answers, lease, error.message().to_owned()).await
+        }
+        _ => Err(error.into()),
+    }
+}
+
+/// `None` ends the stream.
+fn from_dispatch_out(message: ToRunner) -> Option<Out> {
+    match message {
+        ToRunner::Offer { lease, spec } => Some(Out::Offer(v1::Offer {
+            lease: Some(convert::lease_out(lease)),
+            job: Some(convert::job_spec(*spec)),
+        })),
+        ToRunner::Cancel { lease, force } => {
+            Some(Out::Cancel(v1::CancelJob { lease: Some(convert::lease_out(lease)), force }))
+        }
+        ToRunner::Revoke { lease, reason } => {
+            Some(Out::Revoke(v1::Revoke { lease: Some(convert::lease_out(lease)), reason }))
+        }
+        ToRunner::Superseded => None,
+    }
+}
+
+fn go_out(lease: LeaseRef, go: Go) -> Out {
+    let credentials = go.session.map(|session| v1::SessionCredentials {
+        access_key_id: session.access_key_id,
+        secret_access_key: session.secret_access_key.expose_secret().to_owned(),
+        session_token: session.session_token.expose_secret().to_owned(),
+        expire_time: Some(convert::timestamp(session.expires_at)),
+    });
+    let variables = go
+        .variables
+        .into_iter()
+        .map(|variable| v1::JobVariable {
+            value: variable.value.expose_secret().to_owned(),
+            environment: variable.category == Category::Environment,
+            name: variable.name,
+            hcl: variable.hcl,
+            sensitive: variable.sensitive,
+        })
+        .collect();
+    Out::Go(v1::Go { lease: Some(convert::lease_out(lease)), credentials, variables })
+}
+
+fn artifact_header(header: v1::ArtifactHeader) -> Result<ArtifactHeader, Error> {
+    let kind = match v1::ArtifactKind::try_from(header.kind) {
+        Ok(v1::ArtifactKind::Workspace) => Made::Workspace,
+        Ok(v1::ArtifactKind::State) => Made::State,
+        Ok(v1::ArtifactKind::Changes) => Made::Changes,
+        Ok(v1::ArtifactKind::ErroredState) => Made::ErroredState,
+        Ok(v1::ArtifactKind::Unspecified | v1::ArtifactKind::Configuration) | Err(_) => {
+            return Err(Error::field("kind", "a job makes nothing of this kind"));
+        }
+    };
+    Ok(ArtifactHeader {
+        lease: convert::lease(header.lease)?,
+        kind,
+        digest: parse_digest("digest", &header.digest)?,
+        size: header.size,
+    })
+}
+
+fn job_result(result: Option<WireResult>) -> Result<JobResult, Error> {
+    match result.ok_or_else(|| Error::field("result", "say how the job ended"))? {
+        WireResult::Plan(plan) => {
+            let digests = plan.digests.unwrap_or_default();
+            let digests = PlanDigests {
+                plan: parse_digest("plan_digest", &digests.plan_digest)?,
+                workspace: parse_digest("workspace_digest", &digests.workspace_digest)?,
+                lock_file: convert::optional_digest(
+                    "lock_file_digest",
+                    &digests.lock_file_digest,
+                )?,
+                changes: parse_digest("changes_digest", &digests.changes_digest)?,
+            };
+            let v1::PlanFinished { applyable, add, change, destroy, import, .. } = plan;
+            let version: String = plan.terraform_version.chars().take(64).collect();
+            Ok(JobResult::Planned {
+                digests,
+                applyable,
+                counts: Counts { add, change, destroy, import },
+                terraform_version: version,
+            })
+        }
+        WireResult::Apply(apply) => {
+            let outputs = Some(apply.outputs_json).filter(|outputs| !outputs.is_empty());
+            Ok(JobResult::Applied { outputs })
+        }
+        WireResult::Failed(failed) => {
+            let kind = match v1::JobFailure::try_from(failed.kind) {
+                Ok(v1::JobFailure::Errored | v1::JobFailure::PlanChanged) => FailureKind::Errored,
+                Ok(v1::JobFailure::Canceled) => FailureKind::Canceled,
+                Ok(v1::JobFailure::EndedUnknown) => FailureKind::EndedUnknown,
+                Ok(v1::JobFailure::StateUndelivered) => FailureKind::StateUndelivered,
+                Ok(v1::JobFailure::Unspecified) | Err(_) => {
+                    return Err(Error::field("kind", "say how the job failed"));
+                }
+            };
+            Ok(JobResult::Failed { kind, reason: failed.reason })
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! The control plane: keeps runs, decides on codes, leases jobs to runners.
+//!
+//! ```text
+//! grpc             parse, ask, translate; decides nothing
+//!   │
+//! app              one use case per file; takes a Caller; authorization first
+//!   │
+//! domain (crate)   run lifecycle, policy, leases: pure
+//!   │
+//! ports            store, blobs, run_log, sts, clock
+//!   │
+//! adapters         store::sled, files, sts::aws
+//! ```
+//!
+//! `runtime` alone knows every part; nothing depends on it or on `grpc`.
+
+pub mod app;
+pub mod audit;
+pub mod auth;
+pub mod authority;
+pub mod blobs;
+pub mod clock;
+pub mod config;
+pub mod dispatch;
+mod durable;
+pub mod error;
+pub mod grpc;
+pub mod reaper;
+pub mod run_log;
+pub mod runtime;
+pub mod seal;
+pub mod store;
+pub mod sts;
+
+pub use self::runtime::run;

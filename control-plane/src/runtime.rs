@@ -1,0 +1,227 @@
+//! Puts the parts together, starts them in order and stops them. The only file that knows all.
+//!
+//! Order of a start: the database first, so that a second process on the same data stops before
+//! it can do anything; then attempts without an outcome are settled; then listeners open, and
+//! only then do the terms of standing leases begin.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use latchkey_domain::id::Generation;
+use secrecy::ExposeSecret;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+use tracing_subscriber::EnvFilter;
+
+use crate::app::App;
+use crate::app::lease_job::SESSION_FLOOR;
+use crate::authority::Authority;
+use crate::blobs::Blobs;
+use crate::clock::{Clock, Wall};
+use crate::config::{Args, Config, PeopleTransport};
+use crate::durable;
+use crate::run_log::{self, RunLogs};
+use crate::seal::{IfMissing, MasterKey};
+use crate::store::record::encode;
+use crate::store::sled::{self, Sled};
+use crate::store::{Batch, CommitError, Expect, Store, keys};
+use crate::sts::aws::AwsSts;
+use crate::{dispatch, grpc, reaper};
+
+/// How long open requests may take to end once the process was told to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Runs the control plane until a signal stops it.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = Args::parse_from(args);
+    let filter = EnvFilter::try_from_env("LATCHKEY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let served = Config::try_from(args).map_err(anyhow::Error::from).and_then(|config| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .context("start the runtime")?;
+        runtime.block_on(serve(config))
+    });
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "latchkey-control-plane: failed to {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("install the crypto provider: another is installed"))?;
+    let (app, inbox) = open(&config).await?;
+    app.settle_authentications().await.context("settle attempts that a stop left open")?;
+    if let Some(secret) = app.prepare_bootstrap().await.context("prepare the first sign-in")? {
+        writeln!(
+            std::io::stdout(),
+            "One-time secret for `latchkey login --bootstrap`: {}",
+            secret.expose_secret()
+        )
+        .context("print the one-time secret")?;
+    }
+
+    let people = TcpListener::bind(config.people_address)
+        .await
+        .with_context(|| format!("listen for people on {}", config.people_address))?;
+    let runners = TcpListener::bind(config.runners_address)
+        .await
+        .with_context(|| format!("listen for runners on {}", config.runners_address))?;
+    let (people_address, runners_address) = (people.local_addr()?, runners.local_addr()?);
+
+    let dispatching = tokio::spawn(inbox.run(Arc::clone(&app), config.lease_term));
+    for (job, epoch, runner) in app.standing_leases().await.context("find standing leases")? {
+        app.dispatch.watch(job, epoch, runner);
+    }
+    app.resume().await.context("resume open runs")?;
+    let reaping = tokio::spawn(reaper::run(Arc::clone(&app)));
+
+    let (stop, stopped) = watch::channel(());
+    let serving = tokio::spawn(listen(Arc::clone(&app), config.clone(), people, runners, stopped));
+    if let Some(path) = &config.ready_file {
+        let ready = serde_json::json!({
+            "people": people_address.to_string(),
+            "runners": runners_address.to_string(),
+            "ca_file": config.data_dir.join("authority").join("ca.pem"),
+        });
+        durable::replace(path, ready.to_string().as_bytes()).context("write the ready file")?;
+    }
+    tracing::info!(people = %people_address, runners = %runners_address, "ready");
+
+    let mut serving = serving;
+    let outcome = tokio::select! {
+        () = told_to_stop() => {
+            tracing::info!("stopping");
+            drop(stop);
+            // Streams of people and runners have no end of their own: they are cut, and resumed
+            // by their callers.
+            let _ = tokio::time::timeout(DRAIN, &mut serving).await;
+            Ok(())
+        }
+        reason = app.store.failed() => {
+            tracing::error!(%reason, "the store has failed; what is durable is safe");
+            Err(anyhow::anyhow!("use the store: {reason}; start again to recover"))
+        }
+        ended = &mut serving => ended.context("serve")?,
+    };
+    serving.abort();
+    reaping.abort();
+    dispatching.abort();
+    outcome
+}
+
+/// Opens all that is on disk, and makes the use cases that stand on it.
+async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
+    let data = &config.data_dir;
+    durable::create_private_directory(data).context("make the data directory")?;
+    let options = sled::Options::new(data.join("store"));
+    let missing = match sled::exists(&options.directory) {
+        true => IfMissing::Refuse,
+        false => IfMissing::Create,
+    };
+    let master = Arc::new(MasterKey::open(&config.key_file, missing)?);
+    let store: Arc<dyn Store> = Arc::new(Sled::open(&options)?);
+    let clock: Arc<dyn Clock> = Arc::new(Wall);
+    let authority = Authority::open(&data.join("authority"), &master, Arc::clone(&clock))?;
+    let blobs = Blobs::open(data.join("blobs"), Arc::clone(&master)).context("open the blobs")?;
+    let logs = RunLogs::open(run_log::Options::new(data.join("logs")))
+        .context("open the logs of runs")?;
+    let generation = generation(&*store).await.context("read the generation")?;
+    let (handle, inbox) = dispatch::channel();
+    let app = App {
+        store,
+        blobs,
+        logs,
+        sts: Arc::new(AwsSts::new(config.sts_endpoint.clone(), config.use_fips).await),
+        clock,
+        master,
+        authority: Arc::new(authority),
+        dispatch: handle,
+        generation,
+        session_floor: SESSION_FLOOR,
+        lease_term: config.lease_term,
+        gates: crate::app::run_output::Gates::default(),
+    };
+    Ok((Arc::new(app), inbox))
+}
+
+/// Reads the number of this history; the first start begins with the first.
+async fn generation(store: &dyn Store) -> anyhow::Result<Generation> {
+    let key = keys::generation();
+    if let Some(found) = store.fetch(&key).await? {
+        let number: u64 = serde_json::from_slice(&found.value).context("it is malformed")?;
+        return Ok(Generation::new(number));
+    }
+    let first = Generation::FIRST;
+    match store.commit(Batch::new().put(key, Expect::Absent, encode(&first.get()))).await {
+        Ok(_) | Err(CommitError::Conflict { .. }) => Ok(first),
+        Err(CommitError::Store(error)) => Err(error.into()),
+    }
+}
+
+async fn listen(
+    app: Arc<App>,
+    config: Config,
+    people: TcpListener,
+    runners: TcpListener,
+    stopped: watch::Receiver<()>,
+) -> anyhow::Result<()> {
+    let identity = app.authority.server_identity(&config.names)?;
+    let identity = Identity::from_pem(&identity.chain_pem, identity.key_pem.as_str());
+    let ca = Certificate::from_pem(app.authority.certificate_pem());
+
+    let mut people_server = grpc::server();
+    if config.people_transport == PeopleTransport::Tls {
+        people_server =
+            people_server.tls_config(ServerTlsConfig::new().identity(identity.clone()))?;
+    }
+    let people = people_server
+        .layer(grpc::PeopleLayer { app: Arc::clone(&app) })
+        .add_routes(grpc::people(Arc::clone(&app)).await)
+        .serve_with_incoming_shutdown(TcpIncoming::from(people), until(stopped.clone()));
+
+    // Optional, because Enroll is how a runner gets its certificate; the layer demands it of
+    // every other call.
+    let tls =
+        ServerTlsConfig::new().identity(identity).client_ca_root(ca).client_auth_optional(true);
+    let runners = grpc::server()
+        .tls_config(tls)?
+        .layer(grpc::RunnersLayer { app: Arc::clone(&app) })
+        .add_routes(grpc::runners(app))
+        .serve_with_incoming_shutdown(TcpIncoming::from(runners), until(stopped));
+
+    let (people, runners) = tokio::join!(people, runners);
+    people.context("serve people")?;
+    runners.context("serve runners")
+}
+
+async fn until(mut stopped: watch::Receiver<()>) {
+    // The sender says nothing; it is dropped.
+    let _ = stopped.changed().await;
+}
+
+async fn told_to_stop() {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

@@ -1,0 +1,162 @@
+//! Environments, configurations and state versions as they are stored.
+
+use std::time::Duration;
+
+use latchkey_domain::environment::{Frozen, Hold};
+use latchkey_domain::id::{Digest, EnvironmentId, OrganizationId, PoolId, RunId};
+use latchkey_domain::policy::MfaPolicy;
+use latchkey_domain::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::run::PolicyRecord;
+use super::{Millis, Text};
+
+/// A Terraform root with its settings; what runs change of it is its `hold`.
+#[derive(Clone, Debug)]
+pub struct Environment {
+    pub id: EnvironmentId,
+    pub organization: OrganizationId,
+    pub name: String,
+    pub settings: Settings,
+    pub hold: Hold,
+    pub state: Option<StateHead>,
+    pub created_at: Timestamp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub policy: MfaPolicy,
+    pub auto_apply: bool,
+    /// Relative path inside the archive; empty is its top.
+    pub working_directory: String,
+    pub pool: Option<PoolId>,
+    pub session_duration: Duration,
+    pub plain_credentials: PlainCredentials,
+    pub region: String,
+}
+
+/// What a phase that demands no code gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlainCredentials {
+    Session,
+    None,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            policy: MfaPolicy::Never,
+            auto_apply: false,
+            working_directory: String::new(),
+            pool: None,
+            session_duration: Duration::from_secs(3600),
+            plain_credentials: PlainCredentials::Session,
+            region: "us-east-1".into(),
+        }
+    }
+}
+
+/// The newest state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateHead {
+    /// Counts the environment's state versions from 1.
+    pub number: u64,
+    pub digest: Text<Digest>,
+    pub lineage: String,
+    pub serial: u64,
+}
+
+/// One state version, kept for good.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StateVersion {
+    pub digest: Text<Digest>,
+    pub lineage: String,
+    pub serial: u64,
+    pub run: Text<RunId>,
+    pub at: Millis,
+}
+
+/// An uploaded archive.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Configuration {
+    pub uploaded_by: String,
+    pub at: Millis,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct EnvironmentRecord {
+    id: Text<EnvironmentId>,
+    organization: Text<OrganizationId>,
+    name: String,
+    #[serde(with = "PolicyRecord")]
+    policy: MfaPolicy,
+    auto_apply: bool,
+    working_directory: String,
+    pool: Option<Text<PoolId>>,
+    session_seconds: u64,
+    plain_credentials: PlainCredentials,
+    region: String,
+    holder: Option<Text<RunId>>,
+    frozen: Option<FrozenRecord>,
+    state: Option<StateHead>,
+    created_at: Millis,
+}
+
+#[derive(Serialize, Deserialize)]
+struct FrozenRecord {
+    run: Text<RunId>,
+    reason: String,
+}
+
+impl From<&Environment> for EnvironmentRecord {
+    fn from(environment: &Environment) -> Self {
+        let settings = environment.settings.clone();
+        Self {
+            id: Text(environment.id),
+            organization: Text(environment.organization),
+            name: environment.name.clone(),
+            policy: settings.policy,
+            auto_apply: settings.auto_apply,
+            working_directory: settings.working_directory,
+            pool: settings.pool.map(Text),
+            session_seconds: settings.session_duration.as_secs(),
+            plain_credentials: settings.plain_credentials,
+            region: settings.region,
+            holder: environment.hold.holder.map(Text),
+            frozen: environment.hold.frozen.as_ref().map(|frozen| FrozenRecord {
+                run: Text(frozen.run),
+                reason: frozen.reason.clone(),
+            }),
+            state: environment.state.clone(),
+            created_at: environment.created_at.into(),
+        }
+    }
+}
+
+impl From<EnvironmentRecord> for Environment {
+    fn from(record: EnvironmentRecord) -> Self {
+        Self {
+            id: record.id.0,
+            organization: record.organization.0,
+            name: record.name,
+            settings: Settings {
+                policy: record.policy,
+                auto_apply: record.auto_apply,
+                working_directory: record.working_directory,
+                pool: record.pool.map(|pool| pool.0),
+                session_duration: Duration::from_secs(record.session_seconds),
+                plain_credentials: record.plain_credentials,
+                region: record.region,
+            },
+            hold: Hold {
+                holder: record.holder.map(|run| run.0),
+                frozen: record
+                    .frozen
+                    .map(|frozen| Frozen { run: frozen.run.0, reason: frozen.reason }),
+            },
+            state: record.state,
+            created_at: record.created_at.into(),
+        }
+    }
+}

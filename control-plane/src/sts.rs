@@ -1,0 +1,182 @@
+//! The port to AWS STS: one token code in, session credentials or a classified refusal out.
+//!
+//! A code is good for one call. So [`Sts::exchange`] makes exactly one, and its answer says
+//! what became of the code: [`Exchange::Unknown`] whenever the request may have been read.
+
+pub mod aws;
+pub mod errors;
+
+use std::time::Duration;
+
+use latchkey_domain::time::Timestamp;
+use secrecy::SecretString;
+
+use crate::store::BoxFuture;
+
+pub use self::errors::Class;
+
+/// Long-term keys and the device they are used with.
+#[derive(Clone, Debug)]
+pub struct Triple {
+    pub access_key_id: String,
+    pub secret_access_key: SecretString,
+    pub serial: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct SessionCredentials {
+    pub access_key_id: String,
+    pub secret_access_key: SecretString,
+    pub session_token: SecretString,
+    pub expires_at: Timestamp,
+}
+
+/// What a code becomes.
+#[derive(Debug)]
+pub enum Exchange {
+    Issued { credentials: SessionCredentials, request_id: Option<String> },
+    /// AWS answered no.
+    Refused(Refused),
+    /// The request was or may have been sent, and no answer came that tells.
+    Unknown { request_id: Option<String> },
+    /// The connection was provably never made: the code is still good.
+    NotReached,
+}
+
+#[derive(Clone, Debug)]
+pub struct Refused {
+    pub class: Class,
+    pub request_id: Option<String>,
+}
+
+#[derive(Debug)]
+pub enum Identity {
+    /// The account of the credentials, twelve digits.
+    Account(String),
+    /// AWS could not be asked; may be tried again.
+    Unavailable,
+    Refused(Refused),
+}
+
+pub trait Sts: Send + Sync {
+    /// Calls `GetSessionToken` once; with `code`, for a session that carries MFA.
+    ///
+    /// `duration` is 15 minutes to 36 hours.
+    fn exchange<'a>(
+        &'a self,
+        keys: &'a Triple,
+        code: Option<&'a SecretString>,
+        region: &'a str,
+        duration: Duration,
+    ) -> BoxFuture<'a, Exchange>;
+
+    /// Calls `GetCallerIdentity`. May be repeated.
+    fn identify<'a>(
+        &'a self,
+        session: &'a SessionCredentials,
+        region: &'a str,
+    ) -> BoxFuture<'a, Identity>;
+}
+
+/// Why a serial cannot be used, known without asking AWS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SerialProblem {
+    #[error(
+        "it is the ARN of a user; use the ARN of the user's MFA device, which has `:mfa/` in it"
+    )]
+    UserArn,
+    #[error(
+        "it is a FIDO security key, which AWS STS does not accept; register a virtual (TOTP) MFA \
+         device and use its ARN"
+    )]
+    Fido,
+    #[error(
+        "it is neither a device ARN (`arn:aws:iam::ACCOUNT:mfa/NAME`) nor a hardware serial of 9 \
+         to 256 letters, digits and `+=/:,.@_-`"
+    )]
+    Malformed,
+}
+
+/// Checks a serial as far as possible without AWS. Limits are those of the STS API.
+pub fn check_serial(serial: &str) -> Result<(), SerialProblem> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"+=/:,.@_-".contains(&byte);
+    if serial.contains(":u2f/") {
+        return Err(SerialProblem::Fido);
+    }
+    if serial.contains(":user/") {
+        return Err(SerialProblem::UserArn);
+    }
+    let arn = serial.starts_with("arn:");
+    if !(9..=256).contains(&serial.len())
+        || !serial.bytes().all(allowed)
+        || arn != serial.contains(":mfa/")
+    {
+        return Err(SerialProblem::Malformed);
+    }
+    Ok(())
+}
+
+/// The AWS partition a serial belongs to; a hardware serial tells none.
+pub fn partition_of(serial: &str) -> Option<&str> {
+    serial.strip_prefix("arn:")?.split(':').next()
+}
+
+/// The partition a region belongs to.
+pub fn partition_of_region(region: &str) -> &'static str {
+    if region.starts_with("us-gov-") {
+        "aws-us-gov"
+    } else if region.starts_with("cn-") {
+        "aws-cn"
+    } else if region.starts_with("eusc-") {
+        "aws-eusc"
+    } else {
+        "aws"
+    }
+}
+
+/// The account that an access key id encodes: 12 digits.
+///
+/// Ids made since 2019 hold the account number in base32 behind their four-letter prefix
+/// (published by several researchers, documented by AWS only through `GetAccessKeyInfo`).
+/// `None` for older ids, so it may serve to refuse early but never to let pass.
+pub fn account_of(access_key_id: &str) -> Option<String> {
+    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+    let encoded = access_key_id.get(4..)?.as_bytes();
+    if encoded.len() != 16 || !matches!(encoded[0], b'Q'..=b'Z' | b'2'..=b'7' | b'A'..=b'P') {
+        return None;
+    }
+    let mut number: u64 = 0;
+    for byte in &encoded[..10] {
+        let digit = ALPHABET.iter().position(|known| known == byte)?;
+        number = number << 5 | u64::try_from(digit).ok()?;
+    }
+    let account = (number >> 2 & 0x7fff_ffff_ff80) >> 7;
+    (account < 1_000_000_000_000).then(|| format!("{account:012}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serials_that_cannot_work_are_told_apart() {
+        assert_eq!(check_serial("arn:aws:iam::123456789012:mfa/ada"), Ok(()));
+        assert_eq!(check_serial("arn:aws-us-gov:iam::123456789012:mfa/team/ada"), Ok(()));
+        assert_eq!(check_serial("GAHT12345678"), Ok(()));
+        let user = "arn:aws:iam::123456789012:user/ada";
+        assert_eq!(check_serial(user), Err(SerialProblem::UserArn));
+        let fido = "arn:aws:iam::123456789012:u2f/user/ada/key-ABC";
+        assert_eq!(check_serial(fido), Err(SerialProblem::Fido));
+        for bad in ["", "short", "has a space in it", "arn:aws:iam::123456789012:group/ada"] {
+            assert_eq!(check_serial(bad), Err(SerialProblem::Malformed), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_access_key_id_tells_its_account() {
+        // The example of the public write-up of the encoding.
+        assert_eq!(account_of("ASIAQNZGKIQY56JQ7WML").as_deref(), Some("029608264753"));
+        assert_eq!(account_of("AKIA"), None);
+        assert_eq!(account_of("not an access key id"), None);
+    }
+}
