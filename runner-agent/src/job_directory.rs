@@ -1,0 +1,407 @@
+//! The job directory: the truth on the build host.
+//!
+//! Everything the agent or the supervisor tells is written and synced here first, so either can
+//! be killed at any moment and its successor reads where things stand:
+//!
+//! ```text
+//! lease.json, spec.json, settings.json   accepted: written before the directory has its name
+//! starting                               about to ask for `Go`
+//! exec                                   the point of no return: terraform may have run
+//! process                                pid and start time of the running terraform
+//! raw, log, checkpoint                   what terraform wrote; the canonical log; their relation
+//! state/base, state/NNNN                 the state at the lease; every state written since
+//! work/                                  the configuration, or the restored workspace
+//! plan.bin, changes.json, workspace.tar.gz   what a plan makes
+//! errored.tfstate                        what terraform could not deliver
+//! result.json                            how it ended; written last
+//! shipped/…                              hints: how much was acknowledged (repeats are harmless)
+//! ```
+//!
+//! A record is written to a temporary file, synced, renamed, and the directory synced.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::job::{JobResult, Lease, Spec};
+use crate::random;
+
+/// Go's plugin sockets live in TMPDIR, and a socket's path may have 107 bytes.
+const LONGEST_TMPDIR: usize = 80;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{what} {path}")]
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("understand {path}")]
+    Record {
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// How far a job has come, by what is on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Accepted; nothing was asked for yet.
+    Accepted,
+    /// `Starting` may have been sent; terraform provably did not run.
+    Starting,
+    /// Terraform may have run.
+    Executed,
+    /// The result is known.
+    Ended,
+}
+
+/// What the agent's configuration contributes to a job. Names of variables, never values.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) terraform: PathBuf,
+    pub(crate) terraform_version: String,
+    pub(crate) pass_env: Vec<String>,
+    pub(crate) terraform_cli_config: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct JobDirectory {
+    path: PathBuf,
+}
+
+impl JobDirectory {
+    /// Makes the directory whole or not at all.
+    pub(crate) fn create(
+        jobs: &Path,
+        lease: &Lease,
+        spec: &Spec,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        let path = jobs.join(lease.directory_name());
+        let draft = Self { path: jobs.join(format!(".new-{}", lease.directory_name())) };
+        remove_tree(&draft.path)?;
+        for sub in ["", "state", "work", "home", "shipped"] {
+            private_directory(&draft.path.join(sub))?;
+        }
+        draft.write_synced("lease.json", &encode(lease))?;
+        draft.write_synced("spec.json", &encode(spec))?;
+        draft.write_synced("settings.json", &encode(settings))?;
+        sync_directory(&draft.path)?;
+        fs::rename(&draft.path, &path).map_err(io_error("name", &path))?;
+        sync_directory(jobs)?;
+        let directory = Self { path };
+        directory.make_tmpdir()?;
+        Ok(directory)
+    }
+
+    pub(crate) fn open(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Lists the directories of jobs, and removes drafts and half-removed ones.
+    pub(crate) fn list(jobs: &Path) -> Result<Vec<Self>, Error> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(jobs).map_err(io_error("list", jobs))? {
+            let path = entry.map_err(io_error("list", jobs))?.path();
+            let hidden = path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+            if hidden {
+                remove_tree(&path)?;
+            } else if path.join("lease.json").exists() {
+                found.push(Self { path });
+            }
+        }
+        found.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(found)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    pub(crate) fn lease(&self) -> Result<Lease, Error> {
+        self.read("lease.json")
+    }
+
+    pub(crate) fn spec(&self) -> Result<Spec, Error> {
+        self.read("spec.json")
+    }
+
+    pub(crate) fn settings(&self) -> Result<Settings, Error> {
+        self.read("settings.json")
+    }
+
+    pub(crate) fn result(&self) -> Result<JobResult, Error> {
+        self.read("result.json")
+    }
+
+    /// Answers the directory terraform runs in.
+    pub(crate) fn root(&self, spec: &Spec) -> PathBuf {
+        self.join("work").join(&spec.working_directory)
+    }
+
+    pub(crate) fn stage(&self) -> Stage {
+        let has = |name: &str| self.join(name).exists();
+        match () {
+            () if has("result.json") => Stage::Ended,
+            () if has("exec") => Stage::Executed,
+            () if has("starting") => Stage::Starting,
+            () => Stage::Accepted,
+        }
+    }
+
+    /// Writes a record that survives power loss once this returns.
+    pub(crate) fn record<T: Serialize>(&self, name: &str, value: &T) -> Result<(), Error> {
+        self.record_bytes(name, &encode(value))
+    }
+
+    pub(crate) fn record_bytes(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        self.write_synced(&format!("{name}.new"), bytes)?;
+        let to = self.join(name);
+        fs::rename(self.join(&format!("{name}.new")), &to).map_err(io_error("name", &to))?;
+        sync_directory(to.parent().unwrap_or(&self.path))
+    }
+
+    pub(crate) fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T, Error> {
+        let path = self.join(name);
+        let bytes = fs::read(&path).map_err(io_error("read", &path))?;
+        serde_json::from_slice(&bytes).map_err(|source| Error::Record { path, source })
+    }
+
+    /// Answers the numbers of the states terraform wrote, in order.
+    pub(crate) fn states(&self) -> Result<Vec<u64>, Error> {
+        let path = self.join("state");
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&path).map_err(io_error("list", &path))? {
+            let name = entry.map_err(io_error("list", &path))?.file_name();
+            // `base` and temporary files are no numbers.
+            found.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    pub(crate) fn state_name(sequence: u64) -> String {
+        format!("state/{sequence:04}")
+    }
+
+    /// Reads a hint about what was acknowledged; 0 when there is none.
+    pub(crate) fn shipped(&self, what: &str) -> u64 {
+        fs::read_to_string(self.join("shipped").join(what))
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0)
+    }
+
+    /// Writes a hint. Not synced: an old hint only repeats what is acknowledged again.
+    pub(crate) fn set_shipped(&self, what: &str, value: u64) {
+        let path = self.join("shipped").join(what);
+        if let Err(error) = fs::write(&path, value.to_string()) {
+            tracing::warn!(%error, path = %path.display(), "failed to note what was shipped");
+        }
+    }
+
+    /// Answers the private directory for temporary files.
+    pub(crate) fn tmpdir(&self) -> PathBuf {
+        match fs::read_to_string(self.join("tmpdir")) {
+            Ok(path) => PathBuf::from(path),
+            Err(_) => self.join("tmp"),
+        }
+    }
+
+    /// Makes the names in the directory durable.
+    pub(crate) fn sync(&self) -> Result<(), Error> {
+        sync_directory(&self.path)
+    }
+
+    /// Removes the directory. It loses its name first, so that a half-removed one is never taken
+    /// for a job.
+    pub(crate) fn wipe(&self) -> Result<(), Error> {
+        remove_tree(&self.tmpdir())?;
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let gone = self.path.with_file_name(format!(".gone-{name}"));
+        remove_tree(&gone)?;
+        match fs::rename(&self.path, &gone) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => {
+                return Err(Error::Io { what: "unname", path: self.path.clone(), source });
+            }
+        }
+        if let Some(jobs) = self.path.parent() {
+            sync_directory(jobs)?;
+        }
+        remove_tree(&gone)
+    }
+
+    fn make_tmpdir(&self) -> Result<(), Error> {
+        let path = self.join("tmp");
+        if path.as_os_str().len() <= LONGEST_TMPDIR {
+            return private_directory(&path);
+        }
+        let short = PathBuf::from(format!("/tmp/latchkey-{}", &random::token()[..12]));
+        // Its name is known before it exists, so that it is never left behind.
+        self.record_bytes("tmpdir", short.as_os_str().as_encoded_bytes())?;
+        DirBuilder::new().mode(0o700).create(&short).map_err(io_error("make", &short))
+    }
+
+    fn write_synced(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.join(name);
+        let write = || {
+            let mut file = create_private(&path)?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write().map_err(io_error("write", &path))
+    }
+}
+
+/// Opens a new or emptied file that only this user can read.
+pub(crate) fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+pub(crate) fn private_directory(path: &Path) -> Result<(), Error> {
+    DirBuilder::new().mode(0o700).recursive(true).create(path).map_err(io_error("make", path))
+}
+
+pub(crate) fn sync_directory(path: &Path) -> Result<(), Error> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(io_error("sync", path))
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
+}
+
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("our records have string keys and no failing serializers")
+}
+
+/// Removes a tree without following links, also where terraform took our own permission away.
+fn remove_tree(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+        other => return other.map_err(io_error("remove", path)),
+    }
+    reclaim(path);
+    fs::remove_dir_all(path).map_err(io_error("remove", path))
+}
+
+fn reclaim(path: &Path) {
+    // Errors show when the removal fails again.
+    let is_directory = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+    if is_directory {
+        let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
+        for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+            reclaim(&entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::job::{Failure, Kind, Phase};
+
+    pub(crate) fn lease(run_id: &str, phase: Phase) -> Lease {
+        Lease { run_id: run_id.into(), phase, epoch: 1, generation: 1 }
+    }
+
+    pub(crate) fn spec() -> Spec {
+        Spec {
+            organization: "acme".into(),
+            environment: "prod".into(),
+            kind: Kind::PlanAndApply,
+            archive_digest: String::new(),
+            working_directory: PathBuf::new(),
+            target: Vec::new(),
+            replace: Vec::new(),
+            has_state: false,
+            terraform_version: String::new(),
+            approved: None,
+            queued_by: "ada".into(),
+            message: "first".into(),
+            region: "eu-central-1".into(),
+        }
+    }
+
+    pub(crate) fn settings() -> Settings {
+        Settings {
+            terraform: "terraform".into(),
+            terraform_version: "1.0.0".into(),
+            pass_env: Vec::new(),
+            terraform_cli_config: None,
+        }
+    }
+
+    #[test]
+    fn a_directory_tells_its_stage_by_its_records() {
+        let jobs = tempfile::tempdir().unwrap();
+        let lease = lease("r1", Phase::Plan);
+        let dir = JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).unwrap();
+        assert_eq!(dir.stage(), Stage::Accepted);
+        dir.record("starting", &lease).unwrap();
+        assert_eq!(dir.stage(), Stage::Starting);
+        dir.record("exec", &lease).unwrap();
+        assert_eq!(dir.stage(), Stage::Executed);
+        let result = JobResult::failed(Failure::Errored, "no");
+        dir.record("result.json", &result).unwrap();
+        assert_eq!(dir.stage(), Stage::Ended);
+
+        let found = JobDirectory::list(jobs.path()).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].lease().unwrap(), lease);
+        assert_eq!(found[0].spec().unwrap(), spec());
+        assert_eq!(found[0].result().unwrap(), result);
+        dir.wipe().unwrap();
+        assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn drafts_and_half_removed_directories_are_no_jobs() {
+        let jobs = tempfile::tempdir().unwrap();
+        for name in [".new-r1-plan-1", ".gone-r1-plan-1"] {
+            fs::create_dir(jobs.path().join(name)).unwrap();
+            fs::write(jobs.path().join(name).join("lease.json"), "{}").unwrap();
+        }
+        assert!(JobDirectory::list(jobs.path()).unwrap().is_empty());
+        assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_long_path_gets_a_short_directory_for_temporary_files() {
+        let base = tempfile::tempdir().unwrap();
+        let jobs = base.path().join("x".repeat(90));
+        private_directory(&jobs).unwrap();
+        let lease = lease("r1", Phase::Plan);
+        let dir = JobDirectory::create(&jobs, &lease, &spec(), &settings()).unwrap();
+        let tmp = dir.tmpdir();
+        assert!(tmp.as_os_str().len() <= LONGEST_TMPDIR && tmp.is_dir());
+        dir.wipe().unwrap();
+        assert!(!tmp.exists());
+    }
+
+    #[test]
+    fn states_are_listed_in_order_without_the_base() {
+        let jobs = tempfile::tempdir().unwrap();
+        let lease = lease("r1", Phase::Apply);
+        let dir = JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).unwrap();
+        for name in ["state/base", "state/0002", "state/0001", "state/0003.new"] {
+            fs::write(dir.join(name), "{}").unwrap();
+        }
+        assert_eq!(dir.states().unwrap(), [1, 2]);
+    }
+}
