@@ -1,0 +1,468 @@
+//! The supervisor: the small process beside one terraform process. It outlives the agent.
+//!
+//! ```text
+//! waiting ──Go──► preparing ──exec synced──► executing ──result synced──► ended
+//!    │                │
+//!    └── give up, or no Go in time: it leaves without a trace
+//! ```
+//!
+//! It has a session of its own and holds the secrets of the job in memory only. The agent talks
+//! to it through a socket in the job directory (`control`) and may come and go. A supervisor
+//! that finds `exec` has a dead predecessor: it waits for terraform's end, brings the log up to
+//! it, and reports that the outcome is not known.
+
+mod apply;
+pub(crate) mod control;
+mod credentials_endpoint;
+pub(crate) mod environment;
+pub(crate) mod log;
+#[cfg(test)]
+mod loopback;
+mod mask;
+mod plan;
+mod plan_changes;
+mod state_endpoint;
+mod terraform;
+#[cfg(test)]
+pub(crate) mod tests;
+mod variables;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use latchkey_proto::v1;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, pidfd_open, setrlimit, setsid, umask};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use self::control::{Order, Stage, Status};
+use self::credentials_endpoint::{CredentialsEndpoint, Session};
+use self::environment::{CredentialsAccess, Sources, StateAccess};
+use self::log::Log;
+use self::mask::Masker;
+use self::state_endpoint::StateEndpoint;
+use self::terraform::{Cancel, ProcessRecord, Terraform};
+use self::variables::Variables;
+use crate::job::{Failure, JobResult, Lease, Phase, Spec};
+use crate::job_directory::{self, JobDirectory, Settings, create_private};
+
+/// How long to wait for `Go`; the control plane may have to come back first.
+const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
+
+/// What the supervisor prints when it listens.
+pub(crate) const READY: &str = "supervisor ready";
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("leave the agent's session")]
+    Isolate(#[source] io::Error),
+    #[error("listen for the agent")]
+    Listen(#[source] io::Error),
+    #[error("serve terraform")]
+    Endpoint(#[source] io::Error),
+    #[error("digest what was planned")]
+    Digest(#[source] io::Error),
+    #[error("finish a background task")]
+    Task(#[source] tokio::task::JoinError),
+    #[error(transparent)]
+    Directory(#[from] job_directory::Error),
+    #[error(transparent)]
+    Log(#[from] log::Error),
+    #[error(transparent)]
+    Terraform(#[from] terraform::Error),
+}
+
+/// Runs the program `supervise <dir>`.
+pub(crate) fn supervise(directory: &Path) -> Result<ExitCode, Error> {
+    isolate().map_err(Error::Isolate)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Isolate)?;
+    runtime.block_on(serve(JobDirectory::open(directory)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn isolate() -> io::Result<()> {
+    // Signals of the agent's terminal or session end the agent, not the job.
+    setsid()?;
+    umask(Mode::from_raw_mode(0o077));
+    // A core would hold the session credentials.
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    Ok(())
+}
+
+async fn serve(directory: JobDirectory) -> Result<(), Error> {
+    let lock = create_private(&directory.join("supervisor.lock")).map_err(Error::Listen)?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        tracing::info!("another supervisor holds the job");
+        return Ok(());
+    }
+    let (lease, spec, settings) = (directory.lease()?, directory.spec()?, directory.settings()?);
+    let stage = directory.stage();
+    if stage == job_directory::Stage::Ended {
+        return Ok(());
+    }
+    let (status, _) = watch::channel(Status::default());
+    let (orders_to, orders) = mpsc::channel(16);
+    let listener = control::listen(directory.path()).map_err(Error::Listen)?;
+    let serving = tokio::spawn(control::serve(listener, orders_to, status.subscribe()));
+    // The agent may be gone already: then nobody needs to know.
+    let mut stdout = io::stdout();
+    let _ = writeln!(stdout, "{READY}").and_then(|()| stdout.flush());
+
+    let supervisor = Supervisor { directory, lease, spec, settings, status, orders, _lock: lock };
+    let done = if stage == job_directory::Stage::Executed {
+        supervisor.succeed_a_dead_one().await
+    } else {
+        supervisor.wait_for_go().await
+    };
+    // The result is on disk; an attached agent is told, if it listens.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    serving.abort();
+    done
+}
+
+struct Supervisor {
+    directory: JobDirectory,
+    lease: Lease,
+    spec: Spec,
+    settings: Settings,
+    status: watch::Sender<Status>,
+    orders: mpsc::Receiver<Order>,
+    _lock: File,
+}
+
+/// A job that has its secrets. What its phases need is here.
+struct Running {
+    directory: JobDirectory,
+    lease: Lease,
+    spec: Spec,
+    settings: Settings,
+    status: watch::Sender<Status>,
+    log: Log,
+    terraform: Terraform,
+    variables: Variables,
+    /// Whether `terraform apply` may have been started.
+    applying: bool,
+}
+
+impl Supervisor {
+    async fn wait_for_go(mut self) -> Result<(), Error> {
+        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Isolate)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Isolate)?;
+        let deadline = tokio::time::sleep(LONGEST_WAIT);
+        tokio::pin!(deadline);
+        let order = tokio::select! {
+            order = self.orders.recv() => order,
+            () = &mut deadline => None,
+            _ = terminate.recv() => None,
+            _ = interrupt.recv() => None,
+        };
+        match order {
+            Some(Order::Go(go)) => self.go(go).await,
+            Some(Order::Refuse(refused)) => {
+                let log = self.log(Masker::default())?;
+                let reason = refused.reason.clone();
+                log.own("diagnostic", "error", &reason, serde_json::Value::Null);
+                let kind = Failure::from_wire(refused.kind());
+                self.finish(&log, &JobResult::failed(kind, reason)).await
+            }
+            Some(Order::Cancel(_)) => {
+                let log = self.log(Masker::default())?;
+                let reason = "canceled before terraform was started";
+                self.finish(&log, &JobResult::failed(Failure::Canceled, reason)).await
+            }
+            Some(Order::Withdraw(_) | Order::GiveUp(_)) | None => Ok(()),
+        }
+    }
+
+    async fn go(mut self, go: v1::Go) -> Result<(), Error> {
+        self.stage(Stage::Preparing);
+        let session = go.credentials.map(Session::from_wire);
+        let mut masker = Masker::default();
+        session.iter().flat_map(Session::secrets).for_each(|secret| masker.add(&secret));
+        let variables = match variables::sort(go.variables) {
+            Ok(variables) => variables,
+            Err(error) => {
+                let log = self.log(masker)?;
+                let reason = format!("failed to {error}");
+                log.own("diagnostic", "error", &reason, serde_json::Value::Null);
+                return self.finish(&log, &JobResult::failed(Failure::Errored, reason)).await;
+            }
+        };
+        variables.sensitive.iter().for_each(|secret| masker.add(secret));
+
+        let states = self.status.clone();
+        let (states_to, mut written) = watch::channel(0);
+        let state = StateEndpoint::start(&self.directory, self.lease.phase, states_to)
+            .await
+            .map_err(Error::Endpoint)?;
+        tokio::spawn(async move {
+            while written.changed().await.is_ok() {
+                let newest = *written.borrow_and_update();
+                states.send_modify(|status| status.states = newest);
+            }
+        });
+        masker.add(state.password());
+        let token_file = self.directory.join("credentials-token");
+        let credentials = match session {
+            Some(session) => Some(
+                CredentialsEndpoint::start(session, &token_file).await.map_err(Error::Endpoint)?,
+            ),
+            None => None,
+        };
+        credentials.iter().for_each(|endpoint| masker.add(endpoint.token()));
+
+        let log = self.log(masker)?;
+        let (cancel_to, cancel) = watch::channel(Cancel::No);
+        let terraform = Terraform {
+            program: self.settings.terraform.clone(),
+            root: self.directory.root(&self.spec),
+            directory: self.directory.clone(),
+            environment: self.environment(&variables, &state, credentials.as_ref(), &token_file)?,
+            cancel,
+        };
+        let mut running = Running {
+            directory: self.directory.clone(),
+            lease: self.lease.clone(),
+            spec: self.spec.clone(),
+            settings: self.settings.clone(),
+            status: self.status.clone(),
+            log: log.clone(),
+            terraform,
+            variables,
+            applying: false,
+        };
+        let job = async {
+            match running.lease.phase {
+                Phase::Plan => running.plan().await,
+                Phase::Apply => running.apply().await,
+            }
+        };
+        tokio::pin!(job);
+        // Whoever stops the host signals terraform too; it must find its endpoints to the end.
+        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Isolate)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Isolate)?;
+        let mut given_up = false;
+        let result = loop {
+            let order = tokio::select! {
+                result = &mut job => break result,
+                Some(order) = self.orders.recv() => order,
+                _ = terminate.recv() => continue,
+                _ = interrupt.recv() => continue,
+            };
+            match order {
+                Order::Go(go) => {
+                    let session = go.credentials.map(Session::from_wire);
+                    if let (Some(endpoint), Some(session)) = (&credentials, session) {
+                        log.mask(session.secrets());
+                        endpoint.replace(session);
+                    }
+                }
+                Order::Cancel(force) => {
+                    let wanted = if force { Cancel::Forced } else { Cancel::Graceful };
+                    cancel_to.send_if_modified(|cancel| {
+                        let more = wanted > *cancel;
+                        *cancel = wanted.max(*cancel);
+                        more
+                    });
+                    if force && let Some(endpoint) = &credentials {
+                        endpoint.withdraw();
+                    }
+                }
+                Order::Withdraw(_) => credentials.iter().for_each(CredentialsEndpoint::withdraw),
+                Order::GiveUp(_) => {
+                    if self.status.borrow().stage() < Stage::Executing {
+                        given_up = true;
+                        cancel_to.send_replace(Cancel::Forced);
+                        credentials.iter().for_each(CredentialsEndpoint::withdraw);
+                    }
+                }
+                Order::Refuse(_) => {}
+            }
+        };
+        if given_up && self.status.borrow().stage() < Stage::Executing {
+            return Ok(());
+        }
+        let result = match result {
+            Ok(result) => result,
+            Err(error) => {
+                // Ours, not terraform's: whether it changed anything is known by `exec` only.
+                tracing::error!(error = &error as &dyn std::error::Error, "failed to run the job");
+                let executed = self.status.borrow().stage() >= Stage::Executing;
+                let unknown = executed && self.lease.phase == Phase::Apply;
+                let kind = if unknown { Failure::EndedUnknown } else { Failure::Errored };
+                let reason = format!("the runner failed to {error}");
+                log.own("diagnostic", "error", &reason, serde_json::Value::Null);
+                JobResult::failed(kind, reason)
+            }
+        };
+        self.finish(&log, &result).await
+    }
+
+    /// Stands in for a supervisor that died while terraform may have lived.
+    async fn succeed_a_dead_one(mut self) -> Result<(), Error> {
+        self.status.send_modify(|status| {
+            status.set_stage(Stage::Executing);
+            status.wants_secrets = true;
+        });
+        let process = self.directory.read::<ProcessRecord>("process").ok();
+        // The secrets to mask died with the predecessor: they are asked for before the log goes
+        // on.
+        let mut go = None;
+        if let Some(process) = process {
+            go = self.wait_for_the_end_of(process).await?;
+        }
+        if go.is_none() {
+            go = self.wait_for_secrets().await;
+        }
+        self.status.send_modify(|status| status.wants_secrets = false);
+        let log = match go.map(|go| (go.credentials.map(Session::from_wire), go.variables)) {
+            Some((session, variables)) => {
+                let mut masker = Masker::default();
+                session.iter().flat_map(Session::secrets).for_each(|secret| masker.add(&secret));
+                let sensitive = variables::sort(variables).unwrap_or_default().sensitive;
+                sensitive.iter().for_each(|secret| masker.add(secret));
+                self.log(masker)?
+            }
+            None => {
+                let log = self.log(Masker::default())?;
+                log.leave_out_the_rest();
+                log
+            }
+        };
+        let reason = "the supervisor was lost; terraform has ended, but how is not known";
+        log.own("diagnostic", "error", reason, serde_json::Value::Null);
+        let errored = self.directory.root(&self.spec).join("errored.tfstate");
+        if let Ok(state) = std::fs::read(errored) {
+            self.directory.record_bytes("errored.tfstate", &state)?;
+        }
+        // A plan changes nothing: it can simply be repeated.
+        let kind = match self.lease.phase {
+            Phase::Plan => Failure::Errored,
+            Phase::Apply => Failure::EndedUnknown,
+        };
+        self.finish(&log, &JobResult::failed(kind, reason)).await
+    }
+
+    /// Answers the `Go` that arrived meanwhile.
+    async fn wait_for_the_end_of(
+        &mut self,
+        process: ProcessRecord,
+    ) -> Result<Option<v1::Go>, Error> {
+        let Some(pid) = Pid::from_raw(process.pid) else { return Ok(None) };
+        let handle = pidfd_open(pid, PidfdFlags::empty());
+        // Checked after the handle is held: the number cannot be given away any more.
+        let (Ok(handle), true) = (handle, process.is_alive()) else { return Ok(None) };
+        let mut ended = tokio::task::spawn_blocking(move || {
+            let mut wait = [PollFd::new(&handle, PollFlags::IN)];
+            while poll(&mut wait, None) == Err(Errno::INTR) {}
+        });
+        let mut answer = None;
+        loop {
+            tokio::select! {
+                waited = &mut ended => {
+                    waited.map_err(Error::Task)?;
+                    return Ok(answer);
+                }
+                Some(order) = self.orders.recv() => match order {
+                    Order::Cancel(true) => terraform::stop(Some(pid), Cancel::Forced),
+                    Order::Cancel(false) => terraform::stop(Some(pid), Cancel::Graceful),
+                    Order::Go(go) => {
+                        self.status.send_modify(|status| status.wants_secrets = false);
+                        answer = Some(go);
+                    }
+                    Order::Withdraw(_) | Order::GiveUp(_) | Order::Refuse(_) => {}
+                },
+            }
+        }
+    }
+
+    async fn wait_for_secrets(&mut self) -> Option<v1::Go> {
+        let deadline = tokio::time::sleep(LONGEST_WAIT);
+        tokio::pin!(deadline);
+        loop {
+            tokio::select! {
+                order = self.orders.recv() => match order {
+                    Some(Order::Go(go)) => return Some(go),
+                    // Nobody will send them any more.
+                    Some(Order::GiveUp(_) | Order::Withdraw(_)) | None => return None,
+                    Some(Order::Cancel(_) | Order::Refuse(_)) => {}
+                },
+                () = &mut deadline => return None,
+            }
+        }
+    }
+
+    async fn finish(&self, log: &Log, result: &JobResult) -> Result<(), Error> {
+        let length = log.drain().await?.length;
+        self.directory.record("result.json", result)?;
+        self.status.send_modify(|status| {
+            status.log_length = length;
+            status.set_stage(Stage::Ended);
+        });
+        Ok(())
+    }
+
+    fn log(&self, masker: Masker) -> Result<Log, Error> {
+        let status = self.status.clone();
+        let (told, mut length) = watch::channel(0);
+        tokio::spawn(async move {
+            while length.changed().await.is_ok() {
+                let length = *length.borrow_and_update();
+                status.send_modify(|status| status.log_length = status.log_length.max(length));
+            }
+        });
+        Ok(Log::start(&self.directory, masker, told)?)
+    }
+
+    fn stage(&self, stage: Stage) {
+        self.status.send_modify(|status| status.set_stage(stage));
+    }
+
+    fn environment(
+        &self,
+        variables: &Variables,
+        state: &StateEndpoint,
+        credentials: Option<&CredentialsEndpoint>,
+        token_file: &Path,
+    ) -> Result<std::collections::BTreeMap<String, std::ffi::OsString>, Error> {
+        let own_config = self.directory.join("terraformrc");
+        // An empty one, so that the host's is never used.
+        create_private(&own_config).map_err(Error::Endpoint)?;
+        let passed = self.settings.pass_env.iter();
+        Ok(environment::build(Sources {
+            lease: &self.lease,
+            spec: &self.spec,
+            home: &self.directory.join("home"),
+            tmpdir: &self.directory.tmpdir(),
+            cli_config: self.settings.terraform_cli_config.as_deref().unwrap_or(&own_config),
+            passed: passed
+                .filter_map(|name| Some((name.clone(), std::env::var_os(name)?)))
+                .collect(),
+            user: &variables.environment,
+            state: Some(StateAccess {
+                address: state.address().to_owned(),
+                password: state.password(),
+            }),
+            credentials: credentials
+                .map(|endpoint| CredentialsAccess { uri: endpoint.uri(), token_file }),
+        }))
+    }
+}
+
+impl Running {
+    /// Passes the point of no return: durable before it is told, told before terraform runs.
+    fn executing(&self) -> Result<(), Error> {
+        self.directory.record("exec", &self.lease)?;
+        self.status.send_modify(|status| status.set_stage(Stage::Executing));
+        Ok(())
+    }
+}

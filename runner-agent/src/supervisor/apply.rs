@@ -1,0 +1,113 @@
+//! The apply phase: compare with what was approved, then apply exactly that.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::plan::{show_json, words};
+use super::terraform::Ended;
+use super::{Error, Running};
+use crate::job::{Failure, JobResult, Spec};
+use crate::job_directory::JobDirectory;
+
+#[derive(Debug, thiserror::Error)]
+#[error("apply the plan: its changes are not those that were approved; plan again")]
+struct NotApproved;
+
+impl Running {
+    pub(super) async fn apply(&mut self) -> Result<JobResult, Error> {
+        let names_providers = fs::read_to_string(lock_file(&self.directory, &self.spec))
+            .is_ok_and(|text| text.lines().any(|line| line.starts_with("provider ")));
+        // The sealed workspace has everything but the providers.
+        if names_providers && let Some(failed) = self.init(&["-lockfile=readonly"]).await? {
+            return Ok(failed);
+        }
+        let arguments = show_json(&self.directory);
+        let (ended, shown, stderr) = self.terraform.capture(&arguments).await?;
+        let changes = match self.changes(ended, &shown, &stderr)? {
+            Ok(changes) => changes,
+            Err(failed) => return Ok(failed),
+        };
+        let approved = self.spec.approved.as_ref().map(|approved| approved.changes.as_str());
+        if approved != Some(changes.digest.as_str()) {
+            return Ok(self.refused(Failure::PlanChanged, &NotApproved));
+        }
+        if *self.terraform.cancel.borrow() != super::terraform::Cancel::No {
+            return Ok(self.failed("terraform apply", Ended::NeverStarted));
+        }
+
+        self.applying = true;
+        self.apply_step();
+        // The point of no return: after this, the job is never started again.
+        self.executing()?;
+        let mut arguments = words(&["apply", "-input=false", "-no-color", "-json"]);
+        if self.variables.file.is_some() {
+            arguments.push("-var-file=/dev/stdin".into());
+        }
+        arguments.push(self.directory.join("plan.bin").into());
+        let var_file = self.variables.file.clone();
+        let ended = self.terraform.run(&arguments, var_file.as_ref()).await?;
+        let drained = self.log.drain().await?;
+
+        let errored = self.terraform.root.join("errored.tfstate");
+        if let Ok(state) = fs::read(&errored) {
+            self.directory.record_bytes("errored.tfstate", &state)?;
+            return Ok(JobResult::Failed {
+                kind: Failure::StateUndelivered,
+                reason: "terraform could not write its state and saved errored.tfstate".into(),
+                exit_code: match ended {
+                    Ended::Exited(code) => Some(code),
+                    Ended::Killed(_) | Ended::NeverStarted => None,
+                },
+            });
+        }
+        match ended {
+            Ended::Exited(0) => {
+                Ok(JobResult::Apply { outputs_json: outputs_json(drained.outputs.as_ref()) })
+            }
+            // Known not to have run: a cancel came between the record and the start.
+            other => Ok(self.failed("terraform apply", other)),
+        }
+    }
+}
+
+pub(super) fn lock_file(directory: &JobDirectory, spec: &Spec) -> PathBuf {
+    directory.root(spec).join(".terraform.lock.hcl")
+}
+
+/// Answers the outputs as terraform's JSON, without the values of sensitive ones.
+fn outputs_json(line: Option<&Value>) -> String {
+    let mut outputs = Map::new();
+    let all = line.and_then(|line| line.get("outputs")).and_then(Value::as_object);
+    for (name, output) in all.into_iter().flatten() {
+        let Some(output) = output.as_object() else { continue };
+        let mut output = output.clone();
+        output.remove("action");
+        if output.get("sensitive") != Some(&Value::Bool(false)) {
+            output.remove("value");
+        }
+        outputs.insert(name.clone(), Value::Object(output));
+    }
+    Value::Object(outputs).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn sensitive_outputs_lose_their_value() {
+        let line = json!({"type": "outputs", "outputs": {
+            "a": {"sensitive": false, "type": "string", "value": "x"},
+            "b": {"sensitive": true, "type": "string", "value": "canary"},
+        }});
+        assert_eq!(
+            outputs_json(Some(&line)),
+            r#"{"a":{"sensitive":false,"type":"string","value":"x"},"b":{"sensitive":true,"type":"string"}}"#
+        );
+        assert_eq!(outputs_json(None), "{}");
+    }
+}

@@ -1,0 +1,227 @@
+//! The private socket between agent and supervisor.
+//!
+//! The agent sends orders; the supervisor answers with its whole status, at once and after every
+//! change, so an agent that attaches again knows where things stand from the first frame.
+//! Frames are protobuf behind a length; `Go` crosses as the control plane's own message, whose
+//! `Debug` hides the secrets. A connection that breaks costs nothing: the next one is accepted.
+//!
+//! Socket paths may have 107 bytes, job directories more: both sides name the socket through a
+//! handle of the directory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use latchkey_proto::v1;
+use prost::Message;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, watch};
+use zeroize::Zeroizing;
+
+const SOCKET: &str = "control";
+
+/// Variables and credentials are the bulk of the largest frame.
+const LARGEST: usize = 16 << 20;
+
+/// What the agent wants.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct OrderFrame {
+    #[prost(oneof = "Order", tags = "1, 2, 3, 4, 5")]
+    pub(crate) order: Option<Order>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(crate) enum Order {
+    /// Starts the job; later, replaces its credentials.
+    #[prost(message, tag = "1")]
+    Go(v1::Go),
+    /// Asks terraform to stop; true: kills its process group.
+    #[prost(bool, tag = "2")]
+    Cancel(bool),
+    /// Gives out no more credentials.
+    #[prost(bool, tag = "3")]
+    Withdraw(bool),
+    /// Ends without a trace, unless terraform may have run.
+    #[prost(bool, tag = "4")]
+    GiveUp(bool),
+    /// Ends with this failure: the agent could not prepare the job.
+    #[prost(message, tag = "5")]
+    Refuse(v1::JobFailed),
+}
+
+/// How far the supervisor is.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub(crate) struct Status {
+    #[prost(enumeration = "Stage", tag = "1")]
+    pub(crate) stage: i32,
+    /// Durable length of `log`.
+    #[prost(uint64, tag = "2")]
+    pub(crate) log_length: u64,
+    /// Number of the newest durable state; 0 when none was written.
+    #[prost(uint64, tag = "3")]
+    pub(crate) states: u64,
+    /// A replacement waits for `Go`: what it must mask died with its predecessor.
+    #[prost(bool, tag = "4")]
+    pub(crate) wants_secrets: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum Stage {
+    /// For `Go`.
+    Waiting = 0,
+    /// `Go` has arrived; terraform provably has not changed anything.
+    Preparing = 1,
+    /// `exec` is synced.
+    Executing = 2,
+    /// `result.json` is synced.
+    Ended = 3,
+}
+
+/// Opens the socket, in place of a dead predecessor's.
+pub(super) fn listen(directory: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(directory.join(SOCKET)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let (_handle, path) = short_path(directory)?;
+    UnixListener::bind(path)
+}
+
+/// Serves one connection after the other, for ever. A newer one takes over.
+pub(super) async fn serve(
+    listener: UnixListener,
+    orders: mpsc::Sender<Order>,
+    status: watch::Receiver<Status>,
+) {
+    let mut current: Option<tokio::task::JoinHandle<()>> = None;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                if let Some(older) = current.take() {
+                    older.abort();
+                }
+                let (orders, status) = (orders.clone(), status.clone());
+                current = Some(tokio::spawn(async move {
+                    if let Err(error) = connection(stream, &orders, status).await {
+                        tracing::debug!(%error, "the agent's connection ended");
+                    }
+                }));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "failed to accept the agent's connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn connection(
+    stream: UnixStream,
+    orders: &mpsc::Sender<Order>,
+    mut status: watch::Receiver<Status>,
+) -> io::Result<()> {
+    let (mut from, mut to) = stream.into_split();
+    let read = async {
+        while let Some(frame) = receive::<OrderFrame>(&mut from).await? {
+            if let Some(order) = frame.order
+                && orders.send(order).await.is_err()
+            {
+                break;
+            }
+        }
+        Ok(())
+    };
+    let write = async {
+        loop {
+            let now = *status.borrow_and_update();
+            send(&mut to, &now).await?;
+            if status.changed().await.is_err() {
+                return Ok(());
+            }
+        }
+    };
+    tokio::select! {
+        done = read => done,
+        done = write => done,
+    }
+}
+
+/// Attaches to a living supervisor.
+pub(crate) async fn connect(directory: &Path) -> io::Result<UnixStream> {
+    let (_handle, path) = short_path(directory)?;
+    UnixStream::connect(path).await
+}
+
+fn short_path(directory: &Path) -> io::Result<(File, PathBuf)> {
+    let handle = File::open(directory)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", handle.as_raw_fd()));
+    Ok((handle, path))
+}
+
+pub(crate) async fn send<M: Message>(
+    to: &mut (impl AsyncWrite + Unpin),
+    message: &M,
+) -> io::Result<()> {
+    let length = u32::try_from(message.encoded_len()).map_err(io::Error::other)?;
+    let mut frame = Zeroizing::new(Vec::with_capacity(4 + message.encoded_len()));
+    frame.extend_from_slice(&length.to_be_bytes());
+    message.encode(&mut *frame).map_err(io::Error::other)?;
+    to.write_all(&frame).await
+}
+
+/// Answers `None` at the end of the stream.
+pub(crate) async fn receive<M: Message + Default>(
+    from: &mut (impl AsyncRead + Unpin),
+) -> io::Result<Option<M>> {
+    let length = match from.read_u32().await {
+        Ok(length) => length as usize,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if length > LARGEST {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the frame is too large"));
+    }
+    let mut frame = Zeroizing::new(vec![0u8; length]);
+    from.read_exact(&mut frame).await?;
+    M::decode(frame.as_slice()).map(Some).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_second_connection_learns_the_status_and_takes_over() {
+        let base = tempfile::tempdir().unwrap();
+        // Longer than a socket's path may be.
+        let directory = base.path().join("x".repeat(120));
+        std::fs::create_dir(&directory).unwrap();
+        let (orders_to, mut orders) = mpsc::channel(4);
+        let (status_to, status) = watch::channel(Status::default());
+        tokio::spawn(serve(listen(&directory).unwrap(), orders_to, status));
+
+        let mut first = connect(&directory).await.unwrap();
+        assert_eq!(receive::<Status>(&mut first).await.unwrap(), Some(Status::default()));
+        let go = OrderFrame { order: Some(Order::Go(v1::Go::default())) };
+        send(&mut first, &go).await.unwrap();
+        assert_eq!(orders.recv().await, go.order);
+
+        let later = Status {
+            stage: Stage::Executing.into(),
+            log_length: 7,
+            states: 1,
+            wants_secrets: false,
+        };
+        status_to.send_replace(later);
+        assert_eq!(receive::<Status>(&mut first).await.unwrap(), Some(later));
+        let mut second = connect(&directory).await.unwrap();
+        assert_eq!(receive::<Status>(&mut second).await.unwrap(), Some(later));
+        assert_eq!(receive::<Status>(&mut first).await.unwrap(), None);
+        send(&mut second, &OrderFrame { order: Some(Order::Cancel(true)) }).await.unwrap();
+        assert_eq!(orders.recv().await, Some(Order::Cancel(true)));
+    }
+}

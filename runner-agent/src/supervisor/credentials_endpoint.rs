@@ -1,0 +1,226 @@
+//! The credentials endpoint: AWS's container-credentials protocol on loopback.
+//!
+//! Whoever has the address and the token in the 0600 file gets the session; anything that looks
+//! like a browser (another `Host`, any `Origin`) does not. The announced expiry is never more
+//! than 15 minutes away, so that the SDK comes back and a withdrawal bites; the session can be
+//! replaced at any time.
+
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use jiff::{SignedDuration, Timestamp};
+use latchkey_proto::v1;
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::json;
+use subtle::ConstantTimeEq;
+use tokio::net::TcpListener;
+
+use crate::job_directory::create_private;
+use crate::{clock, random};
+
+const ANNOUNCED: SignedDuration = SignedDuration::from_mins(15);
+
+/// What STS gave for this phase. Lives in memory only.
+#[derive(Debug, Clone)]
+pub(super) struct Session {
+    access_key_id: String,
+    secret_access_key: SecretString,
+    session_token: SecretString,
+    expire_time: Timestamp,
+}
+
+impl Session {
+    pub(super) fn from_wire(credentials: v1::SessionCredentials) -> Self {
+        let expire_time = credentials
+            .expire_time
+            .and_then(|time| Timestamp::new(time.seconds, time.nanos).ok())
+            // Without an expiry (long-term keys, by explicit opt-in) it never passes.
+            .unwrap_or(Timestamp::MAX);
+        Self {
+            access_key_id: credentials.access_key_id,
+            secret_access_key: credentials.secret_access_key.into(),
+            session_token: credentials.session_token.into(),
+            expire_time,
+        }
+    }
+
+    /// Answers what the log must not show.
+    pub(super) fn secrets(&self) -> Vec<SecretString> {
+        vec![
+            self.access_key_id.as_str().into(),
+            self.secret_access_key.clone(),
+            self.session_token.clone(),
+        ]
+    }
+}
+
+#[derive(Debug)]
+enum Holding {
+    Session(Session),
+    Withdrawn,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct CredentialsEndpoint {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    address: SocketAddr,
+    token: SecretString,
+    /// Replaced by the orders of the agent; read by every request.
+    holding: Mutex<Holding>,
+}
+
+impl CredentialsEndpoint {
+    /// Starts serving, and writes the token's file.
+    pub(super) async fn start(session: Session, token_file: &Path) -> io::Result<Self> {
+        let token = SecretString::from(random::token());
+        // No newline: the SDK refuses it.
+        create_private(token_file)?.write_all(token.expose_secret().as_bytes())?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let shared = Arc::new(Shared {
+            address: listener.local_addr()?,
+            token,
+            holding: Mutex::new(Holding::Session(session)),
+        });
+        let router =
+            Router::new().route("/credentials", get(answer)).with_state(Arc::clone(&shared));
+        tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, router).await {
+                tracing::error!(%error, "failed to serve credentials");
+            }
+        });
+        Ok(Self { shared })
+    }
+
+    pub(super) fn uri(&self) -> String {
+        format!("http://{}/credentials", self.shared.address)
+    }
+
+    pub(super) fn token(&self) -> &SecretString {
+        &self.shared.token
+    }
+
+    pub(super) fn replace(&self, session: Session) {
+        self.hold(Holding::Session(session));
+    }
+
+    pub(super) fn withdraw(&self) {
+        self.hold(Holding::Withdrawn);
+    }
+
+    fn hold(&self, holding: Holding) {
+        *self.shared.holding.lock().unwrap_or_else(PoisonError::into_inner) = holding;
+    }
+}
+
+async fn answer(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    let host = headers.get(header::HOST).map(|value| value.as_bytes());
+    if host != Some(shared.address.to_string().as_bytes()) || headers.contains_key(header::ORIGIN) {
+        return refuse(StatusCode::FORBIDDEN, "NotForBrowsers", "only terraform may ask here");
+    }
+    let given = headers.get(header::AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
+    if !bool::from(given.ct_eq(shared.token.expose_secret().as_bytes())) {
+        return refuse(StatusCode::UNAUTHORIZED, "BadToken", "the authorization token is wrong");
+    }
+    let now = clock::now();
+    let holding = shared.holding.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*holding {
+        Holding::Withdrawn => refuse(
+            StatusCode::FORBIDDEN,
+            "Withdrawn",
+            "Latchkey has withdrawn the credentials of this run",
+        ),
+        Holding::Session(session) if session.expire_time <= now => refuse(
+            StatusCode::FORBIDDEN,
+            "Expired",
+            "the session of this run has expired; submit another code to go on",
+        ),
+        Holding::Session(session) => {
+            let soon = now.checked_add(ANNOUNCED).unwrap_or(session.expire_time);
+            let expiration = session.expire_time.min(soon);
+            json_answer(
+                StatusCode::OK,
+                &json!({
+                    "AccessKeyId": session.access_key_id,
+                    "SecretAccessKey": session.secret_access_key.expose_secret(),
+                    "Token": session.session_token.expose_secret(),
+                    "Expiration": expiration.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+                }),
+            )
+        }
+    }
+}
+
+fn refuse(status: StatusCode, code: &str, message: &str) -> Response {
+    json_answer(status, &json!({"code": code, "message": message}))
+}
+
+fn json_answer(status: StatusCode, body: &serde_json::Value) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+    (status, headers, body.to_string()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::super::loopback::request;
+    use super::*;
+
+    fn session(key: &str, expire_time: Timestamp) -> Session {
+        Session {
+            access_key_id: key.into(),
+            secret_access_key: "canary".into(),
+            session_token: "token".into(),
+            expire_time,
+        }
+    }
+
+    #[tokio::test]
+    async fn only_the_holder_of_the_token_gets_the_session() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("token");
+        let later = clock::now() + SignedDuration::from_hours(1);
+        let endpoint = CredentialsEndpoint::start(session("AKIA1", later), &file).await.unwrap();
+        let token = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(token.len(), 64);
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        let host = endpoint.shared.address.to_string();
+        let ask = async |headers: &[(&str, &str)]| {
+            request(&host, "GET", "/credentials", headers, b"").await
+        };
+        let auth = ("Authorization", token.as_str());
+        let (status, body) = ask(&[("Host", &host), auth]).await;
+        assert_eq!(status, 200);
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["AccessKeyId"], "AKIA1");
+        let announced: Timestamp = body["Expiration"].as_str().unwrap().parse().unwrap();
+        assert!(announced <= clock::now() + ANNOUNCED);
+
+        assert_eq!(ask(&[("Host", &host)]).await.0, 401);
+        assert_eq!(ask(&[("Host", &host), ("Authorization", "wrong")]).await.0, 401);
+        assert_eq!(ask(&[("Host", "evil.example"), auth]).await.0, 403);
+        assert_eq!(ask(&[("Host", &host), ("Origin", "http://x"), auth]).await.0, 403);
+
+        endpoint.replace(session("AKIA2", later));
+        let (_, body) = ask(&[("Host", &host), auth]).await;
+        assert!(String::from_utf8(body).unwrap().contains("AKIA2"));
+        endpoint.replace(session("AKIA3", clock::now()));
+        assert_eq!(ask(&[("Host", &host), auth]).await.0, 403);
+        endpoint.withdraw();
+        let (status, body) = ask(&[("Host", &host), auth]).await;
+        assert_eq!(status, 403);
+        assert!(String::from_utf8(body).unwrap().contains("withdrawn"));
+        assert!(!format!("{endpoint:?}").contains("canary"));
+    }
+}

@@ -1,0 +1,455 @@
+//! From `raw`, which terraform writes, to `log`, which is canonical.
+//!
+//! One thread owns both files. It reads `raw` every few milliseconds, cuts it at line ends,
+//! turns each line into its canonical form (`log/line.rs`), appends to `log`, syncs, and then
+//! notes in `checkpoint` how much of `raw` became how much of `log`. Only after that is the new
+//! length told. A successor cuts `log` back to the checkpoint and goes on from there, so told
+//! bytes never change and no byte of `raw` is lost or used twice. What lies far enough behind
+//! the checkpoint is punched out of `raw`, which stays small however much terraform prints.
+//!
+//! A full disk stops this thread's progress, not terraform's: it cuts back to the checkpoint and
+//! tries again with the next tick.
+
+mod checkpoint;
+mod line;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{FallocateFlags, fallocate};
+use secrecy::SecretString;
+use serde_json::Value;
+use tokio::sync::{oneshot, watch};
+
+use self::checkpoint::{Checkpoint, Position};
+use super::mask::Masker;
+use crate::clock;
+use crate::job_directory::{Error as DirectoryError, JobDirectory};
+
+pub(crate) use self::line::LONGEST as LONGEST_LINE;
+
+const TICK: Duration = Duration::from_millis(10);
+
+/// A line without an end is cut when it has grown this long.
+const LONGEST_RAW_LINE: usize = 1 << 20;
+
+/// The same for what looks like terraform's JSON: its outputs are one line.
+const LONGEST_RAW_JSON: usize = 16 << 20;
+
+/// Read at once, and punched at once.
+const BLOCK: usize = 1 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("open the log")]
+    Open(#[source] io::Error),
+    #[error("go on with the log: its thread has ended")]
+    Gone,
+}
+
+/// Handle of the thread. Dropping the last one ends it.
+#[derive(Debug, Clone)]
+pub(super) struct Log {
+    commands: SyncSender<Command>,
+}
+
+enum Command {
+    Own(Vec<Value>),
+    Mask(Vec<SecretString>),
+    LeaveOut,
+    Drain(oneshot::Sender<Drained>),
+}
+
+/// What the thread knows when all of `raw` has become `log`.
+#[derive(Debug)]
+pub(super) struct Drained {
+    pub(super) length: u64,
+    /// The last line of type `outputs`, as terraform wrote it.
+    pub(super) outputs: Option<Value>,
+}
+
+impl Log {
+    /// Opens the log or goes on with it. The length is told as it becomes durable.
+    pub(super) fn start(
+        directory: &JobDirectory,
+        masker: Masker,
+        told: watch::Sender<u64>,
+    ) -> Result<Self, Error> {
+        let mut writer = Writer::open(directory, masker, told).map_err(Error::Open)?;
+        let (commands, inbox) = sync_channel(64);
+        thread::Builder::new()
+            .name("log".into())
+            .spawn(move || writer.run(&inbox))
+            .map_err(Error::Open)?;
+        Ok(Self { commands })
+    }
+
+    /// Appends a line of ours behind what terraform has written so far.
+    pub(super) fn own(&self, kind: &str, level: &str, message: &str, more: Value) {
+        self.send(Command::Own(vec![own_line(kind, level, message, more)]));
+    }
+
+    /// Appends a text of several lines as lines of ours.
+    pub(super) fn own_text(&self, kind: &str, text: &str) {
+        let lines = text.lines().flat_map(|line| pieces(line, 1 << 15));
+        let lines = lines.map(|line| own_line(kind, "info", &line::plain(line), Value::Null));
+        self.send(Command::Own(lines.collect()));
+    }
+
+    /// Masks these too, from the next line on.
+    pub(super) fn mask(&self, secrets: Vec<SecretString>) {
+        self.send(Command::Mask(secrets));
+    }
+
+    /// Leaves out what is in `raw` and not in the log yet, and says so: its secrets are not known.
+    pub(super) fn leave_out_the_rest(&self) {
+        self.send(Command::LeaveOut);
+    }
+
+    /// Waits until everything written so far is in the log. A last line without an end counts.
+    pub(super) async fn drain(&self) -> Result<Drained, Error> {
+        let (answer, drained) = oneshot::channel();
+        self.send(Command::Drain(answer));
+        drained.await.map_err(|_| Error::Gone)
+    }
+
+    fn send(&self, command: Command) {
+        // The thread ends only after its last handle, or by a panic, which `drain` reports.
+        let _ = self.commands.send(command);
+    }
+}
+
+fn own_line(kind: &str, level: &str, message: &str, more: Value) -> Value {
+    let mut line = serde_json::json!({
+        "@level": level,
+        "@message": message,
+        "@module": "latchkey",
+        "@timestamp": clock::now().to_string(),
+        "type": kind,
+    });
+    if let (Some(line), Value::Object(more)) = (line.as_object_mut(), more) {
+        line.extend(more);
+    }
+    line
+}
+
+fn pieces(line: &str, longest: usize) -> Vec<&str> {
+    let mut pieces = Vec::new();
+    let mut rest = line;
+    loop {
+        let mut end = rest.len().min(longest);
+        while !rest.is_char_boundary(end) {
+            end -= 1;
+        }
+        pieces.push(&rest[..end]);
+        rest = &rest[end..];
+        if rest.is_empty() {
+            return pieces;
+        }
+    }
+}
+
+struct Writer {
+    raw: File,
+    log: File,
+    checkpoint: Checkpoint,
+    at: Position,
+    /// Where the next bytes are read; `at.raw` plus what is held.
+    read_to: u64,
+    /// The begin of a line whose end has not been read.
+    held: Vec<u8>,
+    /// Inside a line that had to be cut.
+    in_cut_line: bool,
+    own: Vec<Value>,
+    punched: u64,
+    masker: Masker,
+    outputs: Option<Value>,
+    told: watch::Sender<u64>,
+}
+
+impl Writer {
+    fn open(
+        directory: &JobDirectory,
+        masker: Masker,
+        told: watch::Sender<u64>,
+    ) -> io::Result<Self> {
+        let private = |name: &str| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.open(directory.join(name))
+        };
+        let raw = private("raw")?;
+        let log = private("log")?;
+        let (checkpoint, at) = Checkpoint::open(private("checkpoint")?)?;
+        // What lies behind the checkpoint was never told.
+        log.set_len(at.log)?;
+        directory.sync().map_err(|error| match error {
+            DirectoryError::Io { source, .. } => source,
+            other @ DirectoryError::Record { .. } => io::Error::other(other),
+        })?;
+        told.send_replace(at.log);
+        Ok(Self {
+            raw,
+            log,
+            checkpoint,
+            at,
+            read_to: at.raw,
+            held: Vec::new(),
+            in_cut_line: false,
+            own: Vec::new(),
+            punched: at.raw,
+            masker,
+            outputs: None,
+            told,
+        })
+    }
+
+    fn run(&mut self, inbox: &Receiver<Command>) {
+        let mut drains: Vec<oneshot::Sender<Drained>> = Vec::new();
+        loop {
+            match inbox.recv_timeout(TICK) {
+                // Ours goes behind what terraform wrote before: the raw lines come first.
+                Ok(Command::Own(lines)) => {
+                    self.tick(false);
+                    self.own.extend(lines);
+                }
+                Ok(Command::Mask(secrets)) => {
+                    secrets.iter().for_each(|secret| self.masker.add(secret));
+                }
+                Ok(Command::LeaveOut) => self.leave_out(),
+                Ok(Command::Drain(answer)) => drains.push(answer),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.tick(true);
+                    return;
+                }
+            }
+            if self.tick(!drains.is_empty()) {
+                for answer in drains.drain(..) {
+                    let drained = Drained { length: self.at.log, outputs: self.outputs.clone() };
+                    let _ = answer.send(drained);
+                }
+            }
+        }
+    }
+
+    fn leave_out(&mut self) {
+        let length = self.raw.metadata().map_or(self.at.raw, |metadata| metadata.len());
+        let bytes = length.saturating_sub(self.at.raw);
+        if bytes > 0 {
+            let message = format!("{bytes} bytes of output are left out: they could not be masked");
+            self.own.push(own_line("gap", "warn", &message, serde_json::json!({"bytes": bytes})));
+        }
+        // The begin of the read is the checkpoint, so the gap stays after a failed write.
+        self.at.raw = length;
+        self.read_to = length;
+        self.held.clear();
+        self.in_cut_line = false;
+    }
+
+    /// Brings the log up to `raw`, and says whether that worked. After a failure everything
+    /// stands as at the last checkpoint.
+    fn tick(&mut self, to_the_end: bool) -> bool {
+        match self.advance(to_the_end) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "failed to write the log; it is tried again");
+                let _ = self.log.set_len(self.at.log);
+                self.read_to = self.at.raw;
+                self.held.clear();
+                self.in_cut_line = false;
+                false
+            }
+        }
+    }
+
+    fn advance(&mut self, to_the_end: bool) -> io::Result<()> {
+        let mut block = vec![0u8; 64 * 1024];
+        loop {
+            let mut out = Vec::new();
+            let mut ended = false;
+            while out.len() < BLOCK {
+                let read = self.raw.read_at(&mut block, self.read_to)?;
+                if read == 0 {
+                    ended = true;
+                    break;
+                }
+                self.read_to += read as u64;
+                self.held.extend_from_slice(&block[..read]);
+                self.lines(&mut out);
+            }
+            if ended && to_the_end && !self.held.is_empty() {
+                let rest = std::mem::take(&mut self.held);
+                self.line(&rest, &mut out);
+            }
+            let raw = self.read_to - self.held.len() as u64;
+            if ended {
+                for line in &self.own {
+                    line::own(line, &self.masker, &mut out);
+                }
+            }
+            self.commit(raw, &out)?;
+            if ended {
+                self.own.clear();
+                return Ok(());
+            }
+        }
+    }
+
+    fn lines(&mut self, out: &mut Vec<u8>) {
+        let held = std::mem::take(&mut self.held);
+        let mut rest = held.as_slice();
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            self.line(&rest[..end], out);
+            rest = &rest[end + 1..];
+        }
+        let json = !self.in_cut_line && rest.first() == Some(&b'{');
+        let longest = if json { LONGEST_RAW_JSON } else { LONGEST_RAW_LINE };
+        while rest.len() > longest + self.masker.longest() {
+            let mut cut = self.masker.cut(rest, LONGEST_RAW_LINE).max(4);
+            // Not inside a character.
+            while cut > 1 && rest[cut] & 0xc0 == 0x80 {
+                cut -= 1;
+            }
+            line::piece(&rest[..cut], self.in_cut_line, &self.masker, clock::now(), out);
+            self.in_cut_line = true;
+            rest = &rest[cut..];
+        }
+        self.held = rest.to_vec();
+    }
+
+    fn line(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        if std::mem::take(&mut self.in_cut_line) {
+            line::piece(bytes, true, &self.masker, clock::now(), out);
+        } else if let Some(outputs) = line::canonical(bytes, &self.masker, clock::now(), out) {
+            self.outputs = Some(outputs);
+        }
+    }
+
+    fn commit(&mut self, raw: u64, out: &[u8]) -> io::Result<()> {
+        if out.is_empty() && raw == self.at.raw {
+            return Ok(());
+        }
+        self.log.write_all_at(out, self.at.log)?;
+        self.log.flush()?;
+        self.log.sync_data()?;
+        let to = Position { raw, log: self.at.log + out.len() as u64 };
+        self.checkpoint.write(to)?;
+        self.at = to;
+        self.told.send_replace(to.log);
+        self.punch();
+        Ok(())
+    }
+
+    fn punch(&mut self) {
+        let to = self.at.raw / 4096 * 4096;
+        if to.saturating_sub(self.punched) >= BLOCK as u64 {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let from = self.punched / 4096 * 4096;
+            // A filesystem without holes keeps the bytes: nothing else changes.
+            let _ = fallocate(&self.raw, flags, from, to - from);
+            self.punched = to;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::job::Phase;
+    use crate::job_directory::tests as samples;
+
+    fn directory() -> (tempfile::TempDir, JobDirectory) {
+        let jobs = tempfile::tempdir().unwrap();
+        let lease = samples::lease("r1", Phase::Plan);
+        let directory =
+            JobDirectory::create(jobs.path(), &lease, &samples::spec(), &samples::settings())
+                .unwrap();
+        (jobs, directory)
+    }
+
+    fn append(directory: &JobDirectory, bytes: &[u8]) {
+        let path = directory.join("raw");
+        OpenOptions::new().append(true).create(true).open(path).unwrap().write_all(bytes).unwrap();
+    }
+
+    fn messages(directory: &JobDirectory) -> Vec<String> {
+        let log = std::fs::read_to_string(directory.join("log")).unwrap();
+        log.lines()
+            .map(|line| {
+                let line: Value = serde_json::from_str(line).unwrap();
+                line["@message"].as_str().unwrap().to_owned()
+            })
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn lines_are_held_until_they_end_and_ours_go_behind() {
+        let (_jobs, directory) = directory();
+        let (told, mut length) = watch::channel(0);
+        let log = Log::start(&directory, Masker::default(), told).unwrap();
+        append(&directory, b"one\ntw");
+        log.own("phase", "info", "between", Value::Null);
+        length.wait_for(|length| *length > 0).await.unwrap();
+        append(&directory, b"o\nthree");
+        let drained = log.drain().await.unwrap();
+        assert_eq!(messages(&directory), ["one", "between", "two", "three"]);
+        assert_eq!(drained.length, *length.borrow());
+    }
+
+    #[tokio::test]
+    async fn a_successor_goes_on_at_the_checkpoint() {
+        let (_jobs, directory) = directory();
+        let first = Log::start(&directory, Masker::default(), watch::channel(0).0).unwrap();
+        append(&directory, b"one\n");
+        let told = first.drain().await.unwrap().length;
+        drop(first);
+        // As if the first had died between writing the log and the checkpoint.
+        let path = directory.join("log");
+        let mut log = OpenOptions::new().append(true).open(&path).unwrap();
+        log.write_all(b"half a li").unwrap();
+        append(&directory, b"two\n");
+        let before = std::fs::read(&path).unwrap()[..told as usize].to_vec();
+        let second = Log::start(&directory, Masker::default(), watch::channel(0).0).unwrap();
+        second.drain().await.unwrap();
+        assert_eq!(messages(&directory), ["one", "two"]);
+        assert!(std::fs::read(&path).unwrap().starts_with(&before));
+    }
+
+    #[tokio::test]
+    async fn a_flood_leaves_raw_small_and_the_log_whole() {
+        let (_jobs, directory) = directory();
+        let log = Log::start(&directory, Masker::default(), watch::channel(0).0).unwrap();
+        for n in 0..40 {
+            let text: String =
+                (0..1000).map(|m| format!("{n}-{m} {}\n", "x".repeat(100))).collect();
+            append(&directory, text.as_bytes());
+        }
+        log.drain().await.unwrap();
+        let found = messages(&directory);
+        assert_eq!(found.len(), 40_000);
+        assert!(found[12_345].starts_with("12-345 "));
+        let raw = std::fs::metadata(directory.join("raw")).unwrap();
+        assert!(raw.blocks() * 512 < raw.len() / 2, "{} of {}", raw.blocks() * 512, raw.len());
+    }
+
+    #[tokio::test]
+    async fn a_line_without_end_is_cut_and_its_secrets_are_masked() {
+        let (_jobs, directory) = directory();
+        let mut masker = Masker::default();
+        masker.add(&SecretString::from("canary-canary"));
+        let log = Log::start(&directory, masker, watch::channel(0).0).unwrap();
+        let text = "canary-canary ".repeat(200_000);
+        append(&directory, text.as_bytes());
+        log.drain().await.unwrap();
+        let lines = std::fs::read_to_string(directory.join("log")).unwrap();
+        assert!(lines.lines().all(|line| line.len() < LONGEST_LINE), "a line is too long");
+        assert_eq!(messages(&directory).concat(), "*** ".repeat(200_000));
+    }
+}

@@ -1,0 +1,225 @@
+//! The plan phase: init, plan, show, seal.
+
+use std::ffi::OsString;
+
+use serde_json::{Value, json};
+
+use super::apply::lock_file;
+use super::plan_changes::{self, Changes};
+use super::terraform::{Cancel, Ended};
+use super::{Error, Running};
+use crate::job::{Digests, Failure, JobResult, Kind};
+use crate::{digest, workspace};
+
+impl Running {
+    /// Plans and seals what an apply will need.
+    pub(super) async fn plan(&mut self) -> Result<JobResult, Error> {
+        // From here on terraform may have run.
+        self.executing()?;
+        if let Some(failed) = self.init(&[]).await? {
+            return Ok(failed);
+        }
+        self.step("plan");
+        let ended = {
+            let arguments = self.plan_arguments();
+            let var_file = self.variables.file.clone();
+            self.terraform.run(&arguments, var_file.as_ref()).await?
+        };
+        self.log.drain().await?;
+        match ended {
+            Ended::Exited(0 | 2) => {}
+            other => return Ok(self.failed("terraform plan", other)),
+        }
+        let directory = self.directory.path().to_owned();
+        let working_directory = self.spec.working_directory.clone();
+        let to = self.directory.join("workspace.tar.gz");
+        // Beside `show`, which only reads.
+        let sealed = tokio::task::spawn_blocking(move || {
+            let workspace = workspace::pack(&directory, &working_directory, &to)?;
+            let plan = digest::of_file(&directory.join("plan.bin")).map_err(|source| {
+                workspace::Error::Pack { path: directory.join("plan.bin"), source }
+            })?;
+            Ok::<_, workspace::Error>((workspace, plan))
+        });
+        let changes = match self.shown().await? {
+            Ok(changes) => changes,
+            Err(failed) => return Ok(failed),
+        };
+        self.directory.record_bytes("changes.json", &changes.bytes)?;
+
+        let (workspace, plan) = match sealed.await.map_err(Error::Task)? {
+            Ok(digests) => digests,
+            Err(error) => return Ok(self.refused(Failure::Errored, &error)),
+        };
+        if *self.terraform.cancel.borrow() != Cancel::No {
+            return Ok(self.failed("terraform plan", Ended::NeverStarted));
+        }
+        let lock_file = digest::of_optional_file(&lock_file(&self.directory, &self.spec))
+            .map_err(Error::Digest)?;
+        let counts = changes.counts;
+        Ok(JobResult::Plan {
+            digests: Digests { plan, workspace, lock_file, changes: changes.digest },
+            applyable: changes.applyable,
+            add: counts.add,
+            change: counts.change,
+            destroy: counts.destroy,
+            import: counts.import,
+            terraform_version: self.settings.terraform_version.clone(),
+        })
+    }
+
+    /// Runs `init`. Answers how the job failed, if it did.
+    pub(super) async fn init(&mut self, more: &[&str]) -> Result<Option<JobResult>, Error> {
+        self.step("init");
+        let mut arguments = words(&["init", "-input=false", "-no-color"]);
+        if prints_json_at_init(&self.settings.terraform_version) {
+            arguments.push("-json".into());
+        }
+        arguments.extend(words(more));
+        let ended = self.terraform.run(&arguments, None).await?;
+        self.log.drain().await?;
+        match ended {
+            Ended::Exited(0) => Ok(None),
+            other => Ok(Some(self.failed("terraform init", other))),
+        }
+    }
+
+    fn plan_arguments(&self) -> Vec<OsString> {
+        let mut arguments =
+            words(&["plan", "-input=false", "-no-color", "-json", "-detailed-exitcode"]);
+        let mut out = OsString::from("-out=");
+        out.push(self.directory.join("plan.bin"));
+        arguments.push(out);
+        match self.spec.kind {
+            Kind::Destroy => arguments.push("-destroy".into()),
+            Kind::RefreshOnly => arguments.push("-refresh-only".into()),
+            Kind::PlanAndApply | Kind::PlanOnly => {}
+        }
+        arguments.extend(self.spec.target.iter().map(|a| format!("-target={a}").into()));
+        arguments.extend(self.spec.replace.iter().map(|a| format!("-replace={a}").into()));
+        if self.variables.file.is_some() {
+            arguments.push("-var-file=/dev/stdin".into());
+        }
+        arguments
+    }
+
+    /// Reads the saved plan as a program does and, beside it, as people do.
+    async fn shown(&mut self) -> Result<Result<Changes, JobResult>, Error> {
+        let plan: OsString = self.directory.join("plan.bin").into();
+        let mut human = self.terraform.clone();
+        let human = async {
+            let mut arguments = words(&["show", "-no-color"]);
+            arguments.push(plan);
+            human.capture(&arguments).await
+        };
+        // Polled side by side: two processes of terraform on two cores.
+        let (changes, human) = {
+            let mut json = self.terraform.clone();
+            let arguments = show_json(&self.directory);
+            tokio::join!(async move { json.capture(&arguments).await }, human)
+        };
+        if let (Ended::Exited(0), text, _) = human? {
+            self.log.own_text("plan_text", &String::from_utf8_lossy(&text));
+        }
+        let (ended, shown, stderr) = changes?;
+        self.changes(ended, &shown, &stderr)
+    }
+
+    /// Reduces what `show -json` printed. The output holds secrets and goes nowhere else.
+    pub(super) fn changes(
+        &mut self,
+        ended: Ended,
+        shown: &[u8],
+        stderr: &[u8],
+    ) -> Result<Result<Changes, JobResult>, Error> {
+        if ended != Ended::Exited(0) {
+            self.log.own_text("console", &String::from_utf8_lossy(stderr));
+            return Ok(Err(self.failed("terraform show", ended)));
+        }
+        match plan_changes::reduce(shown) {
+            Ok(changes) => Ok(Ok(changes)),
+            Err(error) => Ok(Err(self.refused(Failure::Errored, &error))),
+        }
+    }
+
+    fn step(&self, step: &str) {
+        let phase = self.lease.phase.name();
+        let more = json!({"phase": phase, "step": step});
+        self.log.own("phase", "info", &format!("terraform {step}"), more);
+    }
+
+    pub(super) fn apply_step(&self) {
+        self.step("apply");
+    }
+
+    /// Names a failure by how terraform ended and whether somebody asked for it.
+    pub(super) fn failed(&self, what: &str, ended: Ended) -> JobResult {
+        let cancel = *self.terraform.cancel.borrow();
+        let canceled = cancel != Cancel::No;
+        let (kind, reason, exit_code) = match ended {
+            Ended::NeverStarted => {
+                (Failure::Canceled, "canceled before terraform went on".to_owned(), None)
+            }
+            Ended::Exited(code) if canceled => {
+                (Failure::Canceled, format!("canceled; {what} exited with code {code}"), Some(code))
+            }
+            Ended::Exited(code) => {
+                (Failure::Errored, format!("{what} exited with code {code}"), Some(code))
+            }
+            // A killed apply may have changed what its last state does not say.
+            Ended::Killed(signal) if self.applying => {
+                let by = if canceled { "by force" } else { "by the host" };
+                let reason = format!("{what} was killed {by} (signal {signal}); check the state");
+                (Failure::EndedUnknown, reason, None)
+            }
+            Ended::Killed(signal) if canceled => {
+                (Failure::Canceled, format!("canceled by force; {what} got signal {signal}"), None)
+            }
+            Ended::Killed(signal) => {
+                (Failure::Errored, format!("{what} was killed by signal {signal}"), None)
+            }
+        };
+        JobResult::Failed { kind, reason, exit_code }
+    }
+
+    /// A failure that is ours to explain: it goes into the log too.
+    pub(super) fn refused(&self, kind: Failure, error: &dyn std::error::Error) -> JobResult {
+        let mut reason = format!("failed to {error}");
+        let mut source = error.source();
+        while let Some(error) = source {
+            reason = format!("{reason}: {error}");
+            source = error.source();
+        }
+        self.log.own("diagnostic", "error", &reason, Value::Null);
+        JobResult::failed(kind, reason)
+    }
+}
+
+pub(super) fn show_json(directory: &crate::job_directory::JobDirectory) -> Vec<OsString> {
+    let mut arguments = words(&["show", "-json"]);
+    arguments.push(directory.join("plan.bin").into());
+    arguments
+}
+
+pub(super) fn words(words: &[&str]) -> Vec<OsString> {
+    words.iter().map(OsString::from).collect()
+}
+
+/// `init -json` came with terraform 1.9.
+fn prints_json_at_init(version: &str) -> bool {
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(1), Some(9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_versions_have_no_json_at_init() {
+        for (version, expect) in [("1.11.4", true), ("1.9.0", true), ("1.8.5", false), ("", false)]
+        {
+            assert_eq!(prints_json_at_init(version), expect, "{version}");
+        }
+    }
+}

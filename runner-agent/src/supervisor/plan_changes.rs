@@ -1,0 +1,311 @@
+//! The reduced `show -json`: what a person is shown and what an approval is bound to.
+//!
+//! Format of `changes.json` (canonical: keys sorted, no white space, UTF-8):
+//!
+//! ```json
+//! {"format":1,
+//!  "applyable":true,
+//!  "truncated":false,
+//!  "counts":{"add":1,"change":0,"destroy":0,"import":0},
+//!  "resource_changes":[{"address":"…","action":"create","before":null,"after":{…},
+//!                       "after_unknown":{…},"replace_paths":[…],"mode":"managed","type":"…",
+//!                       "provider_name":"…","action_reason":"…","previous_address":"…",
+//!                       "deposed":"…","importing":{…}}],
+//!  "output_changes":{"name":{"action":"create","before":…,"after":…,"after_unknown":…}},
+//!  "resource_drift":[as resource_changes]}
+//! ```
+//!
+//! `action` is one of create, read, update, delete, replace, no-op, forget. Absent facts are
+//! absent fields. Sensitive values are replaced by `"(sensitive)"`. Resources that do not change
+//! are left out, unless they move or are imported. `variables`, `prior_state`, `configuration`
+//! and `planned_values` hold secrets in clear and are dropped. When the whole would exceed 32
+//! MiB, `before`, `after` and `after_unknown` are null everywhere and `truncated` is true.
+//!
+//! The digest is taken over exactly these bytes; the same saved plan yields the same bytes.
+
+use serde_json::{Map, Value, json};
+
+use crate::digest;
+
+/// The wire's limit for the artifact.
+const LARGEST: usize = 32 << 20;
+
+const MARK: &str = "(sensitive)";
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("read terraform's description of the plan")]
+    NotJson(#[source] serde_json::Error),
+    #[error("read terraform's description of the plan: format {0:?} is not known")]
+    Format(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Changes {
+    pub(super) bytes: Vec<u8>,
+    pub(super) digest: String,
+    pub(super) applyable: bool,
+    pub(super) counts: Counts,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Counts {
+    pub(super) add: u32,
+    pub(super) change: u32,
+    pub(super) destroy: u32,
+    pub(super) import: u32,
+}
+
+/// Reduces what `terraform show -json plan.bin` printed.
+pub(super) fn reduce(shown: &[u8]) -> Result<Changes, Error> {
+    let plan: Value = serde_json::from_slice(shown).map_err(Error::NotJson)?;
+    let format = plan.get("format_version").and_then(Value::as_str).unwrap_or_default();
+    if !format.starts_with("1.") {
+        return Err(Error::Format(format.to_owned()));
+    }
+    let resource_changes = resources(plan.get("resource_changes"));
+    let resource_drift = resources(plan.get("resource_drift"));
+    let mut output_changes = Map::new();
+    for (name, change) in
+        plan.get("output_changes").and_then(Value::as_object).into_iter().flatten()
+    {
+        let reduced = reduced(change);
+        if reduced.get("action") != Some(&json!("no-op")) {
+            output_changes.insert(name.clone(), Value::Object(reduced));
+        }
+    }
+    let counts = count(&resource_changes);
+    // Plans of terraform before 1.3 do not say; then any change counts.
+    let applyable = plan
+        .get("applyable")
+        .and_then(Value::as_bool)
+        .unwrap_or_else(|| counts != Counts::default() || !output_changes.is_empty());
+    let mut whole = json!({
+        "format": 1,
+        "applyable": applyable,
+        "truncated": false,
+        "counts": {
+            "add": counts.add,
+            "change": counts.change,
+            "destroy": counts.destroy,
+            "import": counts.import,
+        },
+        "resource_changes": resource_changes,
+        "output_changes": output_changes,
+        "resource_drift": resource_drift,
+    });
+    let mut bytes = canonical(&whole);
+    if bytes.len() > LARGEST {
+        truncate(&mut whole);
+        bytes = canonical(&whole);
+    }
+    Ok(Changes { digest: digest::of_bytes(&bytes), bytes, applyable, counts })
+}
+
+fn resources(changes: Option<&Value>) -> Vec<Value> {
+    let mut out = Vec::new();
+    for resource in changes.and_then(Value::as_array).into_iter().flatten() {
+        let Some(change) = resource.get("change") else { continue };
+        let mut entry = reduced(change);
+        let moved = resource.get("previous_address").is_some();
+        if entry.get("action") == Some(&json!("no-op"))
+            && !moved
+            && !entry.contains_key("importing")
+        {
+            continue;
+        }
+        for field in [
+            "address",
+            "mode",
+            "type",
+            "provider_name",
+            "action_reason",
+            "previous_address",
+            "deposed",
+        ] {
+            if let Some(value) = resource.get(field).filter(|value| !value.is_null()) {
+                entry.insert(field.into(), value.clone());
+            }
+        }
+        out.push(Value::Object(entry));
+    }
+    out
+}
+
+fn reduced(change: &Value) -> Map<String, Value> {
+    let field = |name: &str| change.get(name).unwrap_or(&Value::Null);
+    let mut out = Map::new();
+    out.insert("action".into(), action(field("actions")).into());
+    out.insert("before".into(), masked(field("before"), field("before_sensitive")));
+    out.insert("after".into(), masked(field("after"), field("after_sensitive")));
+    for name in ["after_unknown", "replace_paths", "importing"] {
+        if let Some(value) = change.get(name).filter(|value| !value.is_null()) {
+            out.insert(name.into(), value.clone());
+        }
+    }
+    out
+}
+
+fn action(actions: &Value) -> String {
+    let actions: Vec<&str> =
+        actions.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    match actions.as_slice() {
+        ["delete", "create"] | ["create", "delete"] | ["create", "forget"] => "replace".into(),
+        [one] => (*one).into(),
+        [] => "no-op".into(),
+        more => more.join("-"),
+    }
+}
+
+/// Replaces what the marks call sensitive: `true` for a whole value, else by key or index.
+fn masked(value: &Value, sensitive: &Value) -> Value {
+    match (value, sensitive) {
+        (Value::Null, _) => Value::Null,
+        (_, Value::Bool(true)) => MARK.into(),
+        (Value::Object(fields), Value::Object(marks)) => fields
+            .iter()
+            .map(|(key, value)| {
+                (key.clone(), masked(value, marks.get(key).unwrap_or(&Value::Null)))
+            })
+            .collect(),
+        (Value::Array(items), Value::Array(marks)) => items
+            .iter()
+            .enumerate()
+            .map(|(at, value)| masked(value, marks.get(at).unwrap_or(&Value::Null)))
+            .collect(),
+        (value, _) => value.clone(),
+    }
+}
+
+fn count(resources: &[Value]) -> Counts {
+    let mut counts = Counts::default();
+    for resource in resources {
+        if resource.get("importing").is_some() {
+            counts.import += 1;
+        }
+        match resource.get("action").and_then(Value::as_str).unwrap_or_default() {
+            "create" => counts.add += 1,
+            "update" => counts.change += 1,
+            "delete" => counts.destroy += 1,
+            "replace" => {
+                counts.add += 1;
+                counts.destroy += 1;
+            }
+            _ => {}
+        }
+    }
+    counts
+}
+
+fn truncate(whole: &mut Value) {
+    whole["truncated"] = true.into();
+    for list in ["resource_changes", "resource_drift"] {
+        whole[list].as_array_mut().into_iter().flatten().for_each(empty);
+    }
+    whole["output_changes"].as_object_mut().into_iter().flat_map(Map::values_mut).for_each(empty);
+}
+
+fn empty(change: &mut Value) {
+    for field in ["before", "after", "after_unknown"] {
+        change[field] = Value::Null;
+    }
+}
+
+/// Writes sorted keys, whatever order the JSON library keeps in this build.
+fn canonical(value: &Value) -> Vec<u8> {
+    fn sorted(value: &Value) -> Value {
+        match value {
+            Value::Object(fields) => {
+                let mut keys: Vec<&String> = fields.keys().collect();
+                keys.sort();
+                keys.into_iter().map(|key| (key.clone(), sorted(&fields[key]))).collect()
+            }
+            Value::Array(items) => items.iter().map(sorted).collect(),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => value.clone(),
+        }
+    }
+    serde_json::to_vec(&sorted(value)).expect("a JSON value serializes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> Value {
+        json!({
+            "format_version": "1.2",
+            "applyable": true,
+            "variables": {"secret": {"value": "canary-0"}},
+            "prior_state": {"values": "canary-1"},
+            "planned_values": {"x": "canary-2"},
+            "configuration": {"x": "canary-3"},
+            "timestamp": "2026-01-01T00:00:00Z",
+            "resource_changes": [
+                {"address": "a.b", "mode": "managed", "type": "a", "change": {
+                    "actions": ["delete", "create"],
+                    "before": {"p": "canary-4", "l": [{"x": "canary-5", "y": 1}], "n": 1},
+                    "after": {"p": "canary-6", "l": [{"x": "canary-7", "y": 2}], "n": null},
+                    "before_sensitive": {"p": true, "l": [{"x": true}]},
+                    "after_sensitive": {"p": true, "l": [{"x": true}], "n": true},
+                    "after_unknown": {"id": true}, "replace_paths": [["p"]]}},
+                {"address": "c.d", "change": {"actions": ["no-op"], "before": {}, "after": {}}},
+                {"address": "e.f", "previous_address": "e.g",
+                 "change": {"actions": ["no-op"], "before": {}, "after": {}}},
+                {"address": "h.i", "change": {"actions": ["update"], "before": {}, "after": {},
+                 "importing": {"id": "i-1"}}},
+            ],
+            "output_changes": {
+                "o": {"actions": ["create"], "before": null, "after": "canary-8",
+                      "before_sensitive": true, "after_sensitive": true},
+                "same": {"actions": ["no-op"], "before": 1, "after": 1},
+            },
+            "resource_drift": [{"address": "a.b", "change": {"actions": ["update"],
+                "before": "canary-9", "after": 2, "before_sensitive": true}}],
+        })
+    }
+
+    #[test]
+    fn nothing_sensitive_is_left() {
+        let changes = reduce(plan().to_string().as_bytes()).unwrap();
+        let text = String::from_utf8(changes.bytes.clone()).unwrap();
+        assert!(!text.contains("canary"), "{text}");
+        assert!(!text.contains("timestamp"));
+        let shown: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(shown["format"], 1);
+        let first = &shown["resource_changes"][0];
+        assert_eq!(first["action"], "replace");
+        assert_eq!(first["after"], json!({"p": MARK, "l": [{"x": MARK, "y": 2}], "n": null}));
+        let addresses: Vec<&Value> =
+            shown["resource_changes"].as_array().unwrap().iter().map(|r| &r["address"]).collect();
+        assert_eq!(addresses, ["a.b", "e.f", "h.i"]);
+        assert_eq!(shown["output_changes"].as_object().unwrap().len(), 1);
+        assert_eq!(changes.counts, Counts { add: 1, change: 1, destroy: 1, import: 1 });
+        assert!(changes.applyable);
+        assert_eq!(changes.digest, digest::of_bytes(&changes.bytes));
+    }
+
+    #[test]
+    fn the_order_of_keys_does_not_matter() {
+        let a = br#"{"format_version":"1.2","output_changes":{"a":{"actions":["create"],"after":{"x":1,"y":2}}}}"#;
+        let b = br#"{"output_changes":{"a":{"after":{"y":2,"x":1},"actions":["create"]}},"format_version":"1.2"}"#;
+        assert_eq!(reduce(a).unwrap(), reduce(b).unwrap());
+    }
+
+    #[test]
+    fn another_major_format_is_refused() {
+        assert!(matches!(reduce(br#"{"format_version":"2.0"}"#), Err(Error::Format(_))));
+        assert!(matches!(reduce(b"no"), Err(Error::NotJson(_))));
+    }
+
+    #[test]
+    fn a_huge_plan_keeps_its_list_without_values() {
+        let mut huge = plan();
+        huge["resource_changes"][0]["change"]["after"] = json!({"x": "y".repeat(LARGEST)});
+        let changes = reduce(huge.to_string().as_bytes()).unwrap();
+        assert!(changes.bytes.len() < LARGEST);
+        let shown: Value = serde_json::from_slice(&changes.bytes).unwrap();
+        assert_eq!(shown["truncated"], true);
+        assert_eq!(shown["resource_changes"][0]["action"], "replace");
+        assert_eq!(shown["counts"]["add"], 1);
+    }
+}
