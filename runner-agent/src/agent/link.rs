@@ -1,0 +1,123 @@
+//! The agent's end of a supervisor: starting one, attaching to one, noticing its death.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{ChildStdout, Command};
+use tokio::sync::{mpsc, watch};
+
+use crate::Program;
+use crate::job_directory::JobDirectory;
+use crate::supervisor::READY;
+use crate::supervisor::control::{self, Order, OrderFrame, Status};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("start a supervisor")]
+    Start(#[source] io::Error),
+    #[error("attach to the supervisor")]
+    Attach(#[source] io::Error),
+    #[error("attach to the supervisor: it did not answer in time")]
+    Silent,
+}
+
+/// A supervisor that has been started and may not listen yet.
+pub(crate) struct Started {
+    stdout: ChildStdout,
+}
+
+/// An attached supervisor. When it or the connection ends, `status` closes.
+pub(crate) struct Link {
+    orders: mpsc::Sender<Order>,
+    pub(crate) status: watch::Receiver<Status>,
+}
+
+/// Starts a supervisor. Nothing here ends it with us: it makes a session of its own.
+pub(crate) fn start(program: &Program, directory: &JobDirectory) -> Result<Started, Error> {
+    let complaints = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(directory.join("supervisor.log"))
+        .map_err(Error::Start)?;
+    let mut child = Command::new(&program.exe)
+        .args(&program.prefix)
+        .arg("supervise")
+        .arg(directory.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(complaints)
+        .spawn()
+        .map_err(Error::Start)?;
+    let stdout =
+        child.stdout.take().ok_or_else(|| Error::Start(io::ErrorKind::BrokenPipe.into()))?;
+    Ok(Started { stdout })
+}
+
+impl Started {
+    /// Waits until it listens, and attaches.
+    pub(crate) async fn attach(self, directory: &Path) -> Result<Link, Error> {
+        let ready = async {
+            let mut lines = BufReader::new(self.stdout).lines();
+            while let Some(line) = lines.next_line().await.map_err(Error::Start)? {
+                if line.ends_with(READY) {
+                    return Ok(());
+                }
+            }
+            Err(Error::Start(io::ErrorKind::UnexpectedEof.into()))
+        };
+        tokio::time::timeout(PATIENCE, ready).await.map_err(|_| Error::Silent)??;
+        attach(directory).await
+    }
+}
+
+/// Attaches to a supervisor that lives.
+pub(crate) async fn attach(directory: &Path) -> Result<Link, Error> {
+    let stream = control::connect(directory).await.map_err(Error::Attach)?;
+    let (mut from, mut to) = stream.into_split();
+    let first = tokio::time::timeout(PATIENCE, control::receive::<Status>(&mut from));
+    let first = match first.await {
+        Ok(Ok(Some(status))) => status,
+        Ok(Ok(None)) => return Err(Error::Attach(io::ErrorKind::UnexpectedEof.into())),
+        Ok(Err(error)) => return Err(Error::Attach(error)),
+        Err(_) => return Err(Error::Silent),
+    };
+    let (status_to, status) = watch::channel(first);
+    let (orders, mut inbox) = mpsc::channel::<Order>(16);
+    tokio::spawn(async move {
+        let read = async {
+            while let Ok(Some(status)) = control::receive::<Status>(&mut from).await {
+                status_to.send_replace(status);
+            }
+        };
+        let write = async {
+            while let Some(order) = inbox.recv().await {
+                let frame = OrderFrame { order: Some(order) };
+                if control::send(&mut to, &frame).await.is_err() {
+                    break;
+                }
+            }
+            // The reading side learns of the end, and tells what came before it.
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = read => {}
+            () = write => {}
+        }
+    });
+    Ok(Link { orders, status })
+}
+
+impl Link {
+    /// Passes an order on. One that cannot be passed any more shows as a closed status.
+    pub(crate) async fn send(&self, order: Order) {
+        let _ = self.orders.send(order).await;
+    }
+}

@@ -1,0 +1,156 @@
+//! What comes before `Starting`: fetch, check, unpack, judge.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use latchkey_proto::v1::ArtifactKind;
+
+use crate::job::{Digests, Failure, Lease, Phase, Spec};
+use crate::job_directory::{self, JobDirectory, private_directory};
+use crate::ship::{self, Fetched, Shipper};
+use crate::{digest, extract, root_module};
+
+/// How preparing ended.
+pub(super) enum Prepared {
+    Ready,
+    /// The job ends here, with a reason for people.
+    Refused(Failure, String),
+    LeaseLost,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Ship(#[from] ship::Error),
+    #[error(transparent)]
+    Directory(#[from] job_directory::Error),
+    #[error("unpack in the background")]
+    Task(#[source] tokio::task::JoinError),
+}
+
+/// Why a job is refused; each reads after "failed to".
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("fetch the {0}: its digest is not the one that was announced")]
+    Digest(&'static str),
+    #[error("find the working directory {0:?} in the archive")]
+    WorkingDirectory(PathBuf),
+    #[error("restore the workspace: its {0} is not the one that was approved")]
+    NotApproved(&'static str),
+    #[error("read the workspace")]
+    Read(#[source] io::Error),
+    #[error(transparent)]
+    Extract(#[from] extract::Error),
+    #[error(transparent)]
+    RootModule(#[from] root_module::Error),
+}
+
+/// Prepares a job in its directory.
+pub(super) async fn prepare(
+    shipper: &Shipper,
+    directory: &JobDirectory,
+    lease: &Lease,
+    spec: &Spec,
+) -> Result<Prepared, Error> {
+    let archive = directory.join("archive.tar.gz");
+    let kind = match lease.phase {
+        Phase::Plan => ArtifactKind::Configuration,
+        Phase::Apply => ArtifactKind::Workspace,
+    };
+    let base = directory.join("state/base");
+    let fetch_state = async {
+        if spec.has_state {
+            shipper.fetch(ArtifactKind::State, &base).await
+        } else {
+            Ok(Fetched::Digest(String::new()))
+        }
+    };
+    let (found, state) = tokio::try_join!(shipper.fetch(kind, &archive), fetch_state)?;
+    let (Fetched::Digest(found), Fetched::Digest(_)) = (found, state) else {
+        return Ok(Prepared::LeaseLost);
+    };
+    let directory = directory.clone();
+    let spec = spec.clone();
+    let unpack = move || match &spec.approved {
+        None => configuration(&directory, &spec, &archive, &found),
+        Some(approved) => workspace(&directory, &spec, approved, &archive, &found),
+    };
+    let judged = tokio::task::spawn_blocking(unpack).await.map_err(Error::Task)?;
+    Ok(match judged {
+        Ok(()) => Prepared::Ready,
+        Err(refusal) => {
+            let kind = match &refusal {
+                Refusal::NotApproved(_) => Failure::PlanChanged,
+                Refusal::Digest(_)
+                | Refusal::WorkingDirectory(_)
+                | Refusal::Read(_)
+                | Refusal::Extract(_)
+                | Refusal::RootModule(_) => Failure::Errored,
+            };
+            Prepared::Refused(kind, sentence(&refusal))
+        }
+    })
+}
+
+fn configuration(
+    directory: &JobDirectory,
+    spec: &Spec,
+    archive: &Path,
+    found: &str,
+) -> Result<(), Refusal> {
+    if found != spec.archive_digest {
+        return Err(Refusal::Digest("configuration"));
+    }
+    let file = File::open(archive).map_err(Refusal::Read)?;
+    extract::extract(file, &directory.join("work"), extract::CONFIGURATION)?;
+    fs::remove_file(archive).map_err(Refusal::Read)?;
+    let root = directory.root(spec);
+    if !root.is_dir() {
+        return Err(Refusal::WorkingDirectory(spec.working_directory.clone()));
+    }
+    root_module::prepare(&root)?;
+    Ok(())
+}
+
+fn workspace(
+    directory: &JobDirectory,
+    spec: &Spec,
+    approved: &Digests,
+    archive: &Path,
+    found: &str,
+) -> Result<(), Refusal> {
+    if found != approved.workspace {
+        return Err(Refusal::NotApproved("archive"));
+    }
+    // Into a directory of its own: nothing in the archive can meet our records.
+    let restored = directory.join("restored");
+    private_directory(&restored).map_err(|error| Refusal::Read(io::Error::other(error)))?;
+    let file = File::open(archive).map_err(Refusal::Read)?;
+    extract::extract(file, &restored, extract::WORKSPACE)?;
+    fs::remove_file(archive).map_err(Refusal::Read)?;
+    fs::remove_dir(directory.join("work")).map_err(Refusal::Read)?;
+    for name in ["work", "plan.bin"] {
+        fs::rename(restored.join(name), directory.join(name)).map_err(Refusal::Read)?;
+    }
+    let plan = digest::of_file(&directory.join("plan.bin")).map_err(Refusal::Read)?;
+    if plan != approved.plan {
+        return Err(Refusal::NotApproved("saved plan"));
+    }
+    let lock_file = directory.root(spec).join(".terraform.lock.hcl");
+    let lock_file = digest::of_optional_file(&lock_file).map_err(Refusal::Read)?;
+    if lock_file != approved.lock_file {
+        return Err(Refusal::NotApproved("lock file"));
+    }
+    Ok(())
+}
+
+fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = format!("failed to {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

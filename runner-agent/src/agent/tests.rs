@@ -1,0 +1,643 @@
+//! The agent against a control plane in the same process, over real TLS and real gRPC, with
+//! supervisors of their own and a real terraform.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use aws_lc_rs::digest::{SHA256, digest as sha256};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use latchkey_proto::v1::runner_service_server::{RunnerService, RunnerServiceServer};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer, KeyPair,
+};
+use tokio::sync::Notify;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::{Stream, StreamExt};
+use tonic::transport::{Certificate, Identity as ServerIdentity, Server, ServerTlsConfig};
+use tonic::{Request as Call, Response as Answer, Status as Refusal, Streaming};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use super::*;
+use crate::config::PoolToken;
+use crate::digest;
+use crate::supervisor::tests::program;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What the control plane of the tests has been told.
+#[derive(Default)]
+struct World {
+    /// What happened, in order.
+    story: Vec<String>,
+    artifacts: BTreeMap<(i32, u64), Vec<u8>>,
+    log: Vec<u8>,
+    finished: Option<v1::Finished>,
+    offer: Option<v1::Offer>,
+    /// Leases that `Welcome` gives up.
+    give_up: bool,
+    /// Whether `Starting` is answered.
+    silent: bool,
+    /// Every so many appends fail.
+    faulty: bool,
+    appends: u32,
+}
+
+#[derive(Clone)]
+struct Plane {
+    world: Arc<Mutex<World>>,
+    changed: Arc<Notify>,
+    cut: watch::Sender<u32>,
+    ca: Arc<(CertificateParams, KeyPair, Vec<u8>)>,
+    port: u16,
+}
+
+type Stream1<T> = Pin<Box<dyn Stream<Item = Result<T, Refusal>> + Send>>;
+
+impl Plane {
+    async fn start() -> Self {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let ca = params.self_signed(&key).unwrap();
+        let leaf_key = KeyPair::generate().unwrap();
+        let issuer = Issuer::from_params(&params, &key);
+        let leaf = CertificateParams::new(vec!["127.0.0.1".into()])
+            .unwrap()
+            .signed_by(&leaf_key, &issuer)
+            .unwrap();
+        let chain = format!("{}{}", leaf.pem(), ca.pem());
+        let tls = ServerTlsConfig::new()
+            .identity(ServerIdentity::from_pem(chain, leaf_key.serialize_pem()))
+            .client_ca_root(Certificate::from_pem(ca.pem()))
+            .client_auth_optional(true);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let ca_der = ca.der().to_vec();
+        let plane = Self {
+            world: Arc::default(),
+            changed: Arc::default(),
+            cut: watch::channel(0).0,
+            ca: Arc::new((params, key, ca_der)),
+            port,
+        };
+        let server = Server::builder()
+            .tls_config(tls)
+            .unwrap()
+            .add_service(RunnerServiceServer::new(plane.clone()))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::spawn(server);
+        plane
+    }
+
+    fn world(&self) -> std::sync::MutexGuard<'_, World> {
+        self.world.lock().unwrap()
+    }
+
+    fn note(&self, what: impl Into<String>) {
+        self.world().story.push(what.into());
+        self.changed.notify_waiters();
+    }
+
+    #[track_caller]
+    fn story(&self) -> Vec<String> {
+        let story = self.world().story.clone();
+        story.into_iter().filter(|what| what != "heartbeat").collect()
+    }
+
+    async fn wait(&self, what: &str, reached: impl Fn(&World) -> bool) {
+        let wait = async {
+            loop {
+                let changed = self.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if reached(&self.world()) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        if tokio::time::timeout(LIMIT, wait).await.is_err() {
+            let log = String::from_utf8_lossy(&self.world().log).into_owned();
+            panic!("waited too long for {what}: {:?}\n{log}", self.story());
+        }
+    }
+
+    async fn finished(&self) -> v1::Finished {
+        self.wait("the end", |world| world.finished.is_some()).await;
+        self.world().finished.take().unwrap()
+    }
+
+    fn config(&self, work_dir: &Path) -> Config {
+        let fingerprint = sha256(&SHA256, &self.ca.2).as_ref().try_into().unwrap();
+        Config {
+            control_plane: format!("https://127.0.0.1:{}", self.port).parse().unwrap(),
+            host: "127.0.0.1".into(),
+            work_dir: work_dir.to_owned(),
+            pool_token: Some(PoolToken { secret: "lkp_secret".into(), fingerprint }),
+            name: "builder".into(),
+            slots: 1,
+            terraform: None,
+            pass_env: Vec::new(),
+            terraform_cli_config: None,
+            lifetime: Lifetime::UntilStopped,
+            program: program(),
+        }
+    }
+
+    /// Offers a job with the next connection, or at once with the present one after a cut.
+    fn offer(&self, phase: v1::Phase, epoch: u64, job: v1::JobSpec) {
+        let lease =
+            v1::LeaseRef { run_id: "run1".into(), phase: phase.into(), epoch, generation: 1 };
+        let mut world = self.world();
+        world.log.clear();
+        world.finished = None;
+        world.offer = Some(v1::Offer { lease: Some(lease), job: Some(job) });
+        drop(world);
+        self.cut();
+    }
+
+    fn cut(&self) {
+        self.cut.send_modify(|cuts| *cuts += 1);
+    }
+
+    fn artifact(&self, kind: v1::ArtifactKind, sequence: u64) -> Vec<u8> {
+        self.world().artifacts.get(&(kind.into(), sequence)).cloned().unwrap_or_default()
+    }
+
+    fn put(&self, kind: v1::ArtifactKind, data: Vec<u8>) {
+        self.world().artifacts.insert((kind.into(), 0), data);
+    }
+}
+
+fn certified<T>(call: &Call<T>) -> Result<(), Refusal> {
+    match call.peer_certs() {
+        Some(_) => Ok(()),
+        None => Err(Refusal::unauthenticated("no client certificate")),
+    }
+}
+
+#[tonic::async_trait]
+impl RunnerService for Plane {
+    async fn enroll(
+        &self,
+        call: Call<v1::EnrollRequest>,
+    ) -> Result<Answer<v1::EnrollResponse>, Refusal> {
+        let request = call.into_inner();
+        if request.pool_token != "lkp_secret" {
+            return Err(Refusal::unauthenticated("the pool token is unknown"));
+        }
+        let csr = request.certificate_request.as_slice().into();
+        let csr = CertificateSigningRequestParams::from_der(&csr).unwrap();
+        let issuer = Issuer::from_params(&self.ca.0, &self.ca.1);
+        let certificate = csr.signed_by(&issuer).unwrap().der().to_vec();
+        self.note("enroll");
+        let ca_certificate = self.ca.2.clone();
+        let runner_id = "runner-1".into();
+        Ok(Answer::new(v1::EnrollResponse { runner_id, certificate, ca_certificate }))
+    }
+
+    type LeaseStream = Stream1<v1::LeaseResponse>;
+
+    async fn lease(
+        &self,
+        call: Call<Streaming<v1::LeaseRequest>>,
+    ) -> Result<Answer<Self::LeaseStream>, Refusal> {
+        certified(&call)?;
+        let mut inbound = call.into_inner();
+        let (to, answers) = mpsc::channel(16);
+        let plane = self.clone();
+        let mut cut = self.cut.subscribe();
+        tokio::spawn(async move {
+            let send = async |frame| {
+                let _ = to.send(Ok(v1::LeaseResponse { frame: Some(frame) })).await;
+            };
+            loop {
+                let frame = tokio::select! {
+                    message = inbound.next() => match message {
+                        Some(Ok(message)) => message.frame.unwrap(),
+                        Some(Err(_)) | None => return,
+                    },
+                    _ = cut.changed() => return plane.note("cut"),
+                };
+                match frame {
+                    Request::Hello(hello) => {
+                        plane.note(format!("hello holding {}", hello.held.len()));
+                        let (give_up, offer) = {
+                            let world = plane.world();
+                            (world.give_up, world.offer.clone())
+                        };
+                        let (keep, give_up) = if give_up {
+                            (vec![], hello.held.clone())
+                        } else {
+                            (hello.held.clone(), vec![])
+                        };
+                        send(Response::Welcome(v1::Welcome {
+                            runner_id: "runner-1".into(),
+                            generation: 1,
+                            heartbeat_interval: Some(prost_types::Duration {
+                                seconds: 0,
+                                nanos: 200_000_000,
+                            }),
+                            keep,
+                            give_up,
+                        }))
+                        .await;
+                        if let (true, Some(offer)) = (hello.held.is_empty(), offer) {
+                            send(Response::Offer(offer)).await;
+                        }
+                    }
+                    Request::Accept(_) => plane.note("accept"),
+                    Request::Decline(decline) => {
+                        plane.world().offer = None;
+                        plane.note(format!("decline: {}", decline.reason));
+                    }
+                    Request::Starting(starting) => {
+                        plane.note("starting");
+                        if !plane.world().silent {
+                            let credentials = Some(v1::SessionCredentials {
+                                access_key_id: "ASIACANARY".into(),
+                                secret_access_key: "canary-secret".into(),
+                                session_token: "canary-token".into(),
+                                expire_time: None,
+                            });
+                            let lease = starting.lease;
+                            send(Response::Go(v1::Go { lease, credentials, variables: vec![] }))
+                                .await;
+                        }
+                    }
+                    Request::Heartbeat(heartbeat) => {
+                        plane.note("heartbeat");
+                        send(Response::Renewed(v1::Renewed { lease: heartbeat.held })).await;
+                    }
+                    Request::Finished(finished) => {
+                        plane.world().offer = None;
+                        let lease = finished.lease.clone();
+                        plane.world().finished = Some(finished);
+                        plane.note("finished");
+                        send(Response::Recorded(v1::Recorded { lease })).await;
+                    }
+                    Request::NeverStarted(never) => {
+                        plane.world().offer = None;
+                        plane.note("never started");
+                        send(Response::Recorded(v1::Recorded { lease: never.lease })).await;
+                    }
+                    Request::Again(again) => {
+                        plane.note("again");
+                        send(Response::Go(v1::Go { lease: again.lease, ..Default::default() }))
+                            .await;
+                    }
+                }
+            }
+        });
+        Ok(Answer::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    type FetchArtifactStream = Stream1<v1::FetchArtifactResponse>;
+
+    async fn fetch_artifact(
+        &self,
+        call: Call<v1::FetchArtifactRequest>,
+    ) -> Result<Answer<Self::FetchArtifactStream>, Refusal> {
+        certified(&call)?;
+        let data = self.artifact(call.into_inner().kind(), 0);
+        let pieces: Vec<_> = data
+            .chunks(1000)
+            .map(|data| Ok(v1::FetchArtifactResponse { data: data.to_vec() }))
+            .collect();
+        Ok(Answer::new(Box::pin(tokio_stream::iter(pieces))))
+    }
+
+    async fn upload_artifact(
+        &self,
+        call: Call<Streaming<v1::UploadArtifactRequest>>,
+    ) -> Result<Answer<v1::UploadArtifactResponse>, Refusal> {
+        certified(&call)?;
+        use v1::upload_artifact_request::Part;
+        let mut parts = call.into_inner();
+        let Some(Part::Header(header)) = parts.next().await.unwrap()?.part else {
+            return Err(Refusal::invalid_argument("the header comes first"));
+        };
+        let mut data = Vec::new();
+        while let Some(part) = parts.next().await {
+            match part?.part.unwrap() {
+                Part::Data(more) => data.extend(more),
+                Part::Header(_) => return Err(Refusal::invalid_argument("one header")),
+            }
+        }
+        assert_eq!(header.digest, digest::of_bytes(&data));
+        assert_eq!(header.size, data.len() as u64);
+        let kind = header.kind();
+        self.world().artifacts.insert((kind.into(), header.sequence), data);
+        self.note(format!("uploaded {} {}", kind.as_str_name(), header.sequence));
+        Ok(Answer::new(v1::UploadArtifactResponse {}))
+    }
+
+    type AppendLogStream = Stream1<v1::AppendLogResponse>;
+
+    async fn append_log(
+        &self,
+        call: Call<Streaming<v1::AppendLogRequest>>,
+    ) -> Result<Answer<Self::AppendLogStream>, Refusal> {
+        certified(&call)?;
+        let plane = self.clone();
+        let mut first = true;
+        let answers = call.into_inner().map(move |message| {
+            let message = message?;
+            assert_eq!(message.lease.is_some(), std::mem::take(&mut first));
+            assert!(message.data.len() <= 256 * 1024 && message.data.ends_with(b"\n"));
+            let mut world = plane.world();
+            world.appends += 1;
+            if world.faulty && world.appends.is_multiple_of(3) {
+                return Err(Refusal::unavailable("a planned fault"));
+            }
+            let (offset, end) =
+                (message.offset as usize, message.offset as usize + message.data.len());
+            if offset > world.log.len() {
+                let metadata = [("expected".to_owned(), world.log.len().to_string())];
+                let details = ErrorDetails::with_error_info("LOG_OFFSET", "latchkey", metadata);
+                let text = "a gap in the log";
+                return Err(Refusal::with_error_details(
+                    tonic::Code::FailedPrecondition,
+                    text,
+                    details,
+                ));
+            }
+            let stored = world.log.len().min(end);
+            assert_eq!(
+                world.log[offset..stored],
+                message.data[..stored - offset],
+                "told bytes changed"
+            );
+            world.log.extend_from_slice(&message.data[stored - offset..]);
+            let durable_length = world.log.len() as u64;
+            // The fault that hurts most: stored, but the answer is lost.
+            if world.faulty && world.appends % 5 == 4 {
+                return Err(Refusal::unavailable("another planned fault"));
+            }
+            drop(world);
+            plane.changed.notify_waiters();
+            Ok(v1::AppendLogResponse { durable_length })
+        });
+        Ok(Answer::new(Box::pin(answers)))
+    }
+}
+
+/// An agent in this process, which can be stopped like one that gets SIGTERM.
+struct Running {
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<Result<(), Error>>,
+}
+
+impl Running {
+    fn start(config: Config) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        // A runtime of its own: what is left of a stopped agent ends with it, as with a process.
+        let task = tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            let done = runtime.block_on(serve(config, stopped));
+            runtime.shutdown_background();
+            done
+        });
+        Self { stop, task }
+    }
+
+    async fn stop(self) -> Result<(), Error> {
+        self.stop.send_replace(true);
+        tokio::time::timeout(LIMIT, self.task).await.expect("the agent leaves").unwrap()
+    }
+}
+
+fn archive(files: &[(&str, &str)]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+    for (name, text) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, text.as_bytes()).unwrap();
+    }
+    builder.into_inner().unwrap().finish().unwrap()
+}
+
+fn plan_job(archive: &[u8]) -> v1::JobSpec {
+    v1::JobSpec {
+        organization: "acme".into(),
+        environment: "prod".into(),
+        kind: v1::RunKind::PlanAndApply.into(),
+        archive_digest: digest::of_bytes(archive),
+        ..Default::default()
+    }
+}
+
+fn apply_job(digests: v1::ApprovedPlan) -> v1::JobSpec {
+    v1::JobSpec {
+        archive_digest: digests.workspace_digest.clone(),
+        approved: Some(digests),
+        ..plan_job(&[])
+    }
+}
+
+fn jobs_left(work_dir: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(work_dir.join("jobs")).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
+const MAIN: &str = r#"
+resource "terraform_data" "x" {
+  input = "value"
+  provisioner "local-exec" {
+    command = "echo begun; sleep ${file("${path.module}/seconds")}; for n in 1 2 3 4 5 6 7 8 9; do echo line $n; sleep 0.03; done"
+  }
+}
+output "x" { value = terraform_data.x.output }
+"#;
+
+async fn plan(plane: &Plane, seconds: &str) -> v1::ApprovedPlan {
+    let configuration = archive(&[("main.tf", MAIN), ("seconds", seconds)]);
+    plane.put(v1::ArtifactKind::Configuration, configuration.clone());
+    plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
+    let finished = plane.finished().await;
+    assert_eq!(finished.log_length, plane.world().log.len() as u64);
+    let Some(v1::finished::Result::Plan(plan)) = finished.result else {
+        panic!("{finished:?}\n{}", String::from_utf8_lossy(&plane.world().log));
+    };
+    assert!(plan.applyable && plan.add == 1 && !plan.terraform_version.is_empty());
+    let digests = plan.digests.unwrap();
+    let workspace = plane.artifact(v1::ArtifactKind::Workspace, 0);
+    assert_eq!(digest::of_bytes(&workspace), digests.workspace_digest);
+    let changes = plane.artifact(v1::ArtifactKind::Changes, 0);
+    assert_eq!(digest::of_bytes(&changes), digests.changes_digest);
+    digests
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_is_planned_and_applied_over_faulty_connections() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    plane.world().faulty = true;
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "0").await;
+    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
+    plane
+        .wait("the apply to start", |world| {
+            String::from_utf8_lossy(&world.log).contains("local-exec): begun")
+        })
+        .await;
+    plane.cut();
+    let finished = plane.finished().await;
+    let log = String::from_utf8(plane.world().log.clone()).unwrap();
+    let Some(v1::finished::Result::Apply(apply)) = finished.result else {
+        panic!("{finished:?}\n{log}");
+    };
+    assert_eq!(finished.log_length, log.len() as u64);
+    assert_eq!(apply.outputs_json, r#"{"x":{"sensitive":false,"type":"string","value":"value"}}"#);
+    for n in 1..=9 {
+        assert_eq!(log.matches(&format!("local-exec): line {n}\"")).count(), 1, "{log}");
+    }
+    assert!(!plane.artifact(v1::ArtifactKind::State, 1).is_empty());
+    plane.wait("the story to end", |world| world.story.last().unwrap() != "finished").await;
+    agent.stop().await.unwrap();
+    assert!(jobs_left(work_dir.path()).is_empty());
+    let story = plane.story();
+    assert_eq!(story.iter().filter(|what| *what == "enroll").count(), 1);
+    let artifacts = story.iter().position(|what| what.contains("WORKSPACE")).unwrap();
+    assert!(artifacts < story.iter().position(|what| what == "finished").unwrap(), "{story:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_replaced_in_mid_apply_brings_the_job_home() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "1").await;
+    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
+    plane
+        .wait("the apply to start", |world| {
+            String::from_utf8_lossy(&world.log).contains("local-exec): begun")
+        })
+        .await;
+    agent.stop().await.unwrap();
+    assert_eq!(jobs_left(work_dir.path()).len(), 1);
+
+    // The second one has no token: it uses the identity of the first.
+    let config = Config { pool_token: None, ..plane.config(work_dir.path()) };
+    let agent = Running::start(config);
+    let finished = plane.finished().await;
+    let log = String::from_utf8(plane.world().log.clone()).unwrap();
+    assert!(matches!(finished.result, Some(v1::finished::Result::Apply(_))), "{finished:?}\n{log}");
+    for text in ["begun", "line 1", "line 9"] {
+        assert_eq!(log.matches(&format!("local-exec): {text}\"")).count(), 1, "{log}");
+    }
+    let starts = plane.story().iter().filter(|what| *what == "starting").count();
+    assert_eq!(starts, 2, "one for the plan, one for the apply");
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_approved_is_refused_before_it_is_asked_for() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "0").await;
+    let starts = |plane: &Plane| plane.story().iter().filter(|w| *w == "starting").count();
+    let refused = async |epoch, digests: v1::ApprovedPlan| {
+        plane.offer(v1::Phase::Apply, epoch, apply_job(digests));
+        match plane.finished().await.result {
+            Some(v1::finished::Result::Failed(failed)) => {
+                assert_eq!(failed.kind(), v1::JobFailure::PlanChanged, "{failed:?}");
+                failed.reason
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let plan_changed = v1::ApprovedPlan { plan_digest: "0".repeat(64), ..digests.clone() };
+    assert!(refused(2, plan_changed).await.contains("saved plan"));
+    let lock_changed = v1::ApprovedPlan { lock_file_digest: "0".repeat(64), ..digests.clone() };
+    assert!(refused(3, lock_changed).await.contains("lock file"));
+
+    // A side file is changed: the saved plan alone would not notice.
+    let sealed = plane.artifact(v1::ArtifactKind::Workspace, 0);
+    let dir = tempfile::tempdir().unwrap();
+    crate::extract::extract(sealed.as_slice(), dir.path(), crate::extract::WORKSPACE).unwrap();
+    std::fs::write(dir.path().join("work/seconds"), "1").unwrap();
+    let packed = dir.path().join("packed");
+    crate::workspace::pack(dir.path(), Path::new(""), &packed).unwrap();
+    plane.put(v1::ArtifactKind::Workspace, std::fs::read(packed).unwrap());
+    assert!(refused(4, digests).await.contains("archive"));
+    assert_eq!(starts(&plane), 1, "only the plan's");
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_that_cannot_be_prepared_fails_with_the_reason() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let backend = "terraform {\n backend \"s3\" {}\n}";
+    let configuration = archive(&[("main.tf", MAIN), ("x_override.tf", backend)]);
+    plane.put(v1::ArtifactKind::Configuration, configuration.clone());
+    plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
+    let finished = plane.finished().await;
+    let Some(v1::finished::Result::Failed(failed)) = finished.result else {
+        panic!("{finished:?}")
+    };
+    assert_eq!(failed.kind(), v1::JobFailure::Errored);
+    assert!(failed.reason.contains("x_override.tf"), "{}", failed.reason);
+    assert!(String::from_utf8_lossy(&plane.world().log).contains("x_override.tf"));
+    assert!(!plane.story().contains(&"starting".to_owned()));
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_given_up_before_go_leaves_nothing() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    plane.world().silent = true;
+    let agent = Running::start(plane.config(work_dir.path()));
+    let configuration = archive(&[("main.tf", MAIN), ("seconds", "0")]);
+    plane.put(v1::ArtifactKind::Configuration, configuration.clone());
+    plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
+    let count = |world: &World, what: &str| world.story.iter().filter(|w| *w == what).count();
+    plane.wait("the question", |world| count(world, "starting") == 1).await;
+    // It asks again after a reconnect.
+    plane.cut();
+    plane.wait("the question again", |world| count(world, "starting") == 2).await;
+    plane.world().give_up = true;
+    plane.world().offer = None;
+    plane.cut();
+    plane
+        .wait("the wipe", |world| {
+            world.story.last().is_some_and(|what| what == "heartbeat")
+                && jobs_left(work_dir.path()).is_empty()
+        })
+        .await;
+    assert!(plane.world().log.is_empty() && plane.world().finished.is_none());
+    agent.stop().await.unwrap();
+    assert!(jobs_left(work_dir.path()).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_version_is_declined_and_a_wrong_ca_is_not_trusted() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let mut config = plane.config(work_dir.path());
+    config.pool_token = Some(PoolToken { secret: "lkp_secret".into(), fingerprint: [7; 32] });
+    let refused = Running::start(config).task.await.unwrap();
+    assert!(matches!(refused, Err(Error::Enroll(enroll::Error::WrongCa))), "{refused:?}");
+    assert!(plane.story().is_empty());
+
+    let mut config = plane.config(work_dir.path());
+    config.pool_token.as_mut().unwrap().secret = "lkp_other".into();
+    let refused = Running::start(config).task.await.unwrap();
+    assert!(matches!(refused, Err(Error::Enroll(enroll::Error::Refused(_)))), "{refused:?}");
+
+    let agent = Running::start(plane.config(work_dir.path()));
+    let job = v1::JobSpec { terraform_version: "0.1.0".into(), ..plan_job(&[]) };
+    plane.offer(v1::Phase::Plan, 1, job);
+    plane
+        .wait("the decline", |world| {
+            world.story.iter().any(|what| what.contains("decline: the run needs version 0.1.0"))
+        })
+        .await;
+    agent.stop().await.unwrap();
+}
