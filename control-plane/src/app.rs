@@ -11,6 +11,8 @@ pub mod configurations;
 pub mod decide_run;
 pub mod environments;
 pub mod finish_job;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod lease_job;
 pub mod organizations;
 pub mod people;

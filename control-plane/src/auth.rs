@@ -22,9 +22,16 @@ use crate::store::record::people::Role;
 /// A person or a program, proved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Caller {
-    User { id: UserId, name: String },
+    User {
+        id: UserId,
+        name: String,
+    },
     /// A service token serves one organization only.
-    Service { id: ServiceTokenId, organization: OrganizationId, name: String },
+    Service {
+        id: ServiceTokenId,
+        organization: OrganizationId,
+        name: String,
+    },
 }
 
 /// A runner, proved by its certificate's key.

@@ -69,6 +69,12 @@ pub struct CheckedRequest {
     key: Digest,
 }
 
+impl std::fmt::Debug for CheckedRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CheckedRequest({})", self.key)
+    }
+}
+
 impl CheckedRequest {
     /// SHA-256 of the public key (SPKI).
     pub fn key(&self) -> Digest {
@@ -86,6 +92,12 @@ pub struct Issued {
 pub struct ServerIdentity {
     pub chain_pem: String,
     pub key_pem: zeroize::Zeroizing<String>,
+}
+
+impl std::fmt::Debug for ServerIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerIdentity").field("chain_pem", &self.chain_pem).finish_non_exhaustive()
+    }
 }
 
 impl Authority {
@@ -110,9 +122,8 @@ impl Authority {
         let certificate_pem =
             std::fs::read_to_string(&certificate_path).map_err(io(&certificate_path))?;
         let sealed = std::fs::read(&key_path).map_err(io(&key_path))?;
-        let key = master
-            .open_sealed(KEY_CONTEXT, &sealed)
-            .map_err(|_| AuthorityError::OtherMasterKey)?;
+        let key =
+            master.open_sealed(KEY_CONTEXT, &sealed).map_err(|_| AuthorityError::OtherMasterKey)?;
         let key = PrivatePkcs8KeyDer::from(key.expose_secret());
         let key = KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256)
             .map_err(AuthorityError::Unusable)?;
@@ -139,9 +150,9 @@ impl Authority {
         for name in names {
             params.subject_alt_names.push(match name.parse() {
                 Ok(address) => SanType::IpAddress(address),
-                Err(_) => SanType::DnsName(
-                    Ia5String::try_from(name.as_str()).map_err(Error::internal)?,
-                ),
+                Err(_) => {
+                    SanType::DnsName(Ia5String::try_from(name.as_str()).map_err(Error::internal)?)
+                }
             });
         }
         let certificate = params.signed_by(&key, &self.issuer).map_err(Error::internal)?;
@@ -171,9 +182,8 @@ impl Authority {
     pub fn issue(&self, request: CheckedRequest, runner: RunnerId) -> Result<Issued> {
         let mut params = self.leaf(ExtendedKeyUsagePurpose::ClientAuth);
         params.distinguished_name.push(DnType::CommonName, format!("runner {runner}"));
-        let certificate = params
-            .signed_by(&request.params.public_key, &self.issuer)
-            .map_err(Error::internal)?;
+        let certificate =
+            params.signed_by(&request.params.public_key, &self.issuer).map_err(Error::internal)?;
         Ok(Issued {
             certificate: certificate.der().clone(),
             ca_certificate: self.certificate.clone(),

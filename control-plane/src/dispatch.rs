@@ -31,9 +31,18 @@ pub const RUNNER_QUEUE: usize = 64;
 /// What a runner's stream is told to send.
 #[derive(Debug)]
 pub enum ToRunner {
-    Offer { lease: LeaseRef, spec: Box<JobSpec> },
-    Cancel { lease: LeaseRef, force: bool },
-    Revoke { lease: LeaseRef, reason: String },
+    Offer {
+        lease: LeaseRef,
+        spec: Box<JobSpec>,
+    },
+    Cancel {
+        lease: LeaseRef,
+        force: bool,
+    },
+    Revoke {
+        lease: LeaseRef,
+        reason: String,
+    },
     /// Another stream of the same runner took over.
     Superseded,
 }
@@ -57,23 +66,60 @@ pub struct Introduction {
 }
 
 enum Message {
-    Open { job: JobId, pool: PoolId },
-    Withdraw { job: JobId },
-    Cancel { job: JobId, epoch: Epoch },
-    Revoke { job: JobId, epoch: Epoch, reason: String },
+    Open {
+        job: JobId,
+        pool: PoolId,
+    },
+    Withdraw {
+        job: JobId,
+    },
+    Cancel {
+        job: JobId,
+        epoch: Epoch,
+    },
+    Revoke {
+        job: JobId,
+        epoch: Epoch,
+        reason: String,
+    },
     Connect {
         runner: RunnerIdentity,
         introduction: Introduction,
         frames: mpsc::Sender<ToRunner>,
         reply: oneshot::Sender<ConnectionId>,
     },
-    Disconnect { runner: RunnerId, connection: ConnectionId },
-    Heartbeat { runner: RunnerId, held: Vec<LeaseRef>, reply: oneshot::Sender<Vec<LeaseRef>> },
-    Released { job: JobId, epoch: Epoch },
-    Watch { job: JobId, epoch: Epoch, runner: RunnerId },
-    Granted { job: JobId, pool: PoolId, runner: RunnerId, lease: Option<(LeaseRef, Box<JobSpec>)> },
-    Expired { job: JobId, epoch: Epoch, settled: bool },
-    List { reply: oneshot::Sender<HashMap<RunnerId, Connected>> },
+    Disconnect {
+        runner: RunnerId,
+        connection: ConnectionId,
+    },
+    Heartbeat {
+        runner: RunnerId,
+        held: Vec<LeaseRef>,
+        reply: oneshot::Sender<Vec<LeaseRef>>,
+    },
+    Released {
+        job: JobId,
+        epoch: Epoch,
+    },
+    Watch {
+        job: JobId,
+        epoch: Epoch,
+        runner: RunnerId,
+    },
+    Granted {
+        job: JobId,
+        pool: PoolId,
+        runner: RunnerId,
+        lease: Option<(LeaseRef, Box<JobSpec>)>,
+    },
+    Expired {
+        job: JobId,
+        epoch: Epoch,
+        settled: bool,
+    },
+    List {
+        reply: oneshot::Sender<HashMap<RunnerId, Connected>>,
+    },
 }
 
 /// The cheap end that everyone else holds.

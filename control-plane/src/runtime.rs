@@ -138,8 +138,8 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
     let clock: Arc<dyn Clock> = Arc::new(Wall);
     let authority = Authority::open(&data.join("authority"), &master, Arc::clone(&clock))?;
     let blobs = Blobs::open(data.join("blobs"), Arc::clone(&master)).context("open the blobs")?;
-    let logs = RunLogs::open(run_log::Options::new(data.join("logs")))
-        .context("open the logs of runs")?;
+    let logs =
+        RunLogs::open(run_log::Options::new(data.join("logs"))).context("open the logs of runs")?;
     let generation = generation(&*store).await.context("read the generation")?;
     let (handle, inbox) = dispatch::channel();
     let app = App {

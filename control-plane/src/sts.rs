@@ -5,6 +5,8 @@
 
 pub mod aws;
 pub mod errors;
+#[cfg(test)]
+mod rows;
 
 use std::time::Duration;
 
@@ -34,11 +36,16 @@ pub struct SessionCredentials {
 /// What a code becomes.
 #[derive(Debug)]
 pub enum Exchange {
-    Issued { credentials: SessionCredentials, request_id: Option<String> },
+    Issued {
+        credentials: SessionCredentials,
+        request_id: Option<String>,
+    },
     /// AWS answered no.
     Refused(Refused),
     /// The request was or may have been sent, and no answer came that tells.
-    Unknown { request_id: Option<String> },
+    Unknown {
+        request_id: Option<String>,
+    },
     /// The connection was provably never made: the code is still good.
     NotReached,
 }

@@ -27,7 +27,9 @@ pub enum Change {
     /// The run ends after all, and takes back that it froze the environment.
     Thaw,
     /// The run ends or is lost with remains.
-    Freeze { reason: String },
+    Freeze {
+        reason: String,
+    },
 }
 
 impl Hold {

@@ -316,12 +316,9 @@ impl Run {
         match self.state {
             RunState::AwaitingPlanMfa => Some(Phase::Plan),
             RunState::AwaitingApplyMfa => Some(Phase::Apply),
-            RunState::AwaitingConfirmation => self
-                .request
-                .policy
-                .max(current)
-                .requires_code(Phase::Apply)
-                .then_some(Phase::Apply),
+            RunState::AwaitingConfirmation => {
+                self.request.policy.max(current).requires_code(Phase::Apply).then_some(Phase::Apply)
+            }
             RunState::Pending
             | RunState::PlanQueued
             | RunState::Planning

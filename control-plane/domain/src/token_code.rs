@@ -21,7 +21,8 @@ mod tests {
     fn six_ascii_digits_and_nothing_else() {
         assert!(check(b"000000").is_ok());
         assert!(check(b"123456").is_ok());
-        for bad in ["", "12345", "1234567", " 123456", "12345\0", "１２３４５６", "12٣456", "12345x"]
+        for bad in
+            ["", "12345", "1234567", " 123456", "12345\0", "１２３４５６", "12٣456", "12345x"]
         {
             assert!(check(bad.as_bytes()).is_err(), "{bad:?}");
         }

@@ -17,7 +17,8 @@ const LONGEST_PATH: usize = 1024;
 
 /// Reads a gzipped tar to its end and refuses it by its first bad entry. Blocks.
 pub(super) fn inspect(packed: impl Read) -> Result<()> {
-    let mut archive = Archive::new(Bounded { inner: GzDecoder::new(packed), left: LARGEST_UNPACKED });
+    let mut archive =
+        Archive::new(Bounded { inner: GzDecoder::new(packed), left: LARGEST_UNPACKED });
     let entries = archive.entries().map_err(unreadable)?;
     let mut count = 0;
     for entry in entries {
@@ -99,10 +100,7 @@ struct Bounded<R> {
 impl<R: Read> Read for Bounded<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.left = self
-            .left
-            .checked_sub(read as u64)
-            .ok_or_else(|| io::Error::other(TooLarge))?;
+        self.left = self.left.checked_sub(read as u64).ok_or_else(|| io::Error::other(TooLarge))?;
         Ok(read)
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use latchkey_domain::id::{Digest, OrganizationId};
+use latchkey_domain::id::Digest;
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
@@ -94,7 +94,6 @@ pub struct ArtifactUpload {
     runner: RunnerIdentity,
     header: ArtifactHeader,
     destination: Destination,
-    organization: OrganizationId,
     blob: Upload,
     /// A copy of a state, to read its serial from.
     state: Option<Zeroizing<Vec<u8>>>,
@@ -138,8 +137,9 @@ impl App {
         let limit = header.kind.limit();
         if header.size > limit {
             let message = format!("a {} has up to {} MiB", header.kind.as_str(), limit >> 20);
-            return Err(Error::refused(Reason::LimitReached, message)
-                .with("limit", limit.to_string()));
+            return Err(
+                Error::refused(Reason::LimitReached, message).with("limit", limit.to_string())
+            );
         }
         let destination = match self.leased(runner, header.lease).await {
             Ok(subject) if can_make(&subject.run.value, header) => match header.kind {
@@ -165,7 +165,6 @@ impl App {
             runner: runner.clone(),
             header,
             destination,
-            organization,
             blob,
             state: reads_serial.then(|| {
                 Zeroizing::new(Vec::with_capacity(usize::try_from(header.size).unwrap_or(0)))
@@ -296,8 +295,7 @@ const MOST_QUARANTINED: usize = 64;
 /// Tells whether the job of a current lease makes such a thing now.
 fn can_make(run: &Run, header: ArtifactHeader) -> bool {
     let phase = header.lease.job.phase;
-    let released =
-        run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some());
+    let released = run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some());
     let kind_fits = match header.kind {
         Made::Workspace | Made::Changes => phase == Phase::Plan,
         Made::State | Made::ErroredState => phase == Phase::Apply,
@@ -325,7 +323,7 @@ impl ArtifactUpload {
 
     /// Ends the upload; answers when what it changes is durable.
     pub async fn finish(self) -> Result<()> {
-        let Self { app, runner, header, destination, organization: _, blob, state, received } = self;
+        let Self { app, runner, header, destination, blob, state, received } = self;
         if received != header.size {
             return Err(Error::field("data", "it is shorter than the header says"));
         }

@@ -122,8 +122,8 @@ impl App {
             self.check_listed(organization, account_of(&triple.access_key_id)).await?;
 
             // A device belongs to an account: the serial of a hardware device alone may repeat.
-            let account = account_of(&triple.access_key_id)
-                .unwrap_or_else(|| triple.access_key_id.clone());
+            let account =
+                account_of(&triple.access_key_id).unwrap_or_else(|| triple.access_key_id.clone());
             let device_key = keys::device(&format!("{account}/{}", triple.serial));
             let stored =
                 record::fetch::<DeviceRecord, Device>(&*self.store, device_key.clone()).await?;
@@ -160,7 +160,11 @@ impl App {
             let batch = Batch::new()
                 .put(device_key.clone(), expect, encode(&DeviceRecord::from(&counted)))
                 .put(request.clone(), Expect::Absent, encode(&known))
-                .put(keys::authentication(record.run.0, record.id.0), Expect::Absent, encode(&record))
+                .put(
+                    keys::authentication(record.run.0, record.id.0),
+                    Expect::Absent,
+                    encode(&record),
+                )
                 .put(keys::authentication_open(record.id.0), Expect::Absent, encode(&open))
                 .audit(draft);
             match self.store.commit(batch).await {
@@ -216,7 +220,12 @@ impl App {
     }
 
     /// Steps 7 to 10. Answers once the outcome is recorded.
-    async fn spend(self: Arc<Self>, attempt: Attempt, code: SecretString, actor: &str) -> Result<()> {
+    async fn spend(
+        self: Arc<Self>,
+        attempt: Attempt,
+        code: SecretString,
+        actor: &str,
+    ) -> Result<()> {
         let exchange = self
             .sts
             .exchange(&attempt.triple, Some(&code), &attempt.region, attempt.session_duration)
@@ -265,8 +274,7 @@ impl App {
                 record::fetch::<DeviceRecord, _>(&*self.store, device_key.clone()).await?;
             let Some(found) = found else { return Ok(()) };
             let freed = DeviceRecord::from(&found.value.forget(digest));
-            let batch =
-                Batch::new().put(found.key, Expect::At(found.version), encode(&freed));
+            let batch = Batch::new().put(found.key, Expect::At(found.version), encode(&freed));
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(()),
                 Err(CommitError::Conflict { .. }) => {}
@@ -464,7 +472,11 @@ impl App {
     }
 
     /// Answers what is recorded of an attempt, as a success or as its refusal.
-    async fn outcome_of(&self, run: RunId, id: AuthenticationId) -> Result<(Run, AuthenticationId)> {
+    async fn outcome_of(
+        &self,
+        run: RunId,
+        id: AuthenticationId,
+    ) -> Result<(Run, AuthenticationId)> {
         let found: Loaded<Authentication> = self
             .fetch(keys::authentication(run, id))
             .await?
@@ -497,11 +509,7 @@ enum Counted {
 
 fn close(batch: Batch, record: &Authentication) -> Batch {
     batch
-        .put(
-            keys::authentication(record.run.0, record.id.0),
-            Expect::Anything,
-            encode(record),
-        )
+        .put(keys::authentication(record.run.0, record.id.0), Expect::Anything, encode(record))
         .delete(keys::authentication_open(record.id.0), Expect::Anything)
 }
 
@@ -522,8 +530,9 @@ fn check_waiting(subject: &Subject, submission: &Submission) -> Result<()> {
             Some(phase) => format!("the run waits for a token code for its {phase}"),
             None => format!("the run waits for no token code; it is in {}", run.state),
         };
-        return Err(Error::refused(Reason::NotAwaitingCode, message)
-            .with("state", run.state.as_str()));
+        return Err(
+            Error::refused(Reason::NotAwaitingCode, message).with("state", run.state.as_str())
+        );
     }
     if submission.phase == Phase::Apply {
         let planned = run.planned.as_ref().map(|planned| planned.digest);
@@ -557,5 +566,9 @@ fn refused_locally(refused: device::Refused) -> Error {
 }
 
 fn rfc3339(time: Timestamp) -> String {
-    jiff::Timestamp::from_millisecond(time.as_millis()).map_or_else(|_| String::new(), |t| t.to_string())
+    jiff::Timestamp::from_millisecond(time.as_millis())
+        .map_or_else(|_| String::new(), |t| t.to_string())
 }
+
+#[cfg(test)]
+mod tests;

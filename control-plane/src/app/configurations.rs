@@ -81,10 +81,8 @@ impl ConfigurationUpload {
         if self.app.store.fetch(&key).await?.is_some() {
             return Ok(digest);
         }
-        let record = Configuration {
-            uploaded_by: caller.name().to_owned(),
-            at: self.app.now().into(),
-        };
+        let record =
+            Configuration { uploaded_by: caller.name().to_owned(), at: self.app.now().into() };
         let draft = self.app.draft(
             *organization,
             caller.audit_name(),

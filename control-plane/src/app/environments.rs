@@ -106,9 +106,8 @@ impl App {
     ) -> Result<Page<EnvironmentView>> {
         let standing = self.standing(caller, organization, Right::Read).await?;
         let (size, organization) = (page.size()?, standing.organization);
-        let after = page
-            .after::<String>()?
-            .map(|name| keys::environment_by_name(organization, &name));
+        let after =
+            page.after::<String>()?.map(|name| keys::environment_by_name(organization, &name));
         let scan = Scan::ascending(keys::environments_by_name(organization), size + 1).after(after);
         let found = self.scan(scan).await?;
         let mut items = vec![];
@@ -256,7 +255,11 @@ fn checked_directory(directory: String) -> Result<String> {
             "give a relative path inside the archive, without `..`, up to 256 bytes",
         ));
     }
-    Ok(directory.split('/').filter(|part| !part.is_empty() && *part != ".").collect::<Vec<_>>().join("/"))
+    Ok(directory
+        .split('/')
+        .filter(|part| !part.is_empty() && *part != ".")
+        .collect::<Vec<_>>()
+        .join("/"))
 }
 
 /// Settings as audit records show them.

@@ -45,8 +45,9 @@ impl App {
         let stored = self.log_length(job.run, job.phase).await?.saturating_sub(held.log_base);
         if stored != log_length {
             let message = format!("the log is not here whole: {stored} bytes are");
-            return Err(Error::refused(Reason::LogOffset, message)
-                .with("expected", stored.to_string()));
+            return Err(
+                Error::refused(Reason::LogOffset, message).with("expected", stored.to_string())
+            );
         }
         let runner_id = runner.id;
         let actor = runner.audit_name();
@@ -112,7 +113,8 @@ impl App {
                 })
                 .await?;
             }
-            (Phase::Plan, JobResult::Applied { .. }) | (Phase::Apply, JobResult::Planned { .. }) => {
+            (Phase::Plan, JobResult::Applied { .. })
+            | (Phase::Apply, JobResult::Planned { .. }) => {
                 return Err(Error::field("result", "it is the result of the other phase"));
             }
         }
@@ -176,15 +178,16 @@ mod tests {
         let d = |n| Digest::from_bytes([n; 32]);
         let base =
             PlanDigests { plan: d(1), workspace: d(2), lock_file: Some(d(3)), changes: d(4) };
+        let digest = digest_of(&base);
         let variants = [
             PlanDigests { plan: d(9), ..base.clone() },
             PlanDigests { workspace: d(9), ..base.clone() },
             PlanDigests { lock_file: Some(d(9)), ..base.clone() },
             PlanDigests { lock_file: None, ..base.clone() },
-            PlanDigests { changes: d(9), ..base.clone() },
+            PlanDigests { changes: d(9), ..base },
         ];
         for variant in variants {
-            assert_ne!(digest_of(&variant), digest_of(&base), "{variant:?}");
+            assert_ne!(digest_of(&variant), digest, "{variant:?}");
         }
     }
 }

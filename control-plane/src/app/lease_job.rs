@@ -73,8 +73,7 @@ impl App {
 
     async fn job_spec(&self, run: &Run, phase: Phase) -> Result<JobSpec> {
         let request = &run.request;
-        let environment =
-            self.environment(request.organization, request.environment).await?.value;
+        let environment = self.environment(request.organization, request.environment).await?.value;
         let organization = self.organization(request.organization).await?.value.name;
         let (archive, approved, terraform_version) = match (phase, &run.planned) {
             (Phase::Plan, _) => (request.configuration, None, String::new()),
@@ -186,11 +185,7 @@ impl App {
     }
 
     /// Fetches the run of a lease, if the runner holds it now.
-    pub(super) async fn leased(
-        &self,
-        runner: &RunnerIdentity,
-        lease: LeaseRef,
-    ) -> Result<Subject> {
+    pub(super) async fn leased(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<Subject> {
         self.check_generation(lease)?;
         let subject = match self.subject(lease.job.run).await {
             Ok(subject) => subject,
@@ -235,3 +230,6 @@ pub(super) fn lease_lost() -> Error {
 
 /// The least life a session must have left when its phase starts.
 pub const SESSION_FLOOR: Duration = Duration::from_secs(300);
+
+#[cfg(test)]
+mod tests;

@@ -63,11 +63,9 @@ impl App {
         let stored: Loaded<Bootstrap> = self.fetch(key).await?.ok_or_else(rejected)?;
         let known = stored.value.secret.0;
         let given = token_digest(secret);
-        let same: bool = subtle::ConstantTimeEq::ct_eq(
-            known.as_bytes().as_slice(),
-            given.as_bytes().as_slice(),
-        )
-        .into();
+        let same: bool =
+            subtle::ConstantTimeEq::ct_eq(known.as_bytes().as_slice(), given.as_bytes().as_slice())
+                .into();
         if !same || stored.value.spent_at.is_some() {
             return Err(rejected());
         }
@@ -181,12 +179,7 @@ impl App {
         let batch = Batch::new()
             .put(keys::service_token(organization, id), Expect::Absent, encode(&service))
             .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
-            .audit(self.draft(
-                organization,
-                caller.audit_name(),
-                "create_service_token",
-                subject,
-            ));
+            .audit(self.draft(organization, caller.audit_name(), "create_service_token", subject));
         self.commit_named(batch, "service token").await?;
         Ok((token.secret, expires_at))
     }

@@ -111,12 +111,7 @@ impl App {
             bought_by: vec![],
         };
         let draft = self
-            .draft(
-                organization,
-                caller.audit_name(),
-                "create_pool_token",
-                format!("pool {pool}"),
-            )
+            .draft(organization, caller.audit_name(), "create_pool_token", format!("pool {pool}"))
             .with("uses", uses);
         let batch = Batch::new()
             .put(keys::pool_token(token.digest.as_bytes()), Expect::Absent, encode(&record))

@@ -42,8 +42,7 @@ impl App {
     pub async fn queue_run(self: &Arc<Self>, caller: &Caller, new: NewRun) -> Result<Run> {
         let standing = self.standing(caller, &new.organization, Right::Operate).await?;
         check_request_id(&new.request_id)?;
-        let request_key =
-            keys::request(request_owner(caller), &format!("run:{}", new.request_id));
+        let request_key = keys::request(request_owner(caller), &format!("run:{}", new.request_id));
         if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
             return Ok(self.run(made.value.0).await?.value);
         }

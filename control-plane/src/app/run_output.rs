@@ -171,8 +171,7 @@ impl Appender {
             }
             Err(AppendError::TooLarge { limit }) => {
                 let message = format!("the log has reached its limit of {limit} bytes");
-                Err(Error::refused(Reason::LimitReached, message)
-                    .with("limit", limit.to_string()))
+                Err(Error::refused(Reason::LimitReached, message).with("limit", limit.to_string()))
             }
             Err(AppendError::Finished { .. }) => Err(lease_lost()),
             Err(AppendError::ZeroByte { .. }) => {

@@ -110,9 +110,7 @@ impl App {
                 "{missing} missing in {which}; set with `latchkey var set NAME --env-var \
                  --personal` for yourself or `--organization-wide` for everyone"
             );
-            return Err(
-                Error::refused(Reason::TripleIncomplete, message).with("missing", missing)
-            );
+            return Err(Error::refused(Reason::TripleIncomplete, message).with("missing", missing));
         };
         let serial = serial.expose_secret().to_owned();
         check_serial(&serial).map_err(|problem| {
@@ -168,11 +166,7 @@ impl App {
         Ok(false)
     }
 
-    async fn triple_value(
-        &self,
-        scope: VariableScope,
-        name: &str,
-    ) -> Result<Option<SecretString>> {
+    async fn triple_value(&self, scope: VariableScope, name: &str) -> Result<Option<SecretString>> {
         let key = keys::variable(scope, &stored_name(Category::Environment, name));
         let found: Option<Loaded<Variable>> = self.fetch(key.clone()).await?;
         found.map(|found| self.open_value(&key, &found.value.value)).transpose()

@@ -39,7 +39,9 @@ pub struct Go {
 pub enum Start {
     Go(Go),
     /// The lease is over: the run waits for a code again, or cannot start at all.
-    Revoked { reason: String },
+    Revoked {
+        reason: String,
+    },
 }
 
 impl App {

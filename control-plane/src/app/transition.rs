@@ -129,11 +129,7 @@ impl App {
     ) -> Batch {
         let Subject { run, environment } = subject;
         let request = &next.request;
-        batch = batch.put(
-            run.key.clone(),
-            Expect::At(run.version),
-            encode(&RunRecord::from(next)),
-        );
+        batch = batch.put(run.key.clone(), Expect::At(run.version), encode(&RunRecord::from(next)));
         let hold = environment.value.hold.after(next.id, change);
         if hold == environment.value.hold {
             batch = match change {

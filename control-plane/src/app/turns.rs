@@ -46,8 +46,7 @@ impl App {
         organization: OrganizationId,
         environment: EnvironmentId,
     ) -> Result<()> {
-        let waiting =
-            self.scan(Scan::ascending(keys::pending_runs_of(environment), 200)).await?;
+        let waiting = self.scan(Scan::ascending(keys::pending_runs_of(environment), 200)).await?;
         for (key, _) in waiting {
             let Some(id) = key.last_id().map(RunId::from_bytes) else { continue };
             let hold = self.environment(organization, environment).await?.value.hold;

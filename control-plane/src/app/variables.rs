@@ -115,9 +115,7 @@ impl App {
             }
             let value = match record.sensitive {
                 true => None,
-                false => {
-                    Some(self.open_value(&key, &record.value)?.expose_secret().to_owned())
-                }
+                false => Some(self.open_value(&key, &record.value)?.expose_secret().to_owned()),
             };
             items.push(VariableView { record, value });
         }

@@ -82,8 +82,7 @@ impl App {
         let standing = self.standing(caller, organization, Right::Read).await?;
         let environment = self.environment_named(standing.organization, environment).await?.value;
         let size = page.size()?;
-        let after =
-            page.after::<RunId>()?.map(|run| keys::run_by_environment(environment.id, run));
+        let after = page.after::<RunId>()?.map(|run| keys::run_by_environment(environment.id, run));
         let scan =
             Scan::descending(keys::runs_by_environment(environment.id), size + 1).after(after);
         let (mut items, mut next) = (vec![], None);

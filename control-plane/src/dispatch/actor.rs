@@ -209,9 +209,10 @@ impl Actor {
     /// Offers a pool's open jobs, oldest first, to its idlest runners.
     fn match_pool(&mut self, pool: PoolId) {
         loop {
-            let next = self.open.get(&pool).and_then(|open| {
-                open.iter().find(|job| !self.granting.contains_key(job)).copied()
-            });
+            let next = self
+                .open
+                .get(&pool)
+                .and_then(|open| open.iter().find(|job| !self.granting.contains_key(job)).copied());
             let (Some(job), Some(runner)) = (next, self.idlest(pool)) else { return };
             self.withdraw(job);
             self.granting.insert(job, runner);

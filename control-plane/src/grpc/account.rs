@@ -18,8 +18,7 @@ impl AccountService for Service {
     ) -> Result<Response<v1::BootstrapResponse>, Status> {
         let request = request.into_inner();
         let secret = request.secret.into();
-        let token =
-            self.app.bootstrap(&secret, &request.organization, &request.user).await?;
+        let token = self.app.bootstrap(&secret, &request.organization, &request.user).await?;
         Ok(Response::new(v1::BootstrapResponse { token: token.expose_secret().to_owned() }))
     }
 

@@ -14,8 +14,7 @@ impl OrganizationService for Service {
         request: Request<v1::GetOrganizationRequest>,
     ) -> Result<Response<v1::GetOrganizationResponse>, Status> {
         let caller = caller(&request)?;
-        let found =
-            self.app.show_organization(&caller, &request.into_inner().organization).await?;
+        let found = self.app.show_organization(&caller, &request.into_inner().organization).await?;
         Ok(Response::new(v1::GetOrganizationResponse { organization: Some(out(found)) }))
     }
 
@@ -31,8 +30,5 @@ impl OrganizationService for Service {
 }
 
 fn out(organization: Organization) -> v1::Organization {
-    v1::Organization {
-        organization: organization.name,
-        aws_accounts: organization.aws_accounts,
-    }
+    v1::Organization { organization: organization.name, aws_accounts: organization.aws_accounts }
 }

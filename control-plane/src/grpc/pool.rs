@@ -17,8 +17,7 @@ impl PoolService for Service {
         let caller = caller(&request)?;
         let v1::CreatePoolRequest { organization, pool, request_id } = request.into_inner();
         let made = self.app.create_pool(&caller, &organization, &pool, &request_id).await?;
-        let pool =
-            v1::Pool { pool_id: made.id.0.to_string(), organization, pool: made.name };
+        let pool = v1::Pool { pool_id: made.id.0.to_string(), organization, pool: made.name };
         Ok(Response::new(v1::CreatePoolResponse { pool: Some(pool) }))
     }
 

@@ -5,12 +5,12 @@
 //! stream.
 
 use latchkey_domain::run::{Counts, FailureKind, PlanDigests};
-use latchkey_proto::v1::{self, Reason};
 use latchkey_proto::v1::finished::Result as WireResult;
 use latchkey_proto::v1::lease_request::Frame as In;
 use latchkey_proto::v1::lease_response::Frame as Out;
 use latchkey_proto::v1::runner_service_server::RunnerService;
 use latchkey_proto::v1::upload_artifact_request::Part;
+use latchkey_proto::v1::{self, Reason};
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -93,8 +93,7 @@ impl RunnerService for Service {
             )
             | Err(_) => return Err(Error::field("kind", "it cannot be fetched").into()),
         };
-        let mut reader =
-            self.app.fetch_artifact(&runner, convert::lease(lease)?, needed).await?;
+        let mut reader = self.app.fetch_artifact(&runner, convert::lease(lease)?, needed).await?;
         let (sender, parts) = mpsc::channel(4);
         tokio::spawn(async move {
             loop {
@@ -199,7 +198,10 @@ impl Service {
         let welcome = v1::Welcome {
             runner_id: runner.id.to_string(),
             generation: self.app.generation.get(),
-            heartbeat_interval: prost_types::Duration::try_from(self.app.lease_term / HEARTBEATS_PER_TERM).ok(),
+            heartbeat_interval: prost_types::Duration::try_from(
+                self.app.lease_term / HEARTBEATS_PER_TERM,
+            )
+            .ok(),
             keep: keep.iter().copied().map(convert::lease_out).collect(),
             give_up: give_up.into_iter().map(convert::lease_out).collect(),
         };
@@ -432,10 +434,7 @@ fn job_result(result: Option<WireResult>) -> Result<JobResult, Error> {
             let digests = PlanDigests {
                 plan: parse_digest("plan_digest", &digests.plan_digest)?,
                 workspace: parse_digest("workspace_digest", &digests.workspace_digest)?,
-                lock_file: convert::optional_digest(
-                    "lock_file_digest",
-                    &digests.lock_file_digest,
-                )?,
+                lock_file: convert::optional_digest("lock_file_digest", &digests.lock_file_digest)?,
                 changes: parse_digest("changes_digest", &digests.changes_digest)?,
             };
             let v1::PlanFinished { applyable, add, change, destroy, import, .. } = plan;

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use latchkey_proto::v1::Reason;
 use latchkey_proto::ERROR_DOMAIN;
+use latchkey_proto::v1::Reason;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 

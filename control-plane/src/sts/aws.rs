@@ -159,9 +159,8 @@ where
         }
         SdkError::ConstructionFailure(_) => Told::NeverSent,
         SdkError::DispatchFailure(failure) => {
-            let never_connected = failure
-                .as_connector_error()
-                .is_some_and(|error| never_connected(error));
+            let never_connected =
+                failure.as_connector_error().is_some_and(|error| never_connected(error));
             if never_connected { Told::NeverSent } else { Told::Nothing { request_id } }
         }
         SdkError::TimeoutError(_) | SdkError::ResponseError(_) => Told::Nothing { request_id },

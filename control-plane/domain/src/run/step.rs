@@ -16,26 +16,77 @@ use crate::time::Timestamp;
 pub enum Event {
     /// STS accepted a code submitted for `evidence.phase`. `seen` is the plan digest that the
     /// person was shown; required for an apply.
-    CodeAccepted { evidence: Evidence, seen: Option<Digest>, current: MfaPolicy },
-    CodeRefused { phase: Phase, refused: RefusedCode, current: MfaPolicy },
+    CodeAccepted {
+        evidence: Evidence,
+        seen: Option<Digest>,
+        current: MfaPolicy,
+    },
+    CodeRefused {
+        phase: Phase,
+        refused: RefusedCode,
+        current: MfaPolicy,
+    },
     /// The environment is free and this run is next.
     TurnCame,
-    Granted { phase: Phase, runner: RunnerId, log_base: u64 },
+    Granted {
+        phase: Phase,
+        runner: RunnerId,
+        log_base: u64,
+    },
     /// The runner declined or gave back a job that it has not started.
-    HandedBack { phase: Phase, runner: RunnerId, epoch: Epoch },
+    HandedBack {
+        phase: Phase,
+        runner: RunnerId,
+        epoch: Epoch,
+    },
     /// The runner is about to start terraform and asks for the credentials.
-    Starting { phase: Phase, runner: RunnerId, epoch: Epoch, current: MfaPolicy, floor: Duration },
+    Starting {
+        phase: Phase,
+        runner: RunnerId,
+        epoch: Epoch,
+        current: MfaPolicy,
+        floor: Duration,
+    },
     /// The credentials that the phase needs cannot be had, for a reason that waiting does not
     /// cure.
-    CannotStart { phase: Phase, runner: RunnerId, epoch: Epoch, reason: String },
-    LeaseExpired { phase: Phase, epoch: Epoch },
+    CannotStart {
+        phase: Phase,
+        runner: RunnerId,
+        epoch: Epoch,
+        reason: String,
+    },
+    LeaseExpired {
+        phase: Phase,
+        epoch: Epoch,
+    },
     /// A lost runner is back with the lease it had.
-    Returned { phase: Phase, runner: RunnerId, epoch: Epoch },
-    PlanEnded { runner: RunnerId, epoch: Epoch, outcome: PlanOutcome, current: MfaPolicy },
-    ApplyEnded { runner: RunnerId, epoch: Epoch, outcome: ApplyOutcome },
-    Confirmed { by: String, seen: Digest, current: MfaPolicy },
-    Discarded { by: String },
-    CancelRequested { by: String },
+    Returned {
+        phase: Phase,
+        runner: RunnerId,
+        epoch: Epoch,
+    },
+    PlanEnded {
+        runner: RunnerId,
+        epoch: Epoch,
+        outcome: PlanOutcome,
+        current: MfaPolicy,
+    },
+    ApplyEnded {
+        runner: RunnerId,
+        epoch: Epoch,
+        outcome: ApplyOutcome,
+    },
+    Confirmed {
+        by: String,
+        seen: Digest,
+        current: MfaPolicy,
+    },
+    Discarded {
+        by: String,
+    },
+    CancelRequested {
+        by: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,7 +138,11 @@ pub enum Effect {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    Moved { next: Box<Run>, environment: Change, effects: Vec<Effect> },
+    Moved {
+        next: Box<Run>,
+        environment: Change,
+        effects: Vec<Effect>,
+    },
     /// It is so already; a repeat of the same message.
     Unchanged,
     Refused(Refusal),
@@ -123,9 +178,7 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner, log_base } => {
-            granted(run, phase, runner, log_base, now)
-        }
+        Event::Granted { phase, runner, log_base } => granted(run, phase, runner, log_base, now),
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {
             starting(run, (phase, runner, epoch), current, floor, now)
@@ -271,13 +324,7 @@ fn turn_came(run: &Run, now: Timestamp) -> Step {
     }
 }
 
-fn granted(
-    run: &Run,
-    phase: Phase,
-    runner: RunnerId,
-    log_base: u64,
-    now: Timestamp,
-) -> Step {
+fn granted(run: &Run, phase: Phase, runner: RunnerId, log_base: u64, now: Timestamp) -> Step {
     if run.state != queued(phase) {
         return Step::Refused(Refusal::WrongState);
     }
@@ -298,13 +345,7 @@ fn requeue(run: &Run, phase: Phase, now: Timestamp) -> Step {
     done(next, vec![Effect::Offer(run.job_id(phase))])
 }
 
-fn handed_back(
-    run: &Run,
-    phase: Phase,
-    runner: RunnerId,
-    epoch: Epoch,
-    now: Timestamp,
-) -> Step {
+fn handed_back(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch, now: Timestamp) -> Step {
     if current_lease(run, phase, runner, epoch).is_none() {
         return Step::Refused(Refusal::LeaseLost);
     }
@@ -619,7 +660,12 @@ fn cancel_requested(run: &Run, by: String, now: Timestamp) -> Step {
 }
 
 fn cancel_at_once(run: &Run, by: String, effects: Vec<Effect>, now: Timestamp) -> Step {
-    ended(moved(run, run.state, now), RunState::Canceled, Some(format!("canceled by {by}")), effects)
+    ended(
+        moved(run, run.state, now),
+        RunState::Canceled,
+        Some(format!("canceled by {by}")),
+        effects,
+    )
 }
 
 fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {

@@ -110,12 +110,14 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     let awaiting_plan = queue(MfaPolicy::PlansAndApplies);
     let pending = go(&awaiting_plan, accepted(&awaiting_plan, Phase::Plan));
     let plan_queued = go(&pending, Event::TurnCame);
-    let leased = go(&plan_queued, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
+    let leased =
+        go(&plan_queued, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
     let planning = go(&leased, started(&leased, Phase::Plan));
     let canceling = go(&planning, Event::CancelRequested { by: "ada".into() });
     let awaiting_apply = go(&planning, plan_ended(&planning, true));
     let apply_queued = go(&awaiting_apply, accepted(&awaiting_apply, Phase::Apply));
-    let apply_leased = go(&apply_queued, Event::Granted { phase: Phase::Apply, runner: RUNNER, log_base: 0 });
+    let apply_leased =
+        go(&apply_queued, Event::Granted { phase: Phase::Apply, runner: RUNNER, log_base: 0 });
     let applying = go(&apply_leased, started(&apply_leased, Phase::Apply));
     let lost =
         go(&applying, Event::LeaseExpired { phase: Phase::Apply, epoch: applying.apply.epoch });
@@ -124,7 +126,8 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     let errored = go(&applying, apply_ended(&applying, ApplyOutcome::Failed(failure)));
     let unguarded = queue(MfaPolicy::Never);
     let unguarded = go(&unguarded, Event::TurnCame);
-    let unguarded = go(&unguarded, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
+    let unguarded =
+        go(&unguarded, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
     let unguarded = go(&unguarded, started(&unguarded, Phase::Plan));
     vec![
         ("AwaitingPlanMfa", awaiting_plan.clone()),
@@ -335,7 +338,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             },
         },
         11 => Event::Confirmed { by: "ada".into(), seen, current },
-        _ if draw.wait % 5 == 0 => Event::CancelRequested { by: "ada".into() },
+        _ if draw.wait.is_multiple_of(5) => Event::CancelRequested { by: "ada".into() },
         _ => Event::Granted { phase, runner: RUNNER, log_base: 0 },
     }
 }

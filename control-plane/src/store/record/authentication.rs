@@ -80,7 +80,7 @@ pub struct Session {
     pub expires_at: Millis,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct DeviceRecord {
     window_start: i64,
     attempts: u32,

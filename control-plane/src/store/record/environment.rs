@@ -84,7 +84,7 @@ pub struct Configuration {
     pub at: Millis,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct EnvironmentRecord {
     id: Text<EnvironmentId>,
     organization: Text<OrganizationId>,
@@ -103,7 +103,7 @@ pub struct EnvironmentRecord {
     created_at: Millis,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct FrozenRecord {
     run: Text<RunId>,
     reason: String,

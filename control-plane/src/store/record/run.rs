@@ -63,7 +63,7 @@ enum ActorRecord {
     Service { name: String },
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct RunRecord {
     id: Text<RunId>,
     organization: Text<OrganizationId>,
@@ -95,7 +95,7 @@ pub struct RunRecord {
     reason: Option<String>,
 }
 
-#[derive(Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct JobRecord {
     epoch: u64,
     lease: Option<LeaseRecord>,
@@ -107,7 +107,7 @@ struct JobRecord {
     runner: Option<Text<RunnerId>>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct LeaseRecord {
     runner: Text<RunnerId>,
     epoch: u64,
@@ -118,7 +118,7 @@ struct LeaseRecord {
     released_authentication: Option<Text<AuthenticationId>>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct EvidenceRecord {
     authentication: Text<AuthenticationId>,
     #[serde(with = "PhaseRecord")]
@@ -128,14 +128,14 @@ struct EvidenceRecord {
     expires_at: Millis,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct AuthenticatedRecord {
     user: String,
     at: Millis,
     expires_at: Millis,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct PlannedRecord {
     plan: Text<Digest>,
     workspace: Text<Digest>,
@@ -150,14 +150,14 @@ struct PlannedRecord {
     terraform_version: String,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct ApprovalRecord {
     by: String,
     at: Millis,
     digest: Text<Digest>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct RefusedCodeRecord {
     authentication: Text<AuthenticationId>,
     reason: String,

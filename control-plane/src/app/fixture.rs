@@ -1,0 +1,228 @@
+//! A control plane without processes: use cases over the memory store and the simulated AWS.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use latchkey_aws_simulator::{Clock as SimulatedClock, Simulator, World};
+use latchkey_domain::device::WINDOW;
+use latchkey_domain::id::{Digest, Generation, OrganizationId, PoolId, RunnerId};
+use latchkey_domain::policy::{MfaPolicy, Phase};
+use latchkey_domain::run::{Counts, PlanDigests, Run, RunKind};
+use latchkey_domain::time::Timestamp;
+use secrecy::SecretString;
+
+use super::App;
+use super::authenticate_run::Submission;
+use super::environments::SettingsChange;
+use super::finish_job::JobResult;
+use super::lease_job::{LeaseRef, SESSION_FLOOR};
+use super::queue_run::NewRun;
+use super::start_job::Start;
+use super::variables::{NewVariable, Scope};
+use crate::auth::{Caller, RunnerIdentity};
+use crate::authority::Authority;
+use crate::blobs::Blobs;
+use crate::clock::{Clock, Manual, Wall};
+use crate::dispatch;
+use crate::error::Result;
+use crate::run_log::{self, RunLogs};
+use crate::seal::MasterKey;
+use crate::store::memory::Memory;
+use crate::store::record::variable::Category;
+use crate::store::{Batch, Expect, Store, keys};
+use crate::sts::aws::AwsSts;
+
+pub(crate) const ORGANIZATION: &str = "acme";
+pub(crate) const ENVIRONMENT: &str = "web";
+
+pub(crate) struct Fixture {
+    pub(crate) app: Arc<App>,
+    pub(crate) aws: Simulator,
+    pub(crate) owner: Caller,
+    pub(crate) clock: Arc<Manual>,
+    pub(crate) store: Arc<dyn Store>,
+    master: Arc<MasterKey>,
+    endpoint: String,
+    directory: tempfile::TempDir,
+    /// Kept, so that messages to dispatch are not refused.
+    _inbox: dispatch::Inbox,
+}
+
+impl Fixture {
+    /// An organization with a listed account, a triple and one environment.
+    pub(crate) async fn new(policy: MfaPolicy) -> Self {
+        let aws = Simulator::start(World::example(), SimulatedClock::wall()).await.unwrap();
+        let endpoint = aws.url();
+        let fixture = Self::bare(aws, endpoint).await;
+        let facts = fixture.aws.facts();
+        let accounts = vec![facts.account_id];
+        fixture.app.update_organization(&fixture.owner, ORGANIZATION, accounts).await.unwrap();
+        let secret = facts.secret_access_key.expose().to_owned();
+        fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
+        fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
+        fixture.set("AWS_MFA_SERIAL_NUMBER", &facts.mfa_serial).await;
+        fixture.create_environment(policy).await;
+        fixture
+    }
+
+    async fn bare(aws: Simulator, endpoint: String) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let master = Arc::new(MasterKey::ephemeral());
+        let store: Arc<dyn Store> = Arc::new(Memory::new());
+        // Well within a window, so that no test straddles two.
+        let window = i64::try_from(WINDOW.as_millis()).unwrap();
+        let now = Wall.now().as_millis().div_euclid(window) * window + 10_000;
+        let clock = Arc::new(Manual::new(Timestamp::from_millis(now)));
+        let (app, inbox) = app(&directory, &master, &store, &clock, &endpoint).await;
+        let secret = app.prepare_bootstrap().await.unwrap().unwrap();
+        let token = app.bootstrap(&secret, ORGANIZATION, "ada").await.unwrap();
+        let owner = app.caller(&token).await.unwrap();
+        Self { app, aws, owner, clock, store, master, endpoint, directory, _inbox: inbox }
+    }
+
+    /// The same data in a new process, as after a crash. STS is where `endpoint` says.
+    pub(crate) async fn restarted(&self, endpoint: Option<&str>) -> Arc<App> {
+        let endpoint = endpoint.unwrap_or(&self.endpoint);
+        app(&self.directory, &self.master, &self.store, &self.clock, endpoint).await.0
+    }
+
+    pub(crate) async fn set(&self, name: &str, value: &str) {
+        let variable = NewVariable {
+            name: name.into(),
+            category: Category::Environment,
+            value: value.into(),
+            sensitive: true,
+            hcl: false,
+        };
+        let scope = Scope::Organization;
+        self.app.set_variable(&self.owner, ORGANIZATION, &scope, variable).await.unwrap();
+    }
+
+    async fn create_environment(&self, policy: MfaPolicy) {
+        let settings = SettingsChange { policy: Some(policy), ..SettingsChange::default() };
+        self.app
+            .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
+            .await
+            .unwrap();
+    }
+
+    /// Queues a run of some configuration.
+    pub(crate) async fn queue(&self, request_id: &str) -> Run {
+        self.try_queue(&self.owner, request_id).await.unwrap()
+    }
+
+    pub(crate) async fn try_queue(&self, caller: &Caller, request_id: &str) -> Result<Run> {
+        let organization = self.organization().await;
+        let configuration = Digest::from_bytes([1; 32]);
+        let key = keys::configuration(organization, &configuration);
+        self.store.commit(Batch::new().put(key, Expect::Anything, b"{}".as_slice())).await.unwrap();
+        let new = NewRun {
+            organization: ORGANIZATION.into(),
+            environment: ENVIRONMENT.into(),
+            configuration,
+            kind: RunKind::PlanAndApply,
+            message: String::new(),
+            target: vec![],
+            replace: vec![],
+            auto_apply: None,
+            destroy_confirmation: String::new(),
+            request_id: request_id.into(),
+        };
+        self.app.queue_run(caller, new).await
+    }
+
+    pub(crate) async fn organization(&self) -> OrganizationId {
+        self.app.show_organization(&self.owner, ORGANIZATION).await.unwrap().id.0
+    }
+
+    /// A right code that was not used yet.
+    pub(crate) fn code(&self) -> String {
+        self.aws.unused_code(&self.aws.facts().mfa_serial).unwrap()
+    }
+
+    pub(crate) async fn submit(&self, run: &Run, code: &str, request_id: &str) -> Result<Run> {
+        self.submit_as(&self.owner, run, code, request_id).await
+    }
+
+    pub(crate) async fn submit_as(
+        &self,
+        caller: &Caller,
+        run: &Run,
+        code: &str,
+        request_id: &str,
+    ) -> Result<Run> {
+        let submission = Submission {
+            run: run.id,
+            phase: if run.planned.is_some() { Phase::Apply } else { Phase::Plan },
+            code: SecretString::from(code),
+            seen: run.planned.as_ref().map(|planned| planned.digest),
+            request_id: request_id.into(),
+        };
+        self.app.authenticate_run(caller, submission).await.map(|(run, _)| run)
+    }
+
+    pub(crate) async fn run(&self, run: &Run) -> Run {
+        self.app.show_run(&self.owner, run.id).await.unwrap().run
+    }
+
+    pub(crate) async fn runner(&self) -> RunnerIdentity {
+        RunnerIdentity {
+            id: RunnerId::from_bytes([7; 16]),
+            name: "builder".into(),
+            organization: self.organization().await,
+            pool: PoolId::from_bytes([8; 16]),
+        }
+    }
+
+    /// Grants a run's job and releases its credentials.
+    pub(crate) async fn start(&self, run: &Run, phase: Phase) -> (RunnerIdentity, LeaseRef, Start) {
+        let runner = self.runner().await;
+        let (lease, _) = self.app.grant(run.job_id(phase), runner.id).await.unwrap();
+        let start = self.app.start_job(&runner, lease).await.unwrap();
+        (runner, lease, start)
+    }
+
+    /// Plans a run whose plan is queued, with changes to apply.
+    pub(crate) async fn plan(&self, run: &Run) -> Run {
+        let (runner, lease, _) = self.start(run, Phase::Plan).await;
+        let changes = self.app.blobs.put(runner.organization, b"{}").await.unwrap();
+        let workspace = self.app.blobs.put(runner.organization, b"workspace").await.unwrap();
+        let result = JobResult::Planned {
+            digests: PlanDigests { plan: changes, workspace, lock_file: None, changes },
+            applyable: true,
+            counts: Counts { add: 1, ..Counts::default() },
+            terraform_version: "1.11.4".into(),
+        };
+        self.app.finish_job(&runner, lease, 0, result).await.unwrap();
+        self.run(run).await
+    }
+}
+
+async fn app(
+    directory: &tempfile::TempDir,
+    master: &Arc<MasterKey>,
+    store: &Arc<dyn Store>,
+    clock: &Arc<Manual>,
+    endpoint: &str,
+) -> (Arc<App>, dispatch::Inbox) {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let clock: Arc<dyn Clock> = Arc::clone(clock) as Arc<dyn Clock>;
+    let path = directory.path();
+    let authority = Authority::open(&path.join("ca"), master, Arc::clone(&clock)).unwrap();
+    let (handle, inbox) = dispatch::channel();
+    let app = App {
+        store: Arc::clone(store),
+        blobs: Blobs::open(path.join("blobs"), Arc::clone(master)).unwrap(),
+        logs: RunLogs::open(run_log::Options::new(path.join("logs"))).unwrap(),
+        sts: Arc::new(AwsSts::new(Some(endpoint.to_owned()), false).await),
+        clock,
+        master: Arc::clone(master),
+        authority: Arc::new(authority),
+        dispatch: handle,
+        generation: Generation::FIRST,
+        session_floor: SESSION_FLOOR,
+        lease_term: Duration::from_secs(30),
+        gates: super::run_output::Gates::default(),
+    };
+    (Arc::new(app), inbox)
+}

@@ -1,0 +1,246 @@
+//! Leases over the whole path: grants race, old epochs speak, runners go silent and return.
+
+use latchkey_domain::id::{Epoch, Generation, RunnerId};
+use latchkey_domain::policy::{MfaPolicy, Phase};
+use latchkey_domain::run::{FailureKind, Run, RunState};
+use latchkey_proto::v1::Reason;
+
+use super::{Held, LeaseRef};
+use crate::app::artifacts::{ArtifactHeader, Made, Needed};
+use crate::app::environments::SettingsChange;
+use crate::app::finish_job::JobResult;
+use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::start_job::Start;
+use crate::auth::{RunnerIdentity, sha256};
+use crate::store::keys;
+
+async fn queued() -> (Fixture, Run) {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let run = fixture.queue("first").await;
+    assert_eq!(run.state, RunState::PlanQueued);
+    (fixture, run)
+}
+
+async fn applying() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
+    let (fixture, run) = queued().await;
+    let run = fixture.plan(&run).await;
+    assert_eq!(run.state, RunState::AwaitingConfirmation);
+    let seen = run.planned.as_ref().unwrap().digest;
+    let run = fixture.app.confirm_run(&fixture.owner, run.id, seen).await.unwrap();
+    let (runner, lease, start) = fixture.start(&run, Phase::Apply).await;
+    assert!(matches!(start, Start::Go(_)));
+    (fixture, run, runner, lease)
+}
+
+fn failed() -> JobResult {
+    JobResult::Failed { kind: FailureKind::Errored, reason: "exit code 1".into() }
+}
+
+async fn upload(
+    fixture: &Fixture,
+    runner: &RunnerIdentity,
+    lease: LeaseRef,
+    kind: Made,
+    data: &[u8],
+) -> crate::error::Result<()> {
+    let header = ArtifactHeader { lease, kind, digest: sha256(data), size: data.len() as u64 };
+    let mut upload = fixture.app.upload_artifact(runner, header).await?;
+    upload.write(data).await?;
+    upload.finish().await
+}
+
+fn state(lineage: &str, serial: u64) -> Vec<u8> {
+    format!(r#"{{"version":4,"serial":{serial},"lineage":"{lineage}"}}"#).into_bytes()
+}
+
+#[tokio::test]
+async fn one_of_many_grants_of_a_job_wins() {
+    let (fixture, run) = queued().await;
+    let grants = (0..20_u8).map(|n| {
+        let (app, job) = (fixture.app.clone(), run.job_id(Phase::Plan));
+        tokio::spawn(async move { app.grant(job, RunnerId::from_bytes([n; 16])).await })
+    });
+    let mut won = 0;
+    for grant in grants.collect::<Vec<_>>() {
+        match grant.await.unwrap() {
+            Ok(_) => won += 1,
+            Err(error) => assert_eq!(error.reason(), Reason::WrongState, "{error}"),
+        }
+    }
+    assert_eq!(won, 1);
+}
+
+#[tokio::test]
+async fn a_silent_plan_is_leased_again_and_the_old_lease_changes_nothing() {
+    let (fixture, run) = queued().await;
+    let (runner, old, _) = fixture.start(&run, Phase::Plan).await;
+    let app = &fixture.app;
+    let appender = app.append_log(&runner, old).await.unwrap();
+    assert_eq!(appender.append(0, b"first try\n".to_vec()).await.unwrap(), 10);
+    app.expire(old.job, old.epoch).await.unwrap();
+
+    let other = RunnerIdentity { id: RunnerId::from_bytes([77; 16]), ..runner.clone() };
+    let (new, _) = app.grant(old.job, other.id).await.unwrap();
+    assert_eq!(new.epoch, old.epoch.next());
+    assert_eq!(
+        appender.append(10, b"late\n".to_vec()).await.unwrap_err().reason(),
+        Reason::LeaseLost
+    );
+    for error in [
+        app.start_job(&runner, old).await.unwrap_err(),
+        app.finish_job(&runner, old, 10, failed()).await.unwrap_err(),
+        app.append_log(&runner, old).await.unwrap_err(),
+        app.fetch_artifact(&runner, old, Needed::Configuration).await.unwrap_err(),
+    ] {
+        assert_eq!(error.reason(), Reason::LeaseLost);
+    }
+    assert_eq!(app.take_up(&runner, old).await.unwrap(), Held::GiveUp);
+
+    // The new lease's log begins at its own offset 0, behind what was there.
+    app.start_job(&other, new).await.unwrap();
+    let appender = app.append_log(&other, new).await.unwrap();
+    assert_eq!(appender.append(0, b"second try\n".to_vec()).await.unwrap(), 11);
+    let length = app.log_length(run.id, Phase::Plan).await.unwrap();
+    let log = app.logs.read(run.id, Phase::Plan, 0, 4096).await.unwrap();
+    let log = String::from_utf8(log).unwrap();
+    assert_eq!(log.len() as u64, length);
+    assert!(log.starts_with("first try\n") && log.ends_with("second try\n"), "{log}");
+    assert!(log.contains("leased again"));
+}
+
+#[tokio::test]
+async fn a_silent_apply_is_lost_freezes_the_environment_and_never_starts_twice() {
+    let (fixture, run, _, lease) = applying().await;
+    fixture.app.expire(lease.job, lease.epoch).await.unwrap();
+    assert_eq!(fixture.run(&run).await.state, RunState::Lost);
+    let stranger = RunnerId::from_bytes([77; 16]);
+    let error = fixture.app.grant(lease.job, stranger).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::WrongState);
+    let view =
+        fixture.app.show_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT).await.unwrap();
+    assert_eq!(view.environment.hold.frozen.unwrap().run, run.id);
+    assert_eq!(fixture.queue("second").await.state, RunState::Pending);
+}
+
+#[tokio::test]
+async fn a_lost_runner_that_returns_goes_on_and_ends_its_run() {
+    let (fixture, run, runner, lease) = applying().await;
+    fixture.app.expire(lease.job, lease.epoch).await.unwrap();
+    assert_eq!(fixture.app.take_up(&runner, lease).await.unwrap(), Held::Keep);
+    upload(&fixture, &runner, lease, Made::State, &state("l", 1)).await.unwrap();
+    let result = JobResult::Applied { outputs: None };
+    fixture.app.finish_job(&runner, lease, 0, result).await.unwrap();
+    assert_eq!(fixture.run(&run).await.state, RunState::Applied);
+    let view =
+        fixture.app.show_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT).await.unwrap();
+    assert_eq!(view.environment.hold, latchkey_domain::environment::Hold::default());
+}
+
+#[tokio::test]
+async fn a_repeated_result_is_answered_the_same() {
+    let (fixture, run, runner, lease) = applying().await;
+    let result = JobResult::Applied { outputs: Some("{}".into()) };
+    fixture.app.finish_job(&runner, lease, 0, result.clone()).await.unwrap();
+    fixture.app.finish_job(&runner, lease, 0, result).await.unwrap();
+    assert_eq!(fixture.run(&run).await.state, RunState::Applied);
+}
+
+#[tokio::test]
+async fn a_result_before_its_log_is_refused() {
+    let (fixture, _, runner, lease) = applying().await;
+    let error = fixture.app.finish_job(&runner, lease, 100, failed()).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LogOffset);
+}
+
+#[tokio::test]
+async fn a_state_that_does_not_continue_the_last_is_refused() {
+    let (fixture, _, runner, lease) = applying().await;
+    upload(&fixture, &runner, lease, Made::State, &state("l", 3)).await.unwrap();
+    upload(&fixture, &runner, lease, Made::State, &state("l", 4)).await.unwrap();
+    for bad in [state("l", 2), state("other", 9)] {
+        let error = upload(&fixture, &runner, lease, Made::State, &bad).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::WrongState);
+    }
+    let view =
+        fixture.app.show_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT).await.unwrap();
+    assert_eq!(view.environment.state.unwrap().serial, 4);
+}
+
+#[tokio::test]
+async fn what_an_old_lease_brings_goes_to_quarantine_and_a_strangers_nowhere() {
+    let (fixture, run) = queued().await;
+    let (runner, old, _) = fixture.start(&run, Phase::Plan).await;
+    fixture.app.expire(old.job, old.epoch).await.unwrap();
+    upload(&fixture, &runner, old, Made::Workspace, b"late").await.unwrap();
+    let kept = crate::store::list(&*fixture.store, keys::quarantine_of(run.id)).await.unwrap();
+    assert_eq!(kept.len(), 1);
+    let forged = LeaseRef { epoch: Epoch::new(99), ..old };
+    let error = upload(&fixture, &runner, forged, Made::Workspace, b"x").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LeaseLost);
+}
+
+#[tokio::test]
+async fn another_generation_is_refused() {
+    let (fixture, _, runner, lease) = applying().await;
+    for generation in [0, 2] {
+        let other = LeaseRef { generation: Generation::new(generation), ..lease };
+        let error = fixture.app.start_again(&runner, other).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::LeaseLost);
+    }
+    fixture.app.start_again(&runner, lease).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_policy_tightened_after_the_confirmation_stops_the_release() {
+    let (fixture, run) = queued().await;
+    let run = fixture.plan(&run).await;
+    let seen = run.planned.as_ref().unwrap().digest;
+    fixture.app.confirm_run(&fixture.owner, run.id, seen).await.unwrap();
+    let stricter =
+        SettingsChange { policy: Some(MfaPolicy::AppliesOnly), ..SettingsChange::default() };
+    fixture
+        .app
+        .update_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT, stricter)
+        .await
+        .unwrap();
+    let (_, _, start) = fixture.start(&run, Phase::Apply).await;
+    assert!(matches!(start, Start::Revoked { .. }), "{start:?}");
+    assert_eq!(fixture.run(&run).await.state, RunState::AwaitingApplyMfa);
+}
+
+#[tokio::test]
+async fn runs_have_their_turns_in_order_of_queueing() {
+    let (fixture, first) = queued().await;
+    let second = fixture.queue("second").await;
+    let third = fixture.queue("third").await;
+    assert_eq!((second.state, third.state), (RunState::Pending, RunState::Pending));
+    let view = fixture.app.show_run(&fixture.owner, third.id).await.unwrap();
+    assert_eq!(view.queue_position, 2);
+    fixture.app.cancel_run(&fixture.owner, first.id).await.unwrap();
+    let organization = fixture.organization().await;
+    let environment = first.request.environment;
+    fixture.app.give_turns(organization, environment).await.unwrap();
+    assert_eq!(fixture.run(&second).await.state, RunState::PlanQueued);
+    assert_eq!(fixture.run(&third).await.state, RunState::Pending);
+}
+
+#[tokio::test]
+async fn a_session_without_mfa_is_released_where_no_code_is_demanded() {
+    let (fixture, run) = queued().await;
+    let (_, _, start) = fixture.start(&run, Phase::Plan).await;
+    let Start::Go(go) = start else { panic!("{start:?}") };
+    assert!(go.session.is_some());
+    let calls = fixture.aws.calls();
+    assert!(calls.iter().all(|call| !call.had_code));
+}
+
+#[tokio::test]
+async fn keys_that_aws_refuses_end_the_run_with_the_reason() {
+    let (fixture, run) = queued().await;
+    fixture.set("AWS_SECRET_ACCESS_KEY", "of somebody else").await;
+    let (_, _, start) = fixture.start(&run, Phase::Plan).await;
+    assert!(matches!(start, Start::Revoked { .. }));
+    let run = fixture.run(&run).await;
+    assert_eq!(run.state, RunState::Errored);
+    assert!(run.reason.unwrap().contains("AWS_SECRET_ACCESS_KEY"));
+}
