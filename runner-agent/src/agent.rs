@@ -169,6 +169,13 @@ enum Intake {
     Closed,
 }
 
+/// What becomes of an offer that this runner could prepare.
+enum Answer {
+    Accept,
+    /// For another runner.
+    HandBack,
+}
+
 /// Why the agent's loop goes on or ends.
 enum Turn {
     Stopped,
@@ -284,7 +291,10 @@ impl Agent {
 
     fn hello(&self) -> v1::Hello {
         v1::Hello {
-            slots: self.config.slots,
+            slots: match self.config.lifetime {
+                Lifetime::UntilStopped => self.config.slots,
+                Lifetime::OneJob => 1,
+            },
             engines: vec![v1::Engine {
                 name: self.engine.name.into(),
                 version: self.engine.version.clone(),
@@ -314,7 +324,8 @@ impl Agent {
             Response::Offer(offer) => {
                 let lease = offer.lease.clone();
                 let answer = match self.accept(offer) {
-                    Ok(()) => Request::Accept(v1::Accept { lease }),
+                    Ok(Answer::Accept) => Request::Accept(v1::Accept { lease }),
+                    Ok(Answer::HandBack) => Request::NeverStarted(v1::NeverStarted { lease }),
                     Err(reason) => {
                         tracing::warn!(%reason, "declined an offer");
                         Request::Decline(v1::Decline { lease, reason })
@@ -335,23 +346,31 @@ impl Agent {
                 self.intake = Intake::Closed;
                 Ok(())
             }
-            // Neither means anything here: one is the first frame, one the connection's own.
-            Response::Welcome(_) | Response::Renewed(_) => Ok(()),
+            Response::Renewed(renewed) => {
+                let renewed: Vec<Lease> =
+                    renewed.lease.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect();
+                for (_, held) in self.jobs.iter().filter(|(lease, _)| !renewed.contains(lease)) {
+                    held.tell(Told::NotRenewed)?;
+                }
+                Ok(())
+            }
+            // It is the first frame, and was.
+            Response::Welcome(_) => Ok(()),
         }
     }
 
-    /// Step 3. Answers why the offer cannot be taken.
-    fn accept(&mut self, offer: v1::Offer) -> Result<(), String> {
+    /// Step 3. Answers why the job cannot be prepared on a runner like this one: that ends it.
+    ///
+    /// Slots are counted by the control plane alone: jobs that it has given up take none, while
+    /// here they may still have something to bring.
+    fn accept(&mut self, offer: v1::Offer) -> Result<Answer, String> {
         let lease =
             Lease::from_wire(&offer.lease.unwrap_or_default()).map_err(|e| e.to_string())?;
         if self.jobs.contains_key(&lease) {
-            return Ok(());
+            return Ok(Answer::Accept);
         }
         if self.intake == Intake::Closed {
-            return Err("the runner takes no new jobs".into());
-        }
-        if self.jobs.len() >= self.config.slots as usize {
-            return Err("all slots are taken".into());
+            return Ok(Answer::HandBack);
         }
         let job = offer.job.unwrap_or_default();
         let spec = Spec::from_wire(lease.phase, job).map_err(|error| error.to_string())?;
@@ -370,7 +389,7 @@ impl Agent {
             self.intake = Intake::Closed;
         }
         self.take_up(directory, lease, spec, Origin::Offered);
-        Ok(())
+        Ok(Answer::Accept)
     }
 
     fn tell(&self, lease: Option<v1::LeaseRef>, told: Told) -> Result<(), lease::Error> {

@@ -245,6 +245,17 @@ impl JobDirectory {
         remove_tree(&gone)
     }
 
+    /// Takes the directory out of the jobs, into `kept` beside them, for a person.
+    pub(crate) fn set_aside(&self) -> Result<(), Error> {
+        let jobs = self.path.parent().unwrap_or(&self.path);
+        let kept = jobs.with_file_name("kept");
+        private_directory(&kept)?;
+        let to = kept.join(self.path.file_name().unwrap_or_default());
+        fs::rename(&self.path, &to).map_err(io_error("set aside", &self.path))?;
+        sync_directory(&kept)?;
+        sync_directory(jobs)
+    }
+
     fn make_tmpdir(&self) -> Result<(), Error> {
         let path = self.join("tmp");
         if path.as_os_str().len() <= LONGEST_TMPDIR {

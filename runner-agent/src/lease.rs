@@ -93,7 +93,10 @@ impl Connection {
             tokio::select! {
                 response = self.inbound.message() => {
                     match response.map_err(refused)?.ok_or(Error::Closed)?.frame {
-                        Some(Response::Renewed(_)) => self.last_renewed = Instant::now(),
+                        Some(frame @ Response::Renewed(_)) => {
+                            self.last_renewed = Instant::now();
+                            return Ok(Incoming::Frame(Box::new(frame)));
+                        }
                         Some(frame) => return Ok(Incoming::Frame(Box::new(frame))),
                         // A frame of a later version.
                         None => {}

@@ -1,8 +1,9 @@
 //! From the job directory to the control plane, by offset and epoch.
 //!
 //! Everything here can be repeated: log bytes carry their offset, states their number, artifacts
-//! their digest. So every failure but two is answered by trying again, with jitter: `LEASE_LOST`
-//! and a run that is not found mean that nobody wants it any more.
+//! their digest. So a failure is answered by trying again, with jitter, but for two: `LEASE_LOST`
+//! means that nobody wants it any more, and what is malformed, too large or does not fit stays
+//! so. A state that is refused is brought as what terraform could not deliver.
 
 use std::fs::File;
 use std::io;
@@ -15,13 +16,13 @@ use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status as Refusal;
 use tonic::transport::Channel;
-use tonic::{Code, Status as Refusal};
 use tonic_types::StatusExt;
 
 use crate::backoff::Backoff;
 use crate::digest::{self, Digester};
-use crate::job::Lease;
+use crate::job::{Failure as JobFailure, JobResult, Lease};
 use crate::job_directory::{self, JobDirectory, create_private};
 use crate::random;
 use crate::supervisor::control::{Stage, Status};
@@ -43,23 +44,43 @@ pub(crate) enum Error {
 }
 
 /// Whether the control plane has something, in the run or in its quarantine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Delivery {
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Delivery {
     Acknowledged,
     LeaseLost,
+    /// For good, with the control plane's sentence.
+    Refused(String),
 }
 
 /// What became of everything a job made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Shipped {
+    /// What the control plane has of the log.
     pub(crate) log_length: u64,
-    /// Lost if nothing at all was taken.
-    pub(crate) delivery: Delivery,
+    pub(crate) wanted: Wanted,
+    /// Set when something of weight was refused: then the job did not end as it says.
+    pub(crate) instead: Option<JobResult>,
+    pub(crate) remains: Remains,
+}
+
+/// Whether anything at all was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Yes,
+    No,
+}
+
+/// Whether the only copy of a state is on this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Remains {
+    Nothing,
+    State,
 }
 
 pub(crate) enum Fetched {
     Digest(String),
     LeaseLost,
+    Refused(String),
 }
 
 #[derive(Debug, Clone)]
@@ -74,6 +95,7 @@ enum Failure {
     /// The log must go on from here.
     Offset(u64),
     Again(String),
+    Refused(String),
     Local(Error),
 }
 
@@ -93,6 +115,7 @@ impl Shipper {
             match self.fetch_once(kind, to).await {
                 Ok(digest) => return Ok(Fetched::Digest(digest)),
                 Err(Failure::LeaseLost) => return Ok(Fetched::LeaseLost),
+                Err(Failure::Refused(reason)) => return Ok(Fetched::Refused(reason)),
                 Err(Failure::Local(error)) => return Err(error),
                 Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
                     self.pause(&mut backoff, "fetch an artifact", &failure).await;
@@ -120,46 +143,71 @@ impl Shipper {
     /// Follows a job to its end, and answers when all it made is acknowledged: log and states as
     /// they grow, then the artifacts.
     pub(crate) async fn ship_all(&self, status: watch::Receiver<Status>) -> Result<Shipped, Error> {
-        let (log, states) =
-            tokio::try_join!(self.follow_log(status.clone()), self.follow_states(status.clone()))?;
-        let mut taken = vec![log];
-        taken.extend(states);
         use v1::ArtifactKind::{Changes, ErroredState, Workspace};
-        for (kind, name) in [
-            (Workspace, "workspace.tar.gz"),
-            (Changes, "changes.json"),
-            (ErroredState, "errored.tfstate"),
-        ] {
-            let path = self.directory.join(name);
-            // A plan that failed halfway made things nobody will ask for.
-            let wanted = kind == ErroredState || self.made_a_plan();
-            if wanted && path.exists() {
-                taken.push(self.upload(kind, &path, 0).await?);
+        let ((log, length), states) =
+            tokio::try_join!(self.follow_log(status.clone()), self.follow_states(status.clone()))?;
+        let mut shipped = Shipped {
+            log_length: length,
+            wanted: Wanted::No,
+            instead: None,
+            remains: Remains::Nothing,
+        };
+        if let Delivery::Refused(reason) = &log {
+            tracing::error!(%reason, length, "the log is refused from here on");
+        }
+        shipped.count(&log);
+        if let Some((sequence, reason)) = states.iter().find_map(refused) {
+            tracing::error!(%reason, sequence, "a state is refused");
+            let reason = format!("terraform's state was not accepted: {reason}");
+            shipped.instead = Some(JobResult::failed(JobFailure::StateUndelivered, reason));
+        }
+        states.iter().for_each(|(_, delivery)| shipped.count(delivery));
+        if matches!(self.directory.result(), Ok(JobResult::Plan { .. })) {
+            for (kind, name) in [(Workspace, "workspace.tar.gz"), (Changes, "changes.json")] {
+                let delivery = self.upload(kind, &self.directory.join(name), 0).await?;
+                shipped.count(&delivery);
+                if let Delivery::Refused(reason) = delivery {
+                    let reason = format!("{name} was not accepted: {reason}");
+                    shipped.instead = Some(JobResult::failed(JobFailure::Errored, reason));
+                }
             }
         }
-        let lost = taken.iter().all(|delivery| *delivery == Delivery::LeaseLost);
-        Ok(Shipped {
-            log_length: status.borrow().log_length,
-            delivery: if lost { Delivery::LeaseLost } else { Delivery::Acknowledged },
-        })
-    }
-
-    fn made_a_plan(&self) -> bool {
-        matches!(self.directory.result(), Ok(crate::job::JobResult::Plan { .. }))
+        let errored = self.directory.join("errored.tfstate");
+        let left = match (errored.exists(), states.last()) {
+            (true, _) => Some(errored),
+            // The newest stands for all: it is what the others became.
+            (false, Some((sequence, Delivery::Refused(_)))) => {
+                Some(self.directory.join(&JobDirectory::state_name(*sequence)))
+            }
+            (false, Some(_) | None) => None,
+        };
+        if let Some(left) = left {
+            let delivery = self.upload(ErroredState, &left, 0).await?;
+            shipped.count(&delivery);
+            if delivery != Delivery::Acknowledged {
+                shipped.remains = Remains::State;
+            }
+        }
+        Ok(shipped)
     }
 
     async fn follow_states(
         &self,
         mut status: watch::Receiver<Status>,
-    ) -> Result<Vec<Delivery>, Error> {
+    ) -> Result<Vec<(u64, Delivery)>, Error> {
         let mut taken = Vec::new();
         let mut sent = self.directory.shipped("states");
         loop {
             let now = *status.borrow_and_update();
             for sequence in sent + 1..=now.states {
                 let path = self.directory.join(&JobDirectory::state_name(sequence));
-                taken.push(self.upload(v1::ArtifactKind::State, &path, sequence).await?);
-                self.directory.set_shipped("states", sequence);
+                let delivery = self.upload(v1::ArtifactKind::State, &path, sequence).await?;
+                if delivery == Delivery::Acknowledged {
+                    // Synced: an older state that is sent again would be refused as a step back.
+                    self.directory
+                        .record_bytes("shipped/states", sequence.to_string().as_bytes())?;
+                }
+                taken.push((sequence, delivery));
                 sent = sequence;
             }
             if now.stage() == Stage::Ended {
@@ -196,6 +244,7 @@ impl Shipper {
             match self.upload_once(&header, path).await {
                 Ok(()) => return Ok(Delivery::Acknowledged),
                 Err(Failure::LeaseLost) => return Ok(Delivery::LeaseLost),
+                Err(Failure::Refused(reason)) => return Ok(Delivery::Refused(reason)),
                 Err(Failure::Local(error)) => return Err(error),
                 Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
                     self.pause(&mut backoff, "upload an artifact", &failure).await;
@@ -237,14 +286,21 @@ impl Shipper {
         fed.and(answered)
     }
 
-    async fn follow_log(&self, mut status: watch::Receiver<Status>) -> Result<Delivery, Error> {
+    /// Answers how much of the log was taken, too.
+    async fn follow_log(
+        &self,
+        mut status: watch::Receiver<Status>,
+    ) -> Result<(Delivery, u64), Error> {
         let mut acknowledged = self.directory.shipped("log");
         let mut backoff = backoff();
         loop {
             let before = acknowledged;
             match self.log_stream(&mut status, &mut acknowledged).await {
-                Ok(()) => return Ok(Delivery::Acknowledged),
-                Err(Failure::LeaseLost) => return Ok(Delivery::LeaseLost),
+                Ok(()) => return Ok((Delivery::Acknowledged, acknowledged)),
+                Err(Failure::LeaseLost) => return Ok((Delivery::LeaseLost, acknowledged)),
+                Err(Failure::Refused(reason)) => {
+                    return self.without_log(status, reason, acknowledged).await;
+                }
                 Err(Failure::Local(error)) => return Err(error),
                 Err(Failure::Offset(expected)) => {
                     tracing::warn!(expected, acknowledged, "the log goes on elsewhere");
@@ -263,6 +319,19 @@ impl Shipper {
                 }
             }
         }
+    }
+
+    /// Waits for the end of a job whose log is not taken any more.
+    async fn without_log(
+        &self,
+        mut status: watch::Receiver<Status>,
+        reason: String,
+        acknowledged: u64,
+    ) -> Result<(Delivery, u64), Error> {
+        if status.wait_for(|status| status.stage() == Stage::Ended).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        Ok((Delivery::Refused(reason), acknowledged))
     }
 
     async fn log_stream(
@@ -337,12 +406,29 @@ impl Shipper {
             Failure::Again(reason) => reason.clone(),
             Failure::Offset(expected) => format!("offset {expected} is expected"),
             Failure::LeaseLost => "the lease is lost".into(),
+            Failure::Refused(reason) => reason.clone(),
             Failure::Local(error) => error.to_string(),
         };
         let wait = backoff.next(random::fraction());
         let run_id = &self.lease.run_id;
         tracing::warn!(%run_id, epoch = self.lease.epoch, %reason, ?wait, "failed to {what}");
         tokio::time::sleep(wait).await;
+    }
+}
+
+impl Shipped {
+    fn count(&mut self, delivery: &Delivery) {
+        match delivery {
+            Delivery::Acknowledged | Delivery::Refused(_) => self.wanted = Wanted::Yes,
+            Delivery::LeaseLost => {}
+        }
+    }
+}
+
+fn refused((sequence, delivery): &(u64, Delivery)) -> Option<(u64, String)> {
+    match delivery {
+        Delivery::Refused(reason) => Some((*sequence, reason.clone())),
+        Delivery::Acknowledged | Delivery::LeaseLost => None,
     }
 }
 
@@ -362,8 +448,12 @@ fn understand(refusal: &Refusal) -> Failure {
     let details = refusal.get_error_details();
     let info = details.error_info();
     let reason = info.map(|info| info.reason.as_str()).unwrap_or_default();
-    if reason == v1::Reason::LeaseLost.name() || refusal.code() == Code::NotFound {
+    if reason == v1::Reason::LeaseLost.name() {
         return Failure::LeaseLost;
+    }
+    use v1::Reason::{FieldInvalid, LimitReached, NotFound, WrongState};
+    if [FieldInvalid, LimitReached, NotFound, WrongState].iter().any(|r| r.name() == reason) {
+        return Failure::Refused(refusal.message().to_owned());
     }
     let expected = info.and_then(|info| info.metadata.get("expected"));
     match expected.and_then(|expected| expected.parse().ok()) {

@@ -1,11 +1,16 @@
 //! One job from the agent's side, over any number of connections and restarts.
 //!
 //! ```text
-//! accepted ─prepared─► starting ─Go─► executing ─► ended ─shipped─► finished ─Recorded─► wiped
+//! accepted ─prepared─► starting ─Go─► executing ─► ended ─shipped─► Finished ─Recorded─► wiped
 //!     │                    │
-//!     └─ refused ──────────┼──────────────────────► (ended, by the supervisor's record)
-//!                          └─ supervisor lost ─► never started
+//!     ├─ refused ──────────┼─ ended, shipped ─► Decline ─────────────► wiped
+//!     └─ canceled ─────────┴─ ended, shipped, or lost ─► NeverStarted ► wiped
 //! ```
+//!
+//! A result is `Finished` only for a job that was given its `Go`: before that, a job that cannot
+//! be prepared is declined with the reason, and one that was canceled is handed back. Neither is
+//! acknowledged by a frame of its own; the next heartbeat that is answered without the lease, or
+//! `Revoke`, says that it was heard.
 //!
 //! The task keeps what it waits for and says it again after every `Welcome`; the job directory
 //! tells a restarted agent where to go on.
@@ -18,9 +23,9 @@ use tokio::time::{Duration, Instant};
 use super::link::{self, Link};
 use super::prepare::{self, Prepared};
 use crate::Program;
-use crate::job::{Failure, Lease, Spec};
+use crate::job::{Failure, JobResult, Lease, Spec};
 use crate::job_directory::{self, JobDirectory, Stage};
-use crate::ship::{self, Delivery, Shipped, Shipper};
+use crate::ship::{self, Remains, Shipped, Shipper, Wanted};
 use crate::supervisor::control::{self, Order, Status};
 
 /// How long an unanswered `NeverStarted` is kept.
@@ -51,6 +56,8 @@ pub(super) enum Told {
     },
     Revoke,
     Recorded,
+    /// The answer to a heartbeat did not name the lease: the control plane is done with it.
+    NotRenewed,
 }
 
 /// What a job tells the agent.
@@ -65,6 +72,8 @@ enum End {
     Recorded,
     /// Nobody wants it any more.
     GivenUp,
+    /// The control plane knows the end, but would not take the last state.
+    Kept,
 }
 
 /// Why a job is taken up.
@@ -94,10 +103,15 @@ impl Job {
                 match end {
                     End::Recorded => tracing::info!(lease = ?self.lease, "the job is recorded"),
                     End::GivenUp => tracing::info!(lease = ?self.lease, "the job is given up"),
+                    End::Kept => tracing::error!(lease = ?self.lease, "a state stays on this host"),
                 }
-                if let Err(error) = self.directory.wipe() {
+                let cleared = match end {
+                    End::Recorded | End::GivenUp => self.directory.wipe(),
+                    End::Kept => self.directory.set_aside(),
+                };
+                if let Err(error) = cleared {
                     let error = &error as &dyn std::error::Error;
-                    tracing::error!(error, "failed to remove the job's directory");
+                    tracing::error!(error, "failed to clear the job's directory");
                 }
             }
             // The directory stays: the next start of the agent tries again.
@@ -134,7 +148,10 @@ impl Job {
             (Stage::Ended, _) => None,
         };
         match self.follow(link).await? {
-            Followed::Shipped(Shipped { delivery: Delivery::LeaseLost, .. }) => Ok(End::GivenUp),
+            Followed::Shipped(Shipped { remains: Remains::State, wanted: Wanted::No, .. }) => {
+                Ok(End::Kept)
+            }
+            Followed::Shipped(Shipped { wanted: Wanted::No, .. }) => Ok(End::GivenUp),
             Followed::Shipped(shipped) => self.finish(shipped).await,
             Followed::NeverStarted => self.never_started().await,
             Followed::GivenUp => Ok(End::GivenUp),
@@ -158,7 +175,7 @@ impl Job {
                             let reason = "canceled before terraform was started".into();
                             break Ok(Prepared::Refused(Failure::Canceled, reason));
                         }
-                        Some(Told::Keep | Told::Recorded | Told::Go(_)) => {}
+                        Some(Told::Keep | Told::Recorded | Told::Go(_) | Told::NotRenewed) => {}
                         None => std::future::pending().await,
                     },
                 }
@@ -256,7 +273,7 @@ impl Job {
                             given_up = true;
                             Some(Order::GiveUp(true))
                         }
-                        Some(Told::Recorded) => None,
+                        Some(Told::Recorded | Told::NotRenewed) => None,
                         None => std::future::pending().await,
                     };
                     if let (Some(order), Some(link)) = (order, &link) {
@@ -301,7 +318,11 @@ impl Job {
 
     async fn never_started(&mut self) -> Result<End, Error> {
         let lease = Some(self.lease.to_wire());
-        let frame = Frame::NeverStarted(v1::NeverStarted { lease });
+        self.leave_with(Frame::NeverStarted(v1::NeverStarted { lease })).await
+    }
+
+    /// Says that the job leaves without a result, until that was heard.
+    async fn leave_with(&mut self, frame: Frame) -> Result<End, Error> {
         self.say(frame.clone()).await;
         let mut until = Instant::now() + UNANSWERED;
         loop {
@@ -311,7 +332,9 @@ impl Job {
                         self.say(frame.clone()).await;
                         until = Instant::now() + UNANSWERED;
                     }
-                    Some(Told::GiveUp | Told::Revoke | Told::Recorded) => return Ok(End::GivenUp),
+                    Some(Told::GiveUp | Told::Revoke | Told::Recorded | Told::NotRenewed) => {
+                        return Ok(End::GivenUp);
+                    }
                     Some(Told::Go(_) | Told::Cancel { .. }) => {}
                     None => std::future::pending().await,
                 },
@@ -322,17 +345,35 @@ impl Job {
 
     /// Step 6.
     async fn finish(&mut self, shipped: Shipped) -> Result<End, Error> {
+        let result = match shipped.instead {
+            Some(instead) => instead,
+            None => self.directory.result()?,
+        };
+        let executed = self.directory.join("exec").exists();
+        if let JobResult::Failed { kind, reason, .. } = &result {
+            if *kind == Failure::Canceled && !executed {
+                return self.never_started().await;
+            }
+            if !self.directory.join("starting").exists() {
+                let (lease, reason) = (Some(self.lease.to_wire()), reason.clone());
+                return self.leave_with(Frame::Decline(v1::Decline { lease, reason })).await;
+            }
+        }
         let finished = Frame::Finished(v1::Finished {
             lease: Some(self.lease.to_wire()),
             log_length: shipped.log_length,
-            result: Some(self.directory.result()?.to_wire()),
+            result: Some(result.to_wire()),
         });
+        let end = match shipped.remains {
+            Remains::Nothing => End::Recorded,
+            Remains::State => End::Kept,
+        };
         self.say(finished.clone()).await;
         loop {
             match self.told.recv().await {
-                Some(Told::Recorded | Told::Revoke) => return Ok(End::Recorded),
+                Some(Told::Recorded | Told::Revoke) => return Ok(end),
                 Some(Told::Keep | Told::GiveUp) => self.say(finished.clone()).await,
-                Some(Told::Go(_) | Told::Cancel { .. }) => {}
+                Some(Told::Go(_) | Told::Cancel { .. } | Told::NotRenewed) => {}
                 None => std::future::pending().await,
             }
         }

@@ -67,8 +67,13 @@ pub(super) async fn prepare(
         }
     };
     let (found, state) = tokio::try_join!(shipper.fetch(kind, &archive), fetch_state)?;
-    let (Fetched::Digest(found), Fetched::Digest(_)) = (found, state) else {
-        return Ok(Prepared::LeaseLost);
+    let found = match (found, state) {
+        (Fetched::Digest(found), Fetched::Digest(_)) => found,
+        (Fetched::LeaseLost, _) | (_, Fetched::LeaseLost) => return Ok(Prepared::LeaseLost),
+        (Fetched::Refused(reason), _) | (_, Fetched::Refused(reason)) => {
+            let reason = format!("failed to fetch what the job needs: {reason}");
+            return Ok(Prepared::Refused(Failure::Errored, reason));
+        }
     };
     let directory = directory.clone();
     let spec = spec.clone();

@@ -43,6 +43,9 @@ struct World {
     /// Every so many appends fail.
     faulty: bool,
     appends: u32,
+    /// Cancels the offered job with the next heartbeat.
+    cancel: bool,
+    refuses_state: bool,
 }
 
 #[derive(Clone)]
@@ -129,6 +132,15 @@ impl Plane {
     async fn finished(&self) -> v1::Finished {
         self.wait("the end", |world| world.finished.is_some()).await;
         self.world().finished.take().unwrap()
+    }
+
+    /// Waits for a decline, and answers its reason.
+    async fn declined(&self) -> String {
+        let declines = |world: &World| {
+            world.story.iter().find_map(|what| what.strip_prefix("decline: ").map(str::to_owned))
+        };
+        self.wait("a decline", |world| declines(world).is_some()).await;
+        declines(&self.world()).unwrap()
     }
 
     fn config(&self, work_dir: &Path) -> Config {
@@ -254,6 +266,8 @@ impl RunnerService for Plane {
                     Request::Decline(decline) => {
                         plane.world().offer = None;
                         plane.note(format!("decline: {}", decline.reason));
+                        let (lease, reason) = (decline.lease, decline.reason);
+                        send(Response::Revoke(v1::Revoke { lease, reason })).await;
                     }
                     Request::Starting(starting) => {
                         plane.note("starting");
@@ -271,7 +285,17 @@ impl RunnerService for Plane {
                     }
                     Request::Heartbeat(heartbeat) => {
                         plane.note("heartbeat");
-                        send(Response::Renewed(v1::Renewed { lease: heartbeat.held })).await;
+                        let (offer, cancel) = {
+                            let world = plane.world();
+                            (world.offer.clone(), world.cancel)
+                        };
+                        let held = offer.is_some();
+                        if let (true, Some(offer)) = (cancel, offer) {
+                            let (lease, force) = (offer.lease, false);
+                            send(Response::Cancel(v1::CancelJob { lease, force })).await;
+                        }
+                        let lease = if held { heartbeat.held } else { vec![] };
+                        send(Response::Renewed(v1::Renewed { lease })).await;
                     }
                     Request::Finished(finished) => {
                         plane.world().offer = None;
@@ -280,10 +304,10 @@ impl RunnerService for Plane {
                         plane.note("finished");
                         send(Response::Recorded(v1::Recorded { lease })).await;
                     }
-                    Request::NeverStarted(never) => {
+                    // Not acknowledged: the lease is merely no longer renewed.
+                    Request::NeverStarted(_) => {
                         plane.world().offer = None;
                         plane.note("never started");
-                        send(Response::Recorded(v1::Recorded { lease: never.lease })).await;
                     }
                     Request::Again(again) => {
                         plane.note("again");
@@ -331,6 +355,15 @@ impl RunnerService for Plane {
         assert_eq!(header.digest, digest::of_bytes(&data));
         assert_eq!(header.size, data.len() as u64);
         let kind = header.kind();
+        if kind == v1::ArtifactKind::State && self.world().refuses_state {
+            let details = ErrorDetails::with_error_info("WRONG_STATE", "latchkey", HashMap::new());
+            let text = "the state does not continue the environment's";
+            return Err(Refusal::with_error_details(
+                tonic::Code::FailedPrecondition,
+                text,
+                details,
+            ));
+        }
         self.world().artifacts.insert((kind.into(), header.sequence), data);
         self.note(format!("uploaded {} {}", kind.as_str_name(), header.sequence));
         Ok(Answer::new(v1::UploadArtifactResponse {}))
@@ -544,14 +577,9 @@ async fn what_was_not_approved_is_refused_before_it_is_asked_for() {
     let digests = plan(&plane, "0").await;
     let starts = |plane: &Plane| plane.story().iter().filter(|w| *w == "starting").count();
     let refused = async |epoch, digests: v1::ApprovedPlan| {
+        plane.world().story.clear();
         plane.offer(v1::Phase::Apply, epoch, apply_job(digests));
-        match plane.finished().await.result {
-            Some(v1::finished::Result::Failed(failed)) => {
-                assert_eq!(failed.kind(), v1::JobFailure::PlanChanged, "{failed:?}");
-                failed.reason
-            }
-            other => panic!("{other:?}"),
-        }
+        plane.declined().await
     };
     let plan_changed = v1::ApprovedPlan { plan_digest: "0".repeat(64), ..digests.clone() };
     assert!(refused(2, plan_changed).await.contains("saved plan"));
@@ -567,7 +595,8 @@ async fn what_was_not_approved_is_refused_before_it_is_asked_for() {
     crate::workspace::pack(dir.path(), Path::new(""), &packed).unwrap();
     plane.put(v1::ArtifactKind::Workspace, std::fs::read(packed).unwrap());
     assert!(refused(4, digests).await.contains("archive"));
-    assert_eq!(starts(&plane), 1, "only the plan's");
+    assert_eq!(starts(&plane), 0);
+    assert!(plane.world().finished.is_none());
     agent.stop().await.unwrap();
 }
 
@@ -579,12 +608,8 @@ async fn a_configuration_that_cannot_be_prepared_fails_with_the_reason() {
     let configuration = archive(&[("main.tf", MAIN), ("x_override.tf", backend)]);
     plane.put(v1::ArtifactKind::Configuration, configuration.clone());
     plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
-    let finished = plane.finished().await;
-    let Some(v1::finished::Result::Failed(failed)) = finished.result else {
-        panic!("{finished:?}")
-    };
-    assert_eq!(failed.kind(), v1::JobFailure::Errored);
-    assert!(failed.reason.contains("x_override.tf"), "{}", failed.reason);
+    let reason = plane.declined().await;
+    assert!(reason.contains("x_override.tf"), "{reason}");
     assert!(String::from_utf8_lossy(&plane.world().log).contains("x_override.tf"));
     assert!(!plane.story().contains(&"starting".to_owned()));
     agent.stop().await.unwrap();
@@ -639,5 +664,43 @@ async fn another_version_is_declined_and_a_wrong_ca_is_not_trusted() {
             world.story.iter().any(|what| what.contains("decline: the run needs version 0.1.0"))
         })
         .await;
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_canceled_before_go_is_handed_back() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    plane.world().silent = true;
+    let agent = Running::start(plane.config(work_dir.path()));
+    let configuration = archive(&[("main.tf", MAIN), ("seconds", "0")]);
+    plane.put(v1::ArtifactKind::Configuration, configuration.clone());
+    plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
+    plane.wait("the question", |world| world.story.contains(&"starting".to_owned())).await;
+    plane.world().cancel = true;
+    plane.wait("the hand back", |world| world.story.contains(&"never started".to_owned())).await;
+    plane
+        .wait("the wipe", |world| {
+            world.story.last().is_some_and(|what| what == "heartbeat")
+                && jobs_left(work_dir.path()).is_empty()
+        })
+        .await;
+    assert!(plane.world().finished.is_none());
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_is_refused_is_brought_as_undelivered() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "0").await;
+    plane.world().refuses_state = true;
+    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
+    let finished = plane.finished().await;
+    let Some(v1::finished::Result::Failed(failed)) = finished.result else {
+        panic!("{finished:?}")
+    };
+    assert_eq!(failed.kind(), v1::JobFailure::StateUndelivered);
+    assert!(failed.reason.contains("does not continue"), "{}", failed.reason);
+    assert!(!plane.artifact(v1::ArtifactKind::ErroredState, 0).is_empty());
     agent.stop().await.unwrap();
 }
