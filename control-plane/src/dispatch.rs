@@ -50,10 +50,17 @@ pub enum ToRunner {
 /// A runner as this process sees it.
 #[derive(Clone, Debug)]
 pub struct Connected {
+    pub pool: PoolId,
     pub slots: u32,
     pub engines: Vec<(String, String)>,
     pub held: Vec<JobId>,
     pub last_seen: latchkey_domain::time::Timestamp,
+}
+
+impl Connected {
+    pub fn suits(&self, place: &Place) -> bool {
+        place.admits(self.pool, &self.engines)
+    }
 }
 
 /// What a runner says of itself when it connects.
@@ -65,10 +72,25 @@ pub struct Introduction {
     pub held: Vec<LeaseRef>,
 }
 
+/// Where an open job may run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub pool: PoolId,
+    /// The exact version of the engine that made the plan; `None` where any will do.
+    pub version: Option<String>,
+}
+
+impl Place {
+    fn admits(&self, pool: PoolId, engines: &[(String, String)]) -> bool {
+        let has = |version: &String| engines.iter().any(|(_, found)| found == version);
+        self.pool == pool && self.version.as_ref().is_none_or(has)
+    }
+}
+
 enum Message {
     Open {
         job: JobId,
-        pool: PoolId,
+        place: Place,
     },
     Withdraw {
         job: JobId,
@@ -108,7 +130,7 @@ enum Message {
     },
     Granted {
         job: JobId,
-        pool: PoolId,
+        place: Place,
         runner: RunnerId,
         lease: Option<(LeaseRef, Box<JobSpec>)>,
     },
@@ -170,8 +192,8 @@ impl Handle {
         }
     }
 
-    pub fn open(&self, job: JobId, pool: PoolId) {
-        self.send(Message::Open { job, pool });
+    pub fn open(&self, job: JobId, place: Place) {
+        self.send(Message::Open { job, place });
     }
 
     pub fn withdraw(&self, job: JobId) {

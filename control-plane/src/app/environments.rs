@@ -168,9 +168,7 @@ impl App {
             }
             if let Some(phase) = run.open_phase() {
                 self.dispatch.withdraw(run.job_id(phase));
-                if let Some(pool) = environment.settings.pool {
-                    self.dispatch.open(run.job_id(phase), pool);
-                }
+                self.offer(&run, phase, environment);
             }
         }
         Ok(())

@@ -216,8 +216,8 @@ impl App {
             let request = &run.request;
             let environment =
                 self.environment(request.organization, request.environment).await?.value;
-            if let (Some(phase), Some(pool)) = (run.open_phase(), environment.settings.pool) {
-                self.dispatch.open(run.job_id(phase), pool);
+            if let Some(phase) = run.open_phase() {
+                self.offer(&run, phase, &environment);
             }
         }
         self.give_all_turns().await

@@ -7,10 +7,12 @@
 use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
-use latchkey_domain::id::RunId;
+use latchkey_domain::id::{PoolId, RunId};
+use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 
 use super::App;
+use crate::dispatch::Place;
 use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord};
 use crate::store::record::run::RunRecord;
@@ -184,11 +186,7 @@ impl App {
         for effect in effects {
             match effect {
                 Effect::GiveTurn => self.give_turn_soon(run),
-                Effect::Offer(job) => {
-                    if let Some(pool) = environment.settings.pool {
-                        self.dispatch.open(job, pool);
-                    }
-                }
+                Effect::Offer(job) => self.offer(run, job.phase, environment),
                 Effect::Withdraw(job) => self.dispatch.withdraw(job),
                 Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch),
                 Effect::Revoke(job, epoch) => self.dispatch.revoke(job, epoch, &reason(run)),
@@ -197,6 +195,22 @@ impl App {
                 Effect::DropPlan => self.drop_plan_soon(run),
             }
         }
+    }
+
+    /// Tells dispatch that a job waits. Without a pool it goes on waiting for one.
+    pub(super) fn offer(&self, run: &Run, phase: Phase, environment: &Environment) {
+        if let Some(pool) = environment.settings.pool {
+            self.dispatch.open(run.job_id(phase), self.place(run, phase, pool));
+        }
+    }
+
+    /// Where a job may run: an apply by the version that made its plan only.
+    pub(super) fn place(&self, run: &Run, phase: Phase, pool: PoolId) -> Place {
+        let version = match phase {
+            Phase::Plan => None,
+            Phase::Apply => run.planned.as_ref().map(|planned| planned.terraform_version.clone()),
+        };
+        Place { pool, version }
     }
 
     fn drop_plan_soon(self: &Arc<Self>, run: &Run) {

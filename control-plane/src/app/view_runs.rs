@@ -8,8 +8,11 @@ use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
 use tokio::sync::mpsc;
 
+use super::artifacts::LARGEST_CHANGES;
+use super::configurations::blob_error;
 use super::{App, Page, PageRequest};
 use crate::auth::{Caller, Right};
+use crate::blobs::BlobError;
 use crate::error::Result;
 use crate::store::{Scan, keys};
 
@@ -62,6 +65,9 @@ impl App {
         let mut view = self.view(run, &organization, &mut names).await?;
         view.changes = self.changes(&view.run).await?;
         view.queue_position = self.queue_position(&view.run).await?;
+        if view.run.reason.is_none() {
+            view.run.reason = self.what_it_waits_for(&view.run).await?;
+        }
         Ok(view)
     }
 
@@ -168,14 +174,70 @@ impl App {
         Ok(u32::try_from(before).unwrap_or(u32::MAX))
     }
 
+    /// Says what a run waits for that no person decides: its turn, or a runner.
+    async fn what_it_waits_for(&self, run: &Run) -> Result<Option<String>> {
+        let Some(phase) = run.open_phase() else {
+            return match run.state {
+                RunState::Pending => self.what_holds_it_up(run).await,
+                RunState::AwaitingPlanMfa
+                | RunState::PlanQueued
+                | RunState::Planning
+                | RunState::AwaitingConfirmation
+                | RunState::AwaitingApplyMfa
+                | RunState::ApplyQueued
+                | RunState::Applying
+                | RunState::Planned
+                | RunState::Applied
+                | RunState::Errored
+                | RunState::Canceled
+                | RunState::Discarded
+                | RunState::Lost => Ok(None),
+            };
+        };
+        let organization = run.request.organization;
+        let environment = self.environment(organization, run.request.environment).await?.value;
+        let Some(pool) = environment.settings.pool else {
+            let reason = "waits for a pool: the environment has none; set one with `latchkey env \
+                          set --pool`";
+            return Ok(Some(reason.into()));
+        };
+        let name = self.pool(organization, pool).await?.name;
+        let place = self.place(run, phase, pool);
+        let connected = self.dispatch.connected().await;
+        let suited = connected.values().filter(|runner| runner.suits(&place)).count();
+        Ok(match (suited, place.version) {
+            (0, Some(version)) => Some(format!(
+                "waits for a runner of pool {name} that has version {version}, which made the plan"
+            )),
+            (0, None) => Some(format!("waits for a runner: none of pool {name} is connected")),
+            (_, _) => None,
+        })
+    }
+
+    async fn what_holds_it_up(&self, run: &Run) -> Result<Option<String>> {
+        let request = &run.request;
+        let hold = self.environment(request.organization, request.environment).await?.value.hold;
+        Ok(match (hold.frozen, hold.holder) {
+            (Some(frozen), _) => Some(format!(
+                "the environment is frozen by the remains of run {}: {}",
+                frozen.run, frozen.reason
+            )),
+            (None, Some(holder)) => Some(format!("run {holder} has the environment")),
+            (None, None) => None,
+        })
+    }
+
     async fn changes(&self, run: &Run) -> Result<Option<Arc<serde_json::Value>>> {
         let Some(planned) = &run.planned else { return Ok(None) };
         let organization = run.request.organization;
-        let bytes = self
-            .blobs
-            .get(organization, planned.digests.changes, super::artifacts::LARGEST_CHANGES)
-            .await
-            .map_err(super::configurations::blob_error)?;
+        let digest = planned.digests.changes;
+        let found = self.blobs.get(organization, digest, LARGEST_CHANGES).await;
+        let bytes = match found {
+            Ok(bytes) => bytes,
+            // Pruned with age: the run is shown without them.
+            Err(BlobError::Missing { .. }) => return Ok(None),
+            Err(error) => return Err(blob_error(error)),
+        };
         let changes = serde_json::from_slice(bytes.expose_secret())
             .map_err(|_| crate::error::Error::internal("stored changes are malformed"))?;
         Ok(Some(Arc::new(changes)))

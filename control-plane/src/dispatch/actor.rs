@@ -1,6 +1,6 @@
 //! The actor: one task that owns all of dispatch's state.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use latchkey_proto::v1::Reason;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Connected, Introduction, Message, ToRunner};
+use super::{Connected, Introduction, Message, Place, ToRunner};
 use crate::app::App;
 use crate::app::lease_job::LeaseRef;
 use crate::auth::RunnerIdentity;
@@ -27,7 +27,7 @@ pub(super) struct Actor {
     own: mpsc::Sender<Message>,
     term: Duration,
     /// Jobs that wait, by pool; job ids sort by the age of their run.
-    open: HashMap<PoolId, BTreeSet<JobId>>,
+    open: HashMap<PoolId, BTreeMap<JobId, Place>>,
     /// Where each open job is listed.
     pool_of: HashMap<JobId, PoolId>,
     runners: HashMap<RunnerId, Connection>,
@@ -44,6 +44,12 @@ struct Connection {
     engines: Vec<(String, String)>,
     frames: mpsc::Sender<ToRunner>,
     last_seen: latchkey_domain::time::Timestamp,
+}
+
+impl Connection {
+    fn suits(&self, place: &Place) -> bool {
+        !self.frames.is_closed() && place.admits(self.pool, &self.engines)
+    }
 }
 
 /// A lease and when it ends without a heartbeat.
@@ -84,13 +90,11 @@ impl Actor {
 
     fn handle(&mut self, message: Message) {
         match message {
-            Message::Open { job, pool } => {
-                if let Some(watched) = self.leases.get(&job) {
-                    tracing::debug!(%job, epoch = watched.epoch.get(), "open again");
-                }
+            Message::Open { job, place } => {
+                let pool = place.pool;
                 self.leases.remove(&job);
                 self.pool_of.insert(job, pool);
-                self.open.entry(pool).or_default().insert(job);
+                self.open.entry(pool).or_default().insert(job, place);
                 self.match_pool(pool);
             }
             Message::Withdraw { job } => self.withdraw(job),
@@ -119,8 +123,8 @@ impl Actor {
             }
             Message::Released { job, epoch } => self.release(job, epoch),
             Message::Watch { job, epoch, runner } => self.watch(job, epoch, runner),
-            Message::Granted { job, pool, runner, lease } => {
-                self.granted(job, pool, runner, lease);
+            Message::Granted { job, place, runner, lease } => {
+                self.granted(job, place.pool, runner, lease);
             }
             Message::Expired { job, epoch, settled } => {
                 if settled {
@@ -206,14 +210,15 @@ impl Actor {
         }
     }
 
-    /// Offers a pool's open jobs, oldest first, to its idlest runners.
+    /// Offers a pool's open jobs, oldest first, to its idlest runners that can run them.
     fn match_pool(&mut self, pool: PoolId) {
         loop {
-            let next = self
-                .open
-                .get(&pool)
-                .and_then(|open| open.iter().find(|job| !self.granting.contains_key(job)).copied());
-            let (Some(job), Some(runner)) = (next, self.idlest(pool)) else { return };
+            let next = self.open.get(&pool).and_then(|open| {
+                open.iter()
+                    .filter(|(job, _)| !self.granting.contains_key(job))
+                    .find_map(|(job, place)| Some((*job, place.clone(), self.idlest(place)?)))
+            });
+            let Some((job, place, runner)) = next else { return };
             self.withdraw(job);
             self.granting.insert(job, runner);
             let (app, own) = (Arc::clone(&self.app), self.own.clone());
@@ -231,19 +236,20 @@ impl Actor {
                     }
                 };
                 let retry = lease.is_none() && !raced;
-                let _ = own.send(Message::Granted { job, pool, runner, lease }).await;
+                let _ =
+                    own.send(Message::Granted { job, place: place.clone(), runner, lease }).await;
                 if retry {
                     tokio::time::sleep(RETRY_PAUSE).await;
-                    let _ = own.send(Message::Open { job, pool }).await;
+                    let _ = own.send(Message::Open { job, place }).await;
                 }
             });
         }
     }
 
-    fn idlest(&self, pool: PoolId) -> Option<RunnerId> {
+    fn idlest(&self, place: &Place) -> Option<RunnerId> {
         self.runners
             .iter()
-            .filter(|(_, connection)| connection.pool == pool && !connection.frames.is_closed())
+            .filter(|(_, connection)| connection.suits(place))
             .filter_map(|(id, connection)| {
                 let busy = self.busy(*id);
                 (busy < connection.slots).then(|| (connection.slots - busy, *id))
@@ -321,6 +327,7 @@ impl Actor {
             .iter()
             .map(|(id, connection)| {
                 let connected = Connected {
+                    pool: connection.pool,
                     slots: connection.slots,
                     engines: connection.engines.clone(),
                     held: held(*id),
