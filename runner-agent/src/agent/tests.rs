@@ -227,6 +227,7 @@ impl RunnerService for Plane {
             let send = async |frame| {
                 let _ = to.send(Ok(v1::LeaseResponse { frame: Some(frame) })).await;
             };
+            let mut offered = false;
             loop {
                 let frame = tokio::select! {
                     message = inbound.next() => match message {
@@ -258,7 +259,9 @@ impl RunnerService for Plane {
                             give_up,
                         }))
                         .await;
+                        // With the runner's only slot taken, it waits for a heartbeat.
                         if let (true, Some(offer)) = (hello.held.is_empty(), offer) {
+                            offered = true;
                             send(Response::Offer(offer)).await;
                         }
                     }
@@ -290,6 +293,12 @@ impl RunnerService for Plane {
                             (world.offer.clone(), world.cancel)
                         };
                         let held = offer.is_some();
+                        if let (true, false, Some(offer)) =
+                            (heartbeat.held.is_empty(), offered, offer.clone())
+                        {
+                            offered = true;
+                            send(Response::Offer(offer)).await;
+                        }
                         if let (true, Some(offer)) = (cancel, offer) {
                             let (lease, force) = (offer.lease, false);
                             send(Response::Cancel(v1::CancelJob { lease, force })).await;
@@ -298,9 +307,15 @@ impl RunnerService for Plane {
                         send(Response::Renewed(v1::Renewed { lease })).await;
                     }
                     Request::Finished(finished) => {
-                        plane.world().offer = None;
                         let lease = finished.lease.clone();
-                        plane.world().finished = Some(finished);
+                        {
+                            let mut world = plane.world();
+                            // A repeat of an earlier job's, after a cut, changes nothing.
+                            if world.offer.as_ref().is_some_and(|offer| offer.lease == lease) {
+                                world.offer = None;
+                                world.finished = Some(finished);
+                            }
+                        }
                         plane.note("finished");
                         send(Response::Recorded(v1::Recorded { lease })).await;
                     }
