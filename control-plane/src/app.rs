@@ -7,6 +7,7 @@ mod archive_check;
 pub mod artifacts;
 pub mod audit_trail;
 pub mod authenticate_run;
+mod chunks;
 pub mod configurations;
 pub mod decide_run;
 pub mod environments;

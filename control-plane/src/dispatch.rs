@@ -123,6 +123,11 @@ enum Message {
         job: JobId,
         epoch: Epoch,
     },
+    HandedBack {
+        job: JobId,
+        epoch: Epoch,
+        runner: RunnerId,
+    },
     Watch {
         job: JobId,
         epoch: Epoch,
@@ -211,6 +216,12 @@ impl Handle {
     /// Frees the slot of a job that has ended or was given back.
     pub fn released(&self, job: JobId, epoch: Epoch) {
         self.send(Message::Released { job, epoch });
+    }
+
+    /// Frees the slot of a job that a runner would not start, and spares the runner a moment:
+    /// the next offer would likely come back as well.
+    pub fn handed_back(&self, job: JobId, epoch: Epoch, runner: RunnerId) {
+        self.send(Message::HandedBack { job, epoch, runner });
     }
 
     /// Gives a lease that the store knows a full term from now.

@@ -5,14 +5,15 @@
 
 use std::sync::Arc;
 
-use latchkey_domain::id::Digest;
+use latchkey_domain::id::{Digest, OrganizationId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
 use serde::{Deserialize, Serialize};
-use zeroize::Zeroizing;
+use tokio::sync::mpsc;
 
 use super::App;
+use super::chunks::Chunks;
 use super::configurations::blob_error;
 use super::lease_job::{LeaseRef, lease_lost};
 use crate::auth::RunnerIdentity;
@@ -23,7 +24,7 @@ use crate::store::record::{Millis, Text, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
 
 pub(super) const LARGEST_CHANGES: u64 = 32 << 20;
-const LARGEST_STATE: u64 = 64 << 20;
+const LARGEST_STATE: u64 = 256 << 20;
 const LARGEST_WORKSPACE: u64 = 1 << 30;
 const ATTEMPTS: usize = 16;
 
@@ -95,8 +96,6 @@ pub struct ArtifactUpload {
     header: ArtifactHeader,
     destination: Destination,
     blob: Upload,
-    /// A copy of a state, to read its serial from.
-    state: Option<Zeroizing<Vec<u8>>>,
     received: u64,
 }
 
@@ -159,16 +158,12 @@ impl App {
             .begin(organization, Some(header.digest), header.size)
             .await
             .map_err(blob_error)?;
-        let reads_serial = header.kind == Made::State && destination == Destination::Current;
         Ok(ArtifactUpload {
             app: Arc::clone(self),
             runner: runner.clone(),
             header,
             destination,
             blob,
-            state: reads_serial.then(|| {
-                Zeroizing::new(Vec::with_capacity(usize::try_from(header.size).unwrap_or(0)))
-            }),
             received: 0,
         })
     }
@@ -225,6 +220,26 @@ impl App {
             }
         }
         Err(Error::refused(Reason::LimitReached, "the run's quarantine is full"))
+    }
+
+    /// Reads lineage and serial out of a stored state, part by part.
+    async fn state_facts(
+        &self,
+        organization: OrganizationId,
+        digest: Digest,
+    ) -> Result<StateFacts> {
+        let mut reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
+        let (sender, chunks) = mpsc::channel(4);
+        let parsed =
+            tokio::task::spawn_blocking(move || serde_json::from_reader(Chunks::new(chunks)));
+        while let Some(chunk) = reader.next().await.map_err(blob_error)? {
+            if sender.send(chunk).await.is_err() {
+                break;
+            }
+        }
+        drop(sender);
+        let facts = parsed.await.map_err(Error::internal)?;
+        facts.map_err(|_| Error::field("data", "it is not a Terraform state"))
     }
 
     /// Makes a state the environment's newest, if it continues the one before.
@@ -315,26 +330,22 @@ impl ArtifactUpload {
         if self.received > self.header.size {
             return Err(Error::field("data", "there is more of it than the header says"));
         }
-        if let Some(state) = &mut self.state {
-            state.extend_from_slice(data);
-        }
         self.blob.write(data).await.map_err(blob_error)
     }
 
     /// Ends the upload; answers when what it changes is durable.
     pub async fn finish(self) -> Result<()> {
-        let Self { app, runner, header, destination, blob, state, received } = self;
+        let Self { app, runner, header, destination, blob, received } = self;
         if received != header.size {
             return Err(Error::field("data", "it is shorter than the header says"));
         }
-        let facts = state
-            .map(|state| serde_json::from_slice::<StateFacts>(&state))
-            .transpose()
-            .map_err(|_| Error::field("data", "it is not a Terraform state"))?;
         blob.finish().await.map_err(blob_error)?;
-        match (destination, facts) {
-            (Destination::Current, Some(facts)) => app.record_state(&runner, header, facts).await,
-            (Destination::Current, None) => Ok(()),
+        match (destination, header.kind) {
+            (Destination::Current, Made::State) => {
+                let facts = app.state_facts(runner.organization, header.digest).await?;
+                app.record_state(&runner, header, facts).await
+            }
+            (Destination::Current, Made::Workspace | Made::Changes | Made::ErroredState) => Ok(()),
             (Destination::Quarantine, _) => app.record_quarantined(&runner, header).await,
         }
     }

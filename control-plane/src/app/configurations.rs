@@ -1,6 +1,5 @@
 //! Configuration archives: uploaded once, named by their digest, checked on the way.
 
-use std::io::{self, Read};
 use std::sync::Arc;
 
 use latchkey_domain::id::Digest;
@@ -9,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::App;
 use super::archive_check::{LARGEST_PACKED, inspect};
+use super::chunks::Chunks;
 use crate::auth::{Caller, Right, Standing};
 use crate::blobs::{BlobError, Upload};
 use crate::error::{Error, Result};
@@ -47,9 +47,7 @@ impl App {
             .await
             .map_err(blob_error)?;
         let (to_check, chunks) = mpsc::channel(8);
-        let check = tokio::task::spawn_blocking(move || {
-            inspect(Chunks { chunks, current: io::Cursor::new(vec![]) })
-        });
+        let check = tokio::task::spawn_blocking(move || inspect(Chunks::new(chunks)));
         Ok(ConfigurationUpload {
             app: Arc::clone(self),
             standing,
@@ -109,26 +107,5 @@ pub(super) fn blob_error(error: BlobError) -> Error {
         ),
         BlobError::Missing { .. } => Error::not_found("stored content"),
         error @ (BlobError::Damaged { .. } | BlobError::Io { .. }) => Error::internal(error),
-    }
-}
-
-/// Reads what is sent over a channel; for a blocking reader.
-struct Chunks {
-    chunks: mpsc::Receiver<Vec<u8>>,
-    current: io::Cursor<Vec<u8>>,
-}
-
-impl Read for Chunks {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let read = self.current.read(buffer)?;
-            if read > 0 {
-                return Ok(read);
-            }
-            match self.chunks.blocking_recv() {
-                Some(chunk) => self.current = io::Cursor::new(chunk),
-                None => return Ok(0),
-            }
-        }
     }
 }

@@ -17,6 +17,9 @@ use crate::auth::RunnerIdentity;
 /// How long before a grant that failed, other than by a lost race, is tried again.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long a runner that gave a job back is offered nothing.
+const REST: Duration = Duration::from_secs(5);
+
 /// Tells one stream of a runner from the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionId(u64);
@@ -44,11 +47,15 @@ struct Connection {
     engines: Vec<(String, String)>,
     frames: mpsc::Sender<ToRunner>,
     last_seen: latchkey_domain::time::Timestamp,
+    /// Set when it gave a job back: it is offered nothing until then.
+    rests_until: Instant,
 }
 
 impl Connection {
     fn suits(&self, place: &Place) -> bool {
-        !self.frames.is_closed() && place.admits(self.pool, &self.engines)
+        !self.frames.is_closed()
+            && self.rests_until <= Instant::now()
+            && place.admits(self.pool, &self.engines)
     }
 }
 
@@ -83,7 +90,10 @@ impl Actor {
                     Some(message) => self.handle(message),
                     None => return,
                 },
-                _ = tick.tick() => self.expire(),
+                _ = tick.tick() => {
+                    self.expire();
+                    self.match_all();
+                }
             }
         }
     }
@@ -122,6 +132,12 @@ impl Actor {
                 let _ = reply.send(renewed);
             }
             Message::Released { job, epoch } => self.release(job, epoch),
+            Message::HandedBack { job, epoch, runner } => {
+                if let Some(connection) = self.runners.get_mut(&runner) {
+                    connection.rests_until = Instant::now() + REST;
+                }
+                self.release(job, epoch);
+            }
             Message::Watch { job, epoch, runner } => self.watch(job, epoch, runner),
             Message::Granted { job, place, runner, lease } => {
                 self.granted(job, place.pool, runner, lease);
@@ -166,6 +182,7 @@ impl Actor {
             engines: introduction.engines,
             frames,
             last_seen: self.app.now(),
+            rests_until: Instant::now(),
         };
         if let Some(earlier) = self.runners.insert(runner.id, connection) {
             tracing::warn!(runner_id = %runner.id, "a second stream of one runner took over");
@@ -206,6 +223,14 @@ impl Actor {
         let runner = watched.runner;
         self.leases.remove(&job);
         if let Some(pool) = self.runners.get(&runner).map(|connection| connection.pool) {
+            self.match_pool(pool);
+        }
+    }
+
+    /// Looks at every pool again, for runners that have rested.
+    fn match_all(&mut self) {
+        let pools: Vec<_> = self.open.keys().copied().collect();
+        for pool in pools {
             self.match_pool(pool);
         }
     }

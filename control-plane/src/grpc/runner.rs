@@ -318,7 +318,7 @@ impl Service {
     async fn hand_back(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<(), Status> {
         match self.app.hand_back(runner, lease).await {
             Ok(()) => {
-                self.app.dispatch.released(lease.job, lease.epoch);
+                self.app.dispatch.handed_back(lease.job, lease.epoch, runner.id);
                 Ok(())
             }
             Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
