@@ -321,7 +321,7 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
             )
         }
         Reason::SerialUnusable => {
-            "AWS_MFA_SERIAL must be the ARN of a virtual or hardware TOTP device: \
+            "AWS_MFA_SERIAL_NUMBER must be the ARN of a virtual or hardware TOTP device: \
              arn:aws:iam::ACCOUNT:mfa/NAME"
                 .to_owned()
         }
@@ -339,11 +339,13 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
             at => format!("wait until {at}, then use a new code"),
         },
         Reason::CodeRejected => {
-            "wait for the next code; check that it comes from the device named in AWS_MFA_SERIAL"
+            "wait for the next code; check that it comes from the device named in \
+             AWS_MFA_SERIAL_NUMBER"
                 .to_owned()
         }
         Reason::DeviceRejected => {
-            "check AWS_MFA_SERIAL: the device must belong to the user of the access key".to_owned()
+            "check AWS_MFA_SERIAL_NUMBER: the device must belong to the user of the access key"
+                .to_owned()
         }
         Reason::KeyRejected => "check AWS_ACCESS_KEY_ID: is the key active?".to_owned(),
         Reason::SecretRejected => {

@@ -16,14 +16,14 @@ use crate::log_view::clean;
 use crate::view::environment::{VariableListView, VariableView};
 
 const SECRET_KEY: &str = "AWS_SECRET_ACCESS_KEY";
-const TRIPLE: [&str; 3] = ["AWS_ACCESS_KEY_ID", SECRET_KEY, "AWS_MFA_SERIAL"];
+const TRIPLE: [&str; 3] = ["AWS_ACCESS_KEY_ID", SECRET_KEY, "AWS_MFA_SERIAL_NUMBER"];
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Var {
     /// Sets a variable
     ///
     /// The value is asked for by a hidden prompt, or is the whole of standard input without its
-    /// last line end. AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_MFA_SERIAL, set with
+    /// last line end. AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_MFA_SERIAL_NUMBER, set with
     /// --env-var and --personal or --organization-wide, are the keys and the device that token
     /// codes are used with.
     Set {
