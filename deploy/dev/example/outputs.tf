@@ -1,0 +1,7 @@
+output "address" {
+  value = terraform_data.address.output
+}
+
+output "services" {
+  value = length(terraform_data.service)
+}
