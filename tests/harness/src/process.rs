@@ -3,15 +3,21 @@
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
+};
 use tokio::process::{Child, ChildStdin, Command};
 
 use crate::wait::{LIMIT, wait_for};
 
 /// How much of a log an error carries.
 const TAIL_LINES: usize = 15;
+
+/// Killed processes are gone long before.
+const SWEEP_LIMIT: Duration = Duration::from_secs(10);
 
 /// A running child.
 #[derive(Debug)]
@@ -133,14 +139,19 @@ impl Drop for Process {
         if self.is_running() {
             // It may end at this very moment, and then all is well.
             let _ = kill_process_group(self.pid, Signal::KILL);
+            // It must not write any more when its files are removed. It stays to be reaped by
+            // its handle.
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            let _ = waitid(WaitId::Pid(self.pid), options);
         }
     }
 }
 
-/// Kills what runs on behalf of a directory in sessions of its own: supervisors outlive their
-/// agent on purpose, so they are in nobody's process group.
+/// Kills what runs on behalf of a directory in sessions of its own, and returns when it is gone:
+/// supervisors outlive their agent on purpose, so they are in nobody's process group.
 pub(crate) fn sweep(directory: &Path) {
-    for _ in 0..20 {
+    let start = Instant::now();
+    while start.elapsed() < SWEEP_LIMIT {
         let all = processes();
         let sessions: Vec<i32> =
             all.iter().filter(|found| found.is_of(directory)).map(|found| found.session).collect();
@@ -158,6 +169,7 @@ pub(crate) fn sweep(directory: &Path) {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
+        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
@@ -193,7 +205,10 @@ fn processes() -> Vec<Found> {
             let pid = path.file_name()?.to_str()?.parse().ok()?;
             let stat = fs::read_to_string(path.join("stat")).ok()?;
             // The name may hold blanks and brackets; what follows it does not.
-            let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(3);
+            let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+            // A zombie does nothing any more.
+            fields.next().filter(|state| *state != "Z")?;
+            let mut fields = fields.skip(2);
             let (session, terminal) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
             let command = fs::read(path.join("cmdline")).unwrap_or_default();
             Some(Found {

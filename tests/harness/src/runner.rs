@@ -1,6 +1,6 @@
 //! A runner as a process, with a work directory that outlives it.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -149,6 +149,20 @@ impl Drop for TestRunner {
         // The agent first, or it would start replacements for what is swept.
         drop(self.process.take());
         process::sweep(&self.work_dir());
+        remove_short_directories(&self.work_dir());
+    }
+}
+
+/// Removes the temporary directories that jobs with long paths have elsewhere: their supervisors,
+/// killed by us, could not.
+fn remove_short_directories(work_dir: &Path) {
+    let Ok(jobs) = fs::read_dir(work_dir.join("jobs")) else { return };
+    for job in jobs.flatten() {
+        let Ok(short) = fs::read_to_string(job.path().join("tmpdir")) else { continue };
+        if short.starts_with("/tmp/latchkey-") {
+            // It may be gone already.
+            let _ = fs::remove_dir_all(short);
+        }
     }
 }
 

@@ -36,7 +36,7 @@ async fn nothing_outlives_its_stage() -> anyhow::Result<()> {
     let ada = stage.owner.clone();
     ada.create_environment("web", MfaPolicy::Never).await?;
     let marker = stage.directory().join("started");
-    // Waits for an input that never comes: longer than any test.
+    // Longer than any test.
     let main = format!(
         r#"resource "terraform_data" "slow" {{
   provisioner "local-exec" {{
@@ -48,17 +48,20 @@ async fn nothing_outlives_its_stage() -> anyhow::Result<()> {
     let id = ada.queue("web", &Configuration::of(&[("main.tf", &main)])).await?.run_id;
     ada.wait_for_state(&id, RunState::AwaitingConfirmation).await?;
     ada.confirm(&id).await?;
-    let process = wait_for("the local-exec to start", LIMIT, async || {
-        let text = fs::read_to_string(&marker).unwrap_or_default();
-        if text.ends_with('\n') { Ok(text.trim().to_owned()) } else { Err(text) }
-    })
-    .await?;
-    let command = format!("/proc/{process}/cmdline");
-    assert!(fs::read_to_string(&command)?.contains("sleep"));
+    let sleeping = async || {
+        let process = fs::read_to_string(&marker).unwrap_or_default();
+        let command = format!("/proc/{}/cmdline", process.trim());
+        match fs::read_to_string(&command) {
+            Ok(text) if text.starts_with("sleep") => Ok(command),
+            Ok(text) => Err(text),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    let command = wait_for("the local-exec to sleep", LIMIT, sleeping).await?;
     let directory = stage.directory().to_owned();
     drop(stage);
     wait_for("the local-exec to end", LIMIT, async || match fs::read_to_string(&command) {
-        Ok(text) if text.contains("sleep") => Err(text),
+        Ok(text) if text.starts_with("sleep") => Err(text),
         Ok(_) | Err(_) => Ok(()),
     })
     .await?;
