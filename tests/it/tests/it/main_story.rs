@@ -134,10 +134,14 @@ async fn a_wrong_code_turns_the_lock_red_and_the_run_keeps_waiting() -> anyhow::
     let run = ada.wait_for_run(id, "the end of the plan", after_plan).await?;
     assert_eq!(run.state(), RunState::AwaitingApplyMfa, "{}", run.reason);
 
-    // Both outcomes are recorded.
+    // Both outcomes are recorded, each after its submission.
     let records = ada.audit_records(id).await?;
-    let codes = records.iter().filter(|record| record.action == "authenticate_run");
-    assert!(codes.count() >= 1, "{records:?}");
+    let actions: Vec<&str> = records
+        .iter()
+        .map(|record| record.action.as_str())
+        .filter(|action| action.contains("code") || action.contains("authenticate"))
+        .collect();
+    assert_eq!(actions, ["submit_code", "refuse_code", "submit_code", "authenticate_run"]);
     assert!(ada.verify_audit().await?.intact);
     Ok(())
 }
