@@ -3,12 +3,26 @@
 //! Each stands under `cfg(test)`, so that lints know helpers as parts of tests, too.
 
 #[cfg(test)]
+mod access;
+#[cfg(test)]
+mod bad_input;
+#[cfg(test)]
+mod cancel;
+#[cfg(test)]
+mod crashes;
+#[cfg(test)]
 mod demo;
+#[cfg(test)]
+mod gated;
 #[cfg(test)]
 mod main_story;
 #[cfg(test)]
 mod processes;
 #[cfg(test)]
+mod provider;
+#[cfg(test)]
 mod readme;
+#[cfg(test)]
+mod secrets;
 #[cfg(test)]
 mod support;
