@@ -26,7 +26,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tonic::transport::Channel;
 
-use self::job::{Event, Job, Origin, Told};
+use self::job::{Event, Inbox, Job, Origin, Rest, Told};
 use crate::backoff::Backoff;
 use crate::config::{Config, Lifetime};
 use crate::engine::{self, Engine};
@@ -134,6 +134,7 @@ pub(crate) async fn serve(config: Config, stopped: watch::Receiver<bool>) -> Res
         events_to,
         events,
         intake: Intake::Open,
+        rest: Rest::default(),
         config,
         _lock: lock,
     };
@@ -153,6 +154,8 @@ struct Agent {
     events_to: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
     intake: Intake,
+    /// Grows with every job in a row that this host could not prepare.
+    rest: Rest,
     /// Held as long as the process lives.
     _lock: File,
 }
@@ -174,6 +177,9 @@ enum Answer {
     Accept,
     /// For another runner.
     HandBack,
+    /// For another runner, after a pause: this host has a fault, and would be asked again at
+    /// once.
+    HandBackAfter(Duration),
 }
 
 /// Why the agent's loop goes on or ends.
@@ -209,8 +215,10 @@ impl Agent {
             spec,
             origin,
             program: self.config.program.clone(),
-            told: inbox,
+            told: Inbox::new(inbox),
             events: self.events_to.clone(),
+            rest: self.rest.clone(),
+            lock: None,
         };
         tokio::spawn(job.run());
         self.jobs.insert(lease, Held { directory, told });
@@ -326,6 +334,15 @@ impl Agent {
                 let answer = match self.accept(offer) {
                     Ok(Answer::Accept) => Request::Accept(v1::Accept { lease }),
                     Ok(Answer::HandBack) => Request::NeverStarted(v1::NeverStarted { lease }),
+                    Ok(Answer::HandBackAfter(wait)) => {
+                        let events = self.events_to.clone();
+                        tokio::spawn(async move {
+                            tokio::time::sleep(wait).await;
+                            let frame = Request::NeverStarted(v1::NeverStarted { lease });
+                            let _ = events.send(Event::Send(frame)).await;
+                        });
+                        return Ok(());
+                    }
                     Err(reason) => {
                         tracing::warn!(%reason, "declined an offer");
                         Request::Decline(v1::Decline { lease, reason })
@@ -378,12 +395,15 @@ impl Agent {
         if !wanted.is_empty() && wanted != own {
             return Err(format!("the run needs version {wanted}; this runner has {own}"));
         }
-        let directory = JobDirectory::create(&self.jobs_path, &lease, &spec, &self.settings)
-            .map_err(|error| {
+        let created = JobDirectory::create(&self.jobs_path, &lease, &spec, &self.settings);
+        let directory = match created {
+            Ok(directory) => directory,
+            Err(error) => {
                 let error = &error as &dyn std::error::Error;
                 tracing::error!(error, "failed to make a job directory");
-                "the runner could not make a job directory".to_owned()
-            })?;
+                return Ok(Answer::HandBackAfter(self.rest.after_a_failure()));
+            }
+        };
         tracing::info!(?lease, "accepted");
         if self.config.lifetime == Lifetime::OneJob {
             self.intake = Intake::Closed;

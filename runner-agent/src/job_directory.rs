@@ -24,6 +24,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -98,7 +100,11 @@ impl JobDirectory {
         fs::rename(&draft.path, &path).map_err(io_error("name", &path))?;
         sync_directory(jobs)?;
         let directory = Self { path };
-        directory.make_tmpdir()?;
+        if let Err(error) = directory.make_tmpdir() {
+            // The first failure is the one to tell.
+            let _ = directory.wipe();
+            return Err(error);
+        }
         Ok(directory)
     }
 
@@ -113,7 +119,11 @@ impl JobDirectory {
             let path = entry.map_err(io_error("list", jobs))?.path();
             let hidden = path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
             if hidden {
-                remove_tree(&path)?;
+                // One that stays is in nobody's way; a runner that does not start is.
+                if let Err(error) = remove_tree(&path) {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "failed to remove a leftover");
+                }
             } else if path.join("lease.json").exists() {
                 found.push(Self { path });
             }
@@ -214,9 +224,25 @@ impl JobDirectory {
 
     /// Answers the private directory for temporary files.
     pub(crate) fn tmpdir(&self) -> PathBuf {
-        match fs::read_to_string(self.join("tmpdir")) {
-            Ok(path) => PathBuf::from(path),
-            Err(_) => self.join("tmp"),
+        // Terraform's programs could write the record, and the directory it names is removed.
+        let ours = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            path.parent() == Some(Path::new("/tmp"))
+                && name.is_some_and(|name| name.starts_with("latchkey-"))
+        };
+        let recorded = fs::read_to_string(self.join("tmpdir")).ok().map(PathBuf::from);
+        recorded.filter(ours).unwrap_or_else(|| self.join("tmp"))
+    }
+
+    /// Takes the lock that every supervisor holds for its life. Having it proves that none lives
+    /// and keeps another from starting; `None` while one may live.
+    pub(crate) fn claim(&self) -> Result<Option<File>, Error> {
+        let path = self.join("supervisor.lock");
+        let lock = create_private(&path).map_err(io_error("open", &path))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(lock)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(io_error("lock", &path)(errno.into())),
         }
     }
 
@@ -390,6 +416,42 @@ pub(crate) mod tests {
         }
         assert!(JobDirectory::list(jobs.path()).unwrap().is_empty());
         assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_leftover_that_cannot_be_removed_hides_no_job() {
+        let jobs = tempfile::tempdir().unwrap();
+        // No directory, so its removal as one fails.
+        fs::write(jobs.path().join(".gone-r0-plan-1"), "").unwrap();
+        let lease = lease("r1", Phase::Plan);
+        JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).unwrap();
+        assert_eq!(JobDirectory::list(jobs.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_forged_record_of_temporary_files_is_not_followed() {
+        let (jobs, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let lease = lease("r1", Phase::Plan);
+        let dir = JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).unwrap();
+        let other = other.path();
+        let climbing = format!("/tmp/latchkey-x/../..{}", other.display());
+        for forged in [other.display().to_string(), climbing, "/tmp".into(), "/".into()] {
+            fs::write(dir.join("tmpdir"), &forged).unwrap();
+            assert_eq!(dir.tmpdir(), dir.join("tmp"), "{forged}");
+        }
+        dir.wipe().unwrap();
+        assert!(other.exists());
+    }
+
+    #[test]
+    fn a_claim_fails_while_somebody_holds_the_lock() {
+        let jobs = tempfile::tempdir().unwrap();
+        let lease = lease("r1", Phase::Plan);
+        let dir = JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).unwrap();
+        let held = dir.claim().unwrap().unwrap();
+        assert!(dir.claim().unwrap().is_none());
+        drop(held);
+        assert!(dir.claim().unwrap().is_some());
     }
 
     #[test]

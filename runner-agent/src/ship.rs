@@ -175,11 +175,12 @@ impl Shipper {
         let errored = self.directory.join("errored.tfstate");
         let left = match (errored.exists(), states.last()) {
             (true, _) => Some(errored),
-            // The newest stands for all: it is what the others became.
-            (false, Some((sequence, Delivery::Refused(_)))) => {
+            // The newest stands for all: it is what the others became. That nobody wants it is
+            // no reason to lose it.
+            (false, Some((sequence, Delivery::Refused(_) | Delivery::LeaseLost))) => {
                 Some(self.directory.join(&JobDirectory::state_name(*sequence)))
             }
-            (false, Some(_) | None) => None,
+            (false, Some((_, Delivery::Acknowledged)) | None) => None,
         };
         if let Some(left) = left {
             let delivery = self.upload(ErroredState, &left, 0).await?;

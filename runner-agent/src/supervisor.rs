@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use latchkey_proto::v1;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, pidfd_open, setrlimit, setsid, umask};
 use tokio::signal::unix::{SignalKind, signal};
@@ -99,17 +99,18 @@ fn isolate() -> io::Result<()> {
 }
 
 async fn serve(directory: JobDirectory) -> Result<(), Error> {
-    let lock = create_private(&directory.join("supervisor.lock")).map_err(Error::Listen)?;
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+    let Some(lock) = directory.claim()? else {
         tracing::info!("another supervisor holds the job");
         return Ok(());
-    }
+    };
     let (lease, spec, settings) = (directory.lease()?, directory.spec()?, directory.settings()?);
     let stage = directory.stage();
     if stage == job_directory::Stage::Ended {
         return Ok(());
     }
-    let (status, _) = watch::channel(Status::default());
+    // What a predecessor made durable is told from the first frame on.
+    let states = directory.states()?.last().copied().unwrap_or(0);
+    let (status, _) = watch::channel(Status { states, ..Status::default() });
     let (orders_to, orders) = mpsc::channel(16);
     let listener = control::listen(directory.path()).map_err(Error::Listen)?;
     let serving = tokio::spawn(control::serve(listener, orders_to, status.subscribe()));
@@ -207,7 +208,7 @@ impl Supervisor {
         tokio::spawn(async move {
             while written.changed().await.is_ok() {
                 let newest = *written.borrow_and_update();
-                states.send_modify(|status| status.states = newest);
+                states.send_modify(|status| status.states = status.states.max(newest));
             }
         });
         masker.add(state.password());

@@ -12,24 +12,33 @@
 //! acknowledged by a frame of its own; the next heartbeat that is answered without the lease, or
 //! `Revoke`, says that it was heard.
 //!
+//! That terraform was never started is said only while the supervisor's lock is held: then none
+//! lives that could still start it. A supervisor that cannot be reached but holds its lock is
+//! tried again for as long as that takes; a dead one behind `exec` is replaced, as often as it
+//! takes. What fails on this host is tried again too: a task ends only with its job.
+//!
 //! The task keeps what it waits for and says it again after every `Welcome`; the job directory
 //! tells a restarted agent where to go on.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::mem::discriminant;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Duration, Instant};
+use tokio::time::Duration;
 
 use super::link::{self, Link};
 use super::prepare::{self, Prepared};
 use crate::Program;
+use crate::backoff::Backoff;
 use crate::job::{Failure, JobResult, Lease, Spec};
 use crate::job_directory::{self, JobDirectory, Stage};
+use crate::random;
 use crate::ship::{self, Remains, Shipped, Shipper, Wanted};
 use crate::supervisor::control::{self, Order, Status};
-
-/// How long an unanswered `NeverStarted` is kept.
-const UNANSWERED: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
@@ -82,6 +91,79 @@ pub(super) enum Origin {
     Offered,
     /// Found on disk at start.
     Found,
+    /// An earlier attempt of this process failed on this host.
+    Failed,
+}
+
+/// What is told to a job, in order. While the job waits for something else, it is kept.
+pub(super) struct Inbox {
+    told: mpsc::Receiver<Told>,
+    /// One of each kind at most.
+    later: VecDeque<Told>,
+}
+
+impl Inbox {
+    pub(super) fn new(told: mpsc::Receiver<Told>) -> Self {
+        Self { told, later: VecDeque::new() }
+    }
+
+    /// Waits for what is told next. Safe to abandon and call again.
+    async fn next(&mut self) -> Told {
+        if let Some(told) = self.later.pop_front() {
+            return told;
+        }
+        match self.told.recv().await {
+            Some(told) => told,
+            // The agent is leaving, and this task with it.
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn pause(&mut self, wait: Duration) {
+        let wait = tokio::time::sleep(wait);
+        tokio::pin!(wait);
+        loop {
+            tokio::select! {
+                () = &mut wait => return,
+                Some(told) = self.told.recv() => {
+                    self.later.retain(|earlier| !earlier.is_replaced_by(&told));
+                    self.later.push_back(told);
+                }
+            }
+        }
+    }
+}
+
+impl Told {
+    fn is_replaced_by(&self, later: &Self) -> bool {
+        match (self, later) {
+            (Self::Cancel { force }, Self::Cancel { force: later }) => force == later,
+            (earlier, later) => discriminant(earlier) == discriminant(later),
+        }
+    }
+}
+
+/// How long a host that could not prepare a job keeps it before it hands it back: it may be
+/// offered again at once. Shared by all jobs.
+#[derive(Clone)]
+pub(super) struct Rest(Arc<Mutex<Backoff>>);
+
+impl Default for Rest {
+    fn default() -> Self {
+        let backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        Self(Arc::new(Mutex::new(backoff)))
+    }
+}
+
+impl Rest {
+    pub(super) fn after_a_failure(&self) -> Duration {
+        let mut backoff = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        backoff.next(0.5 + random::fraction() / 2.0)
+    }
+
+    fn is_over(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).reset();
+    }
 }
 
 pub(super) struct Job {
@@ -91,34 +173,46 @@ pub(super) struct Job {
     pub(super) origin: Origin,
     pub(super) shipper: Shipper,
     pub(super) program: Program,
-    pub(super) told: mpsc::Receiver<Told>,
+    pub(super) told: Inbox,
     pub(super) events: mpsc::Sender<Event>,
+    pub(super) rest: Rest,
+    /// The supervisor's, once it is known that none lives; held until the directory is gone.
+    pub(super) lock: Option<File>,
 }
 
 impl Job {
     /// Brings the job to its end, and removes what is left of it.
     pub(super) async fn run(mut self) {
-        match self.work().await {
-            Ok(end) => {
-                match end {
-                    End::Recorded => tracing::info!(lease = ?self.lease, "the job is recorded"),
-                    End::GivenUp => tracing::info!(lease = ?self.lease, "the job is given up"),
-                    End::Kept => tracing::error!(lease = ?self.lease, "a state stays on this host"),
-                }
-                let cleared = match end {
-                    End::Recorded | End::GivenUp => self.directory.wipe(),
-                    End::Kept => self.directory.set_aside(),
-                };
-                if let Err(error) = cleared {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::error!(error, "failed to clear the job's directory");
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        let end = loop {
+            match self.work().await {
+                Ok(end) => break end,
+                // A full disk, perhaps. The lease is held meanwhile: heartbeats name it.
+                Err(error) => {
+                    let wait = backoff.next(random::fraction());
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        lease = ?self.lease,
+                        ?wait,
+                        "failed to work on the job"
+                    );
+                    self.origin = Origin::Failed;
+                    self.told.pause(wait).await;
                 }
             }
-            // The directory stays: the next start of the agent tries again.
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::error!(error, lease = ?self.lease, "failed to work on the job");
-            }
+        };
+        match end {
+            End::Recorded => tracing::info!(lease = ?self.lease, "the job is recorded"),
+            End::GivenUp => tracing::info!(lease = ?self.lease, "the job is given up"),
+            End::Kept => tracing::error!(lease = ?self.lease, "a state stays on this host"),
+        }
+        let cleared = match end {
+            End::Recorded | End::GivenUp => self.directory.wipe(),
+            End::Kept => self.directory.set_aside(),
+        };
+        if let Err(error) = cleared {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(error, "failed to clear the job's directory");
         }
         let _ = self.events.send(Event::Done(self.lease.clone())).await;
     }
@@ -126,7 +220,10 @@ impl Job {
     async fn work(&mut self) -> Result<End, Error> {
         let link = match (self.directory.stage(), self.origin) {
             (Stage::Accepted, Origin::Offered) => match self.prepare().await? {
-                Some(link) => Some(link),
+                Some(link) => {
+                    self.rest.is_over();
+                    Some(link)
+                }
                 None => return Ok(End::GivenUp),
             },
             (Stage::Accepted, Origin::Found) => {
@@ -136,16 +233,16 @@ impl Job {
                 }
                 return Ok(End::GivenUp);
             }
-            (Stage::Starting, _) => match link::attach(self.directory.path()).await {
-                Ok(link) => Some(link),
-                // It may have got further in the meantime.
-                Err(_) if self.directory.stage() == Stage::Starting => {
-                    return self.never_started().await;
+            (Stage::Accepted, Origin::Failed) => {
+                // Another host may do better. Nobody was asked for `Go`, so none can start.
+                if let Ok(link) = link::attach(self.directory.path()).await {
+                    dismiss(link).await;
                 }
-                Err(_) => None,
-            },
-            (Stage::Executed, _) => link::attach(self.directory.path()).await.ok(),
-            (Stage::Ended, _) => None,
+                let rest = self.rest.after_a_failure();
+                self.told.pause(rest).await;
+                return self.never_started().await;
+            }
+            (Stage::Starting | Stage::Executed | Stage::Ended, _) => None,
         };
         match self.follow(link).await? {
             Followed::Shipped(Shipped { remains: Remains::State, wanted: Wanted::No, .. }) => {
@@ -169,14 +266,13 @@ impl Job {
             loop {
                 tokio::select! {
                     prepared = &mut preparing => break prepared,
-                    told = self.told.recv() => match told {
-                        Some(Told::GiveUp | Told::Revoke) => break Ok(Prepared::LeaseLost),
-                        Some(Told::Cancel { .. }) => {
+                    told = self.told.next() => match told {
+                        Told::GiveUp | Told::Revoke => break Ok(Prepared::LeaseLost),
+                        Told::Cancel { .. } => {
                             let reason = "canceled before terraform was started".into();
                             break Ok(Prepared::Refused(Failure::Canceled, reason));
                         }
-                        Some(Told::Keep | Told::Recorded | Told::Go(_) | Told::NotRenewed) => {}
-                        None => std::future::pending().await,
+                        Told::Keep | Told::Recorded | Told::Go(_) | Told::NotRenewed => {}
                     },
                 }
             }
@@ -207,77 +303,90 @@ impl Job {
     async fn follow(&mut self, link: Option<Link>) -> Result<Followed, Error> {
         let mut link = link;
         let (status_to, status) = watch::channel(self.on_disk()?);
+        if let Some(link) = &link {
+            publish(&status_to, *link.status.borrow());
+        }
         let shipper = self.shipper.clone();
         let shipping = shipper.ship_all(status);
         tokio::pin!(shipping);
-        if self.directory.stage() == Stage::Executed && link.is_none() {
-            link = self.replace_supervisor().await?;
-        }
-        if let Some(link) = &link {
-            status_to.send_replace(*link.status.borrow());
-        }
-        // Said by `prepare`; for a job found on disk, said with the first `Keep`.
-        let mut asked = self.asks(*status_to.borrow()).is_some();
+        // Said by `prepare`.
+        let mut asked = link.is_some() && self.asks(*status_to.borrow()).is_some();
+        // For a job found on disk, it is said with the first `Keep`.
+        let mut says_at_once = self.origin != Origin::Found;
         let mut given_up = false;
         loop {
+            if link.is_none() && status_to.borrow().stage() != control::Stage::Ended {
+                let reached = tokio::select! {
+                    shipped = &mut shipping => return Ok(Followed::Shipped(shipped?)),
+                    reached = self.reach() => reached,
+                };
+                match reached {
+                    Reached::Attached(attached) => {
+                        let now = *attached.status.borrow();
+                        publish(&status_to, now);
+                        link = Some(attached);
+                        // What was answered meanwhile may not have reached the supervisor.
+                        let ask = self.asks(now);
+                        asked = ask.is_some();
+                        if let (Some(ask), true) = (ask, says_at_once) {
+                            self.say(ask).await;
+                        }
+                    }
+                    Reached::Ended => publish(&status_to, self.on_disk()?),
+                    Reached::Nobody if given_up => return Ok(Followed::GivenUp),
+                    Reached::Nobody => return Ok(Followed::NeverStarted),
+                }
+                says_at_once = true;
+            }
             tokio::select! {
                 shipped = &mut shipping => return Ok(Followed::Shipped(shipped?)),
                 changed = next_status(&mut link) => {
-                    let status = match changed {
-                        Some(status) => status,
-                        None => {
-                            link = None;
-                            match self.directory.stage() {
-                                Stage::Ended => self.on_disk()?,
-                                Stage::Executed => {
-                                    link = self.replace_supervisor().await?;
-                                    match &link {
-                                        Some(link) => *link.status.borrow(),
-                                        None => self.on_disk()?,
-                                    }
-                                }
-                                Stage::Starting if !given_up => return Ok(Followed::NeverStarted),
-                                Stage::Starting | Stage::Accepted => return Ok(Followed::GivenUp),
-                            }
-                        }
+                    let Some(status) = changed else {
+                        link = None;
+                        continue;
                     };
-                    status_to.send_replace(status);
+                    publish(&status_to, status);
                     let ask = self.asks(status);
-                    match ask {
-                        Some(ask) if !asked => self.say(ask).await,
-                        Some(_) | None => {}
+                    let newly = ask.is_some() && !asked;
+                    asked = ask.is_some();
+                    if let (Some(ask), true) = (ask, newly) {
+                        self.say(ask).await;
                     }
-                    asked = self.asks(status).is_some();
                 }
-                told = self.told.recv() => {
+                told = self.told.next() => {
                     let status = *status_to.borrow();
                     let executing = status.stage() >= control::Stage::Executing;
-                    let order = match told {
-                        Some(Told::Keep) => {
+                    let orders = match told {
+                        Told::Keep => {
                             if let Some(ask) = self.asks(status) {
                                 self.say(ask).await;
                             }
-                            None
+                            vec![]
                         }
-                        Some(Told::Go(go)) => Some(Order::Go(go)),
-                        Some(Told::Cancel { force }) => Some(Order::Cancel(force)),
+                        Told::Go(go) => vec![Order::Go(go)],
+                        Told::Cancel { force } => vec![Order::Cancel(force)],
                         // Terraform goes on, and what it brings is shipped: it goes to
                         // quarantine. A replacement that waits for secrets need not any more.
-                        Some(Told::GiveUp) if executing => {
-                            status.wants_secrets.then_some(Order::GiveUp(true))
+                        Told::GiveUp if executing => {
+                            if status.wants_secrets { vec![Order::GiveUp(true)] } else { vec![] }
                         }
-                        Some(Told::Revoke) if executing => Some(Order::Withdraw(true)),
+                        Told::Revoke if executing => vec![Order::Withdraw(true)],
                         // The supervisor leaves, unless it is executing by now; its end, or its
                         // next status, tells which.
-                        Some(Told::GiveUp | Told::Revoke) => {
+                        Told::GiveUp => {
                             given_up = true;
-                            Some(Order::GiveUp(true))
+                            vec![Order::GiveUp(true)]
                         }
-                        Some(Told::Recorded | Told::NotRenewed) => None,
-                        None => std::future::pending().await,
+                        Told::Revoke => {
+                            given_up = true;
+                            vec![Order::GiveUp(true), Order::Withdraw(true)]
+                        }
+                        Told::Recorded | Told::NotRenewed => vec![],
                     };
-                    if let (Some(order), Some(link)) = (order, &link) {
-                        link.send(order).await;
+                    if let Some(link) = &link {
+                        for order in orders {
+                            link.send(order).await;
+                        }
                     }
                 }
             }
@@ -297,23 +406,47 @@ impl Job {
         }
     }
 
-    /// Starts a supervisor in place of a dead one. Answers `None` if the job has ended meanwhile.
-    async fn replace_supervisor(&self) -> Result<Option<Link>, Error> {
-        let mut tries = 0;
+    /// Attaches to the job's supervisor, or to a new one in place of a dead one, for as long as
+    /// that takes. Safe to abandon.
+    async fn reach(&mut self) -> Reached {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         loop {
-            tracing::warn!(lease = ?self.lease, "the supervisor is gone; it is replaced");
-            let attached = match link::start(&self.program, &self.directory) {
-                Ok(started) => started.attach(self.directory.path()).await,
-                Err(error) => Err(error),
-            };
-            tries += 1;
-            match attached {
-                Ok(link) => return Ok(Some(link)),
-                Err(_) if self.directory.stage() == Stage::Ended => return Ok(None),
-                Err(error) if tries >= 5 => return Err(error.into()),
-                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            match self.try_to_reach().await {
+                Ok(Some(reached)) => return reached,
+                Ok(None) => {}
+                Err(error) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    lease = ?self.lease,
+                    "failed to reach the supervisor"
+                ),
             }
+            self.told.pause(backoff.next(random::fraction())).await;
         }
+    }
+
+    /// Answers `None` while a supervisor may live that does not answer.
+    async fn try_to_reach(&mut self) -> Result<Option<Reached>, Error> {
+        if let Ok(link) = link::attach(self.directory.path()).await {
+            return Ok(Some(Reached::Attached(link)));
+        }
+        if self.directory.stage() == Stage::Ended {
+            return Ok(Some(Reached::Ended));
+        }
+        let Some(lock) = self.directory.claim()? else { return Ok(None) };
+        // Read again: with the lock held nobody changes it.
+        Ok(Some(match self.directory.stage() {
+            Stage::Ended => Reached::Ended,
+            Stage::Executed => {
+                drop(lock);
+                tracing::warn!(lease = ?self.lease, "the supervisor is gone; it is replaced");
+                let started = link::start(&self.program, &self.directory)?;
+                Reached::Attached(started.attach(self.directory.path()).await?)
+            }
+            Stage::Accepted | Stage::Starting => {
+                self.lock = Some(lock);
+                Reached::Nobody
+            }
+        }))
     }
 
     async fn never_started(&mut self) -> Result<End, Error> {
@@ -321,24 +454,16 @@ impl Job {
         self.leave_with(Frame::NeverStarted(v1::NeverStarted { lease })).await
     }
 
-    /// Says that the job leaves without a result, until that was heard.
+    /// Says that the job leaves without a result, until that was heard, however long that takes.
     async fn leave_with(&mut self, frame: Frame) -> Result<End, Error> {
         self.say(frame.clone()).await;
-        let mut until = Instant::now() + UNANSWERED;
         loop {
-            tokio::select! {
-                told = self.told.recv() => match told {
-                    Some(Told::Keep) => {
-                        self.say(frame.clone()).await;
-                        until = Instant::now() + UNANSWERED;
-                    }
-                    Some(Told::GiveUp | Told::Revoke | Told::Recorded | Told::NotRenewed) => {
-                        return Ok(End::GivenUp);
-                    }
-                    Some(Told::Go(_) | Told::Cancel { .. }) => {}
-                    None => std::future::pending().await,
-                },
-                () = tokio::time::sleep_until(until) => return Ok(End::GivenUp),
+            match self.told.next().await {
+                Told::Keep => self.say(frame.clone()).await,
+                Told::GiveUp | Told::Revoke | Told::Recorded | Told::NotRenewed => {
+                    return Ok(End::GivenUp);
+                }
+                Told::Go(_) | Told::Cancel { .. } => {}
             }
         }
     }
@@ -370,11 +495,10 @@ impl Job {
         };
         self.say(finished.clone()).await;
         loop {
-            match self.told.recv().await {
-                Some(Told::Recorded | Told::Revoke) => return Ok(end),
-                Some(Told::Keep | Told::GiveUp) => self.say(finished.clone()).await,
-                Some(Told::Go(_) | Told::Cancel { .. } | Told::NotRenewed) => {}
-                None => std::future::pending().await,
+            match self.told.next().await {
+                Told::Recorded | Told::Revoke => return Ok(end),
+                Told::Keep | Told::GiveUp => self.say(finished.clone()).await,
+                Told::Go(_) | Told::Cancel { .. } | Told::NotRenewed => {}
             }
         }
     }
@@ -408,10 +532,30 @@ impl Job {
     }
 }
 
+/// Who answers for the job on this host.
+enum Reached {
+    Attached(Link),
+    /// The result is on disk.
+    Ended,
+    /// No supervisor lives, none can start, and terraform did not run.
+    Nobody,
+}
+
 enum Followed {
     Shipped(Shipped),
     NeverStarted,
     GivenUp,
+}
+
+/// Tells the shipper. What is durable stays so, whatever a new supervisor knows of it yet.
+fn publish(to: &watch::Sender<Status>, status: Status) {
+    to.send_modify(|known| {
+        *known = Status {
+            states: status.states.max(known.states),
+            log_length: status.log_length.max(known.log_length),
+            ..status
+        };
+    });
 }
 
 /// Answers `None` when the supervisor or the connection to it has ended.

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use latchkey_proto::v1::ArtifactKind;
+use rustix::io::Errno;
 
 use crate::job::{Digests, Failure, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, private_directory};
@@ -27,6 +28,9 @@ pub(crate) enum Error {
     Directory(#[from] job_directory::Error),
     #[error("unpack in the background")]
     Task(#[source] tokio::task::JoinError),
+    /// Another host could prepare the job.
+    #[error("prepare the job on this host: {0}")]
+    Host(String),
 }
 
 /// Why a job is refused; each reads after "failed to".
@@ -45,6 +49,38 @@ enum Refusal {
     #[error(transparent)]
     RootModule(#[from] root_module::Error),
 }
+
+impl Refusal {
+    /// Tells a fault of this host, which another may not have, from one of the job.
+    fn is_of_this_host(&self) -> bool {
+        let source = match self {
+            Self::Read(source)
+            | Self::Extract(extract::Error::Write { source, .. })
+            | Self::RootModule(root_module::Error::Read { source, .. }) => source,
+            Self::Digest(_)
+            | Self::WorkingDirectory(_)
+            | Self::NotApproved(_)
+            | Self::Extract(_)
+            | Self::RootModule(_) => return false,
+        };
+        let errno = Errno::from_io_error(source);
+        errno.is_some_and(|errno| FAULTS_OF_A_HOST.contains(&errno))
+    }
+}
+
+const FAULTS_OF_A_HOST: &[Errno] = &[
+    Errno::NOSPC,
+    Errno::DQUOT,
+    Errno::MFILE,
+    Errno::NFILE,
+    Errno::NOMEM,
+    Errno::IO,
+    Errno::ROFS,
+    Errno::STALE,
+    Errno::ACCESS,
+    Errno::PERM,
+    Errno::MLINK,
+];
 
 /// Prepares a job in its directory.
 pub(super) async fn prepare(
@@ -84,6 +120,9 @@ pub(super) async fn prepare(
     let judged = tokio::task::spawn_blocking(unpack).await.map_err(Error::Task)?;
     Ok(match judged {
         Ok(()) => Prepared::Ready,
+        Err(refusal) if refusal.is_of_this_host() => {
+            return Err(Error::Host(sentence(&refusal)));
+        }
         Err(refusal) => {
             let kind = match &refusal {
                 Refusal::NotApproved(_) => Failure::PlanChanged,
@@ -130,7 +169,10 @@ fn workspace(
     }
     // Into a directory of its own: nothing in the archive can meet our records.
     let restored = directory.join("restored");
-    private_directory(&restored).map_err(|error| Refusal::Read(io::Error::other(error)))?;
+    private_directory(&restored).map_err(|error| match error {
+        job_directory::Error::Io { source, .. } => Refusal::Read(source),
+        other @ job_directory::Error::Record { .. } => Refusal::Read(io::Error::other(other)),
+    })?;
     let file = File::open(archive).map_err(Refusal::Read)?;
     extract::extract(file, &restored, extract::WORKSPACE)?;
     fs::remove_file(archive).map_err(Refusal::Read)?;
@@ -158,4 +200,26 @@ fn sentence(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_a_fault_of_the_host_and_a_bad_archive_is_not() {
+        let full = || io::Error::from(Errno::NOSPC);
+        let write = |source| extract::Error::Write { entry: "x".into(), source };
+        for (refusal, of_host) in [
+            (Refusal::Read(full()), true),
+            (Refusal::Extract(write(full())), true),
+            (Refusal::Read(io::Error::from(Errno::MFILE)), true),
+            (Refusal::Extract(write(Errno::NAMETOOLONG.into())), false),
+            (Refusal::Read(io::ErrorKind::NotFound.into()), false),
+            (Refusal::Extract(extract::Error::Damaged(io::Error::other("x"))), false),
+            (Refusal::Digest("configuration"), false),
+        ] {
+            assert_eq!(refusal.is_of_this_host(), of_host, "{refusal:?}");
+        }
+    }
 }

@@ -46,6 +46,8 @@ struct World {
     /// Cancels the offered job with the next heartbeat.
     cancel: bool,
     refuses_state: bool,
+    /// Answers everything about leases with LEASE_LOST.
+    loses_leases: bool,
 }
 
 #[derive(Clone)]
@@ -370,6 +372,10 @@ impl RunnerService for Plane {
         assert_eq!(header.digest, digest::of_bytes(&data));
         assert_eq!(header.size, data.len() as u64);
         let kind = header.kind();
+        if self.world().loses_leases {
+            self.note(format!("lost {}", kind.as_str_name()));
+            return Err(lease_lost());
+        }
         if kind == v1::ArtifactKind::State && self.world().refuses_state {
             let details = ErrorDetails::with_error_info("WRONG_STATE", "latchkey", HashMap::new());
             let text = "the state does not continue the environment's";
@@ -399,6 +405,9 @@ impl RunnerService for Plane {
             assert!(message.data.len() <= 256 * 1024 && message.data.ends_with(b"\n"));
             let mut world = plane.world();
             world.appends += 1;
+            if world.loses_leases {
+                return Err(lease_lost());
+            }
             if world.faulty && world.appends.is_multiple_of(3) {
                 return Err(Refusal::unavailable("a planned fault"));
             }
@@ -432,6 +441,11 @@ impl RunnerService for Plane {
         });
         Ok(Answer::new(Box::pin(answers)))
     }
+}
+
+fn lease_lost() -> Refusal {
+    let details = ErrorDetails::with_error_info("LEASE_LOST", "latchkey", HashMap::new());
+    Refusal::with_error_details(tonic::Code::FailedPrecondition, "lost", details)
 }
 
 /// An agent in this process, which can be stopped like one that gets SIGTERM.
@@ -717,5 +731,76 @@ async fn a_state_that_is_refused_is_brought_as_undelivered() {
     assert_eq!(failed.kind(), v1::JobFailure::StateUndelivered);
     assert!(failed.reason.contains("does not continue"), "{}", failed.reason);
     assert!(!plane.artifact(v1::ArtifactKind::ErroredState, 0).is_empty());
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_nobody_wants_is_kept_for_a_person() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "1").await;
+    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
+    plane
+        .wait("the apply to start", |world| {
+            String::from_utf8_lossy(&world.log).contains("local-exec): begun")
+        })
+        .await;
+    plane.world().loses_leases = true;
+    let kept = work_dir.path().join("kept/run1-apply-2/state");
+    plane.wait("the state to be kept", |_| kept.join("0001").exists()).await;
+    assert!(plane.story().contains(&"lost ARTIFACT_KIND_ERRORED_STATE".to_owned()));
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn never_started_is_said_only_when_no_supervisor_can_live() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let lease =
+        Lease { run_id: "run1".into(), phase: crate::job::Phase::Plan, epoch: 1, generation: 1 };
+    let jobs = work_dir.path().join("jobs");
+    private_directory(&jobs).unwrap();
+    let spec = crate::job_directory::tests::spec();
+    let settings = crate::job_directory::tests::settings();
+    let directory = JobDirectory::create(&jobs, &lease, &spec, &settings).unwrap();
+    directory.record("starting", &lease).unwrap();
+    // A supervisor that lives but cannot be reached.
+    let lock = directory.claim().unwrap().unwrap();
+    plane.world().offer =
+        Some(v1::Offer { lease: Some(lease.to_wire()), job: Some(plan_job(&[])) });
+    let agent = Running::start(plane.config(work_dir.path()));
+    let beats = |world: &World| world.story.iter().filter(|what| *what == "heartbeat").count();
+    plane.wait("some heartbeats", |world| beats(world) >= 5).await;
+    assert!(!plane.story().contains(&"never started".to_owned()), "{:?}", plane.story());
+    drop(lock);
+    plane.wait("the hand back", |world| world.story.contains(&"never started".to_owned())).await;
+    plane
+        .wait("the wipe", |world| {
+            world.story.last().is_some_and(|what| what == "heartbeat")
+                && jobs_left(work_dir.path()).is_empty()
+        })
+        .await;
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_this_host_hands_the_job_back() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    // The job's directory cannot get its name.
+    std::fs::create_dir_all(work_dir.path().join("jobs/run1-plan-1/in-the-way")).unwrap();
+    let mut config = plane.config(work_dir.path());
+    let agent = Running::start(config);
+    plane.offer(v1::Phase::Plan, 1, plan_job(&[]));
+    let handed_back =
+        |world: &World| world.story.iter().filter(|what| *what == "never started").count();
+    plane.wait("the hand back", |world| handed_back(world) == 1).await;
+    agent.stop().await.unwrap();
+
+    // No supervisor can be started.
+    config = plane.config(work_dir.path());
+    config.program.exe = "/nonexistent".into();
+    let agent = Running::start(config);
+    plane.offer(v1::Phase::Plan, 2, plan_job(&[]));
+    plane.wait("the second hand back", |world| handed_back(world) == 2).await;
+    assert!(!plane.story().iter().any(|what| what.starts_with("decline")), "{:?}", plane.story());
     agent.stop().await.unwrap();
 }

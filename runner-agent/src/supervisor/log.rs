@@ -406,10 +406,13 @@ mod tests {
     #[tokio::test]
     async fn a_successor_goes_on_at_the_checkpoint() {
         let (_jobs, directory) = directory();
-        let first = Log::start(&directory, Masker::default(), watch::channel(0).0).unwrap();
+        let (length_to, mut length) = watch::channel(0);
+        let first = Log::start(&directory, Masker::default(), length_to).unwrap();
         append(&directory, b"one\n");
         let told = first.drain().await.unwrap().length;
         drop(first);
+        // Its thread has ended when nobody tells the length any more.
+        while length.changed().await.is_ok() {}
         // As if the first had died between writing the log and the checkpoint.
         let path = directory.join("log");
         let mut log = OpenOptions::new().append(true).open(&path).unwrap();
