@@ -11,6 +11,9 @@ use super::{Error, Running};
 use crate::job::{Failure, JobResult, Spec};
 use crate::job_directory::JobDirectory;
 
+/// The control plane keeps them in the run's record.
+const LARGEST_OUTPUTS: usize = 24 * 1024;
+
 #[derive(Debug, thiserror::Error)]
 #[error("apply the plan: its changes are not those that were approved; plan again")]
 struct NotApproved;
@@ -64,7 +67,17 @@ impl Running {
         }
         match ended {
             Ended::Exited(0) => {
-                Ok(JobResult::Apply { outputs_json: outputs_json(drained.outputs.as_ref()) })
+                let mut outputs_json = outputs_json(drained.outputs.as_ref());
+                if outputs_json.len() > LARGEST_OUTPUTS {
+                    let bytes = outputs_json.len();
+                    let message = format!(
+                        "the outputs have {bytes} bytes, more than {LARGEST_OUTPUTS}: they are \
+                         in the state only"
+                    );
+                    self.log.own("diagnostic", "warn", &message, Value::Null);
+                    outputs_json.clear();
+                }
+                Ok(JobResult::Apply { outputs_json })
             }
             // Known not to have run: a cancel came between the record and the start.
             other => Ok(self.failed("terraform apply", other)),

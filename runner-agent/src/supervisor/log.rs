@@ -68,7 +68,7 @@ enum Command {
 #[derive(Debug)]
 pub(super) struct Drained {
     pub(super) length: u64,
-    /// The last line of type `outputs`, as terraform wrote it.
+    /// The last line of type `outputs`, masked.
     pub(super) outputs: Option<Value>,
 }
 

@@ -1,12 +1,13 @@
 //! Replaces secrets in lines before they enter the log.
 //!
 //! A secret is looked for as it is, and as JSON writes it, by serde's rules and by Go's (which
-//! also escape `<`, `>` and `&`); one of several lines also line by line. In a line of JSON only
-//! the contents of strings, and scalars that are the secret, are replaced, so that the line
-//! stays JSON.
+//! also escape `<`, `>` and `&`), also several times over: JSON is printed inside JSON. One of
+//! several lines is looked for line by line too. In a line of JSON only the contents of strings,
+//! and scalars that are the secret, are replaced; strings are decoded for it and encoded again,
+//! so that the line stays JSON.
 
 use std::borrow::Cow;
-use std::fmt;
+use std::fmt::{self, Write};
 
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
@@ -15,6 +16,10 @@ pub(super) const MARK: &str = "***";
 
 /// Shorter values would blank out ordinary text.
 const SHORTEST: usize = 4;
+
+/// How many times JSON may be printed inside JSON: `jsonencode` of a text that has been through
+/// it, shown in quotes by terraform.
+const NESTED: usize = 3;
 
 /// Values that say nothing, and whose masking would make a log unreadable.
 const ORDINARY: &[&str] = &["true", "false", "null", "none", "default"];
@@ -48,17 +53,15 @@ impl Masker {
         if secret.len() < SHORTEST || ORDINARY.contains(&secret) {
             return;
         }
-        let quoted = serde_json::to_string(secret).expect("a string is always JSON");
-        let escaped = &quoted[1..quoted.len() - 1];
-        let go = escaped
-            .replace('<', "\\u003c")
-            .replace('>', "\\u003e")
-            .replace('&', "\\u0026")
-            .replace('\u{2028}', "\\u2028")
-            .replace('\u{2029}', "\\u2029");
-        for form in [secret, escaped, &go] {
-            self.forms.push(Zeroizing::new(form.to_owned()));
+        let mut newest = vec![Zeroizing::new(secret.to_owned())];
+        for _ in 0..NESTED {
+            let mut next: Vec<_> = newest.iter().flat_map(|form| escaped(form)).collect();
+            next.sort_by(|a: &Zeroizing<String>, b| a.as_str().cmp(b.as_str()));
+            next.dedup();
+            self.forms.append(&mut newest);
+            newest = next;
         }
+        self.forms.append(&mut newest);
     }
 
     /// Masks plain text.
@@ -74,7 +77,8 @@ impl Masker {
 
     /// Masks a line known to be valid JSON; the answer is valid JSON too.
     pub(super) fn json<'a>(&self, line: &'a str) -> Cow<'a, str> {
-        if !self.forms.iter().any(|form| line.contains(form.as_str())) {
+        // What has been escaped may be written in other ways than ours: it is decoded.
+        if !line.contains('\\') && !self.forms.iter().any(|form| line.contains(form.as_str())) {
             return Cow::Borrowed(line);
         }
         let mut out = String::with_capacity(line.len());
@@ -89,14 +93,14 @@ impl Masker {
                 if is_key && is_field_name(content) {
                     out.push_str(content);
                 } else {
-                    out.push_str(&self.text(content));
+                    out.push_str(&self.content(content));
                 }
                 out.push('"');
                 rest = &rest[end..];
             } else if is_scalar(first) {
                 let end = rest.find(|c| !is_scalar(c)).unwrap_or(rest.len());
                 let scalar = &rest[..end];
-                if self.forms.iter().any(|form| form.as_str() == scalar) {
+                if self.is_secret(scalar) {
                     out.push('"');
                     out.push_str(MARK);
                     out.push('"');
@@ -110,6 +114,30 @@ impl Masker {
             }
         }
         Cow::Owned(out)
+    }
+
+    /// Masks what stands between the quotes of a JSON string.
+    fn content<'a>(&self, content: &'a str) -> Cow<'a, str> {
+        if !content.contains('\\') {
+            return self.text(content);
+        }
+        let Ok(decoded) = serde_json::from_str::<String>(&format!("\"{content}\"")) else {
+            // Half of a pair of surrogates, perhaps: no text to show in part.
+            let safe = matches!(self.text(content), Cow::Borrowed(_));
+            return Cow::Borrowed(if safe { content } else { MARK });
+        };
+        match self.text(&decoded) {
+            Cow::Borrowed(_) => Cow::Borrowed(content),
+            Cow::Owned(masked) => {
+                let quoted = serde_json::to_string(&masked).expect("a string is always JSON");
+                Cow::Owned(quoted[1..quoted.len() - 1].to_owned())
+            }
+        }
+    }
+
+    /// Tells whether the whole of a text is a secret.
+    pub(super) fn is_secret(&self, text: &str) -> bool {
+        self.forms.iter().any(|form| form.as_str() == text)
     }
 
     /// Answers where a long text may be cut, at or before `at`, without cutting a secret in two.
@@ -126,6 +154,22 @@ impl Masker {
     pub(super) fn longest(&self) -> usize {
         self.forms.first().map_or(0, |form| form.len())
     }
+}
+
+/// Answers a text as serde and as Go write it inside a JSON string.
+fn escaped(text: &str) -> [Zeroizing<String>; 2] {
+    let quoted = Zeroizing::new(serde_json::to_string(text).expect("a string is always JSON"));
+    let serde = Zeroizing::new(quoted[1..quoted.len() - 1].to_owned());
+    let mut go = Zeroizing::new(String::with_capacity(serde.len()));
+    for c in serde.chars() {
+        match c {
+            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => {
+                let _ = write!(go, "\\u{:04x}", u32::from(c));
+            }
+            c => go.push(c),
+        }
+    }
+    [serde, go]
 }
 
 /// Answers where the secret begins that a cut here would divide.
@@ -204,6 +248,34 @@ mod tests {
         let masked = masker.json(line);
         assert_eq!(masked, r#"{"type":"x ***","n":"***","l":["***",123456],"k ***":"*** \"q\""}"#);
         serde_json::from_str::<serde_json::Value>(&masked).unwrap();
+    }
+
+    #[test]
+    fn json_inside_json_is_masked() {
+        let masker = masker(&["pa\"ss<w>&rd"]);
+        // As terraform's `jsonencode` writes it.
+        let mut text = r#"{"a":"pa\"ss\u003cw\u003e\u0026rd"}"#.to_owned();
+        for depth in 0..NESTED {
+            let line = serde_json::json!({"@message": text, "type": "x"}).to_string();
+            for line in [line.replace('&', "\\u0026"), line] {
+                let masked = masker.json(&line).into_owned();
+                let value: serde_json::Value = serde_json::from_str(&masked).unwrap();
+                let left = ["ss<", "u003cw", "&rd", "0026rd"].map(|part| masked.contains(part));
+                assert_eq!(left, [false; 4], "{depth}: {masked}");
+                assert!(value["@message"].as_str().unwrap().contains(MARK));
+            }
+            text = serde_json::to_string(&text).unwrap();
+        }
+        // Escaped in a way that nobody has to.
+        assert_eq!(masker.json(r#"{"x":"\u0070a\"s\u0073<w>&rd"}"#), r#"{"x":"***"}"#);
+    }
+
+    #[test]
+    fn an_escape_is_not_cut_in_two() {
+        let masker = masker(&["name"]);
+        let line = r#"{"x":"a\name","y":"a\\name","z":"\ud800 name"}"#;
+        let masked = masker.json(line);
+        assert_eq!(masked, r#"{"x":"a\name","y":"a\\***","z":"***"}"#);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use serde_json::{Value, json};
 
 use super::apply::lock_file;
+use super::mask::Masker;
 use super::plan_changes::{self, Changes};
 use super::terraform::{Cancel, Ended};
 use super::{Error, Running};
@@ -136,7 +137,10 @@ impl Running {
             self.log.own_text("console", &String::from_utf8_lossy(stderr));
             return Ok(Err(self.failed("terraform show", ended)));
         }
-        match plan_changes::reduce(shown) {
+        // Of both phases the same, unlike credentials: so the digests are too.
+        let mut masker = Masker::default();
+        self.variables.sensitive.iter().for_each(|secret| masker.add(secret));
+        match plan_changes::reduce(shown, &masker) {
             Ok(changes) => Ok(Ok(changes)),
             Err(error) => Ok(Err(self.refused(Failure::Errored, &error))),
         }

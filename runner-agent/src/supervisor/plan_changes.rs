@@ -16,7 +16,8 @@
 //! ```
 //!
 //! `action` is one of create, read, update, delete, replace, no-op, forget. Absent facts are
-//! absent fields. Sensitive values are replaced by `"(sensitive)"`. Resources that do not change
+//! absent fields. Sensitive values are replaced by `"(sensitive)"`, and the values of the job's
+//! sensitive variables, where they are found in others, by `***`. Resources that do not change
 //! are left out, unless they move or are imported. `variables`, `prior_state`, `configuration`
 //! and `planned_values` hold secrets in clear and are dropped. When the whole would exceed 32
 //! MiB, `before`, `after` and `after_unknown` are null everywhere and `truncated` is true.
@@ -25,6 +26,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::mask::{self, Masker};
 use crate::digest;
 
 /// The wire's limit for the artifact.
@@ -57,19 +59,19 @@ pub(super) struct Counts {
 }
 
 /// Reduces what `terraform show -json plan.bin` printed.
-pub(super) fn reduce(shown: &[u8]) -> Result<Changes, Error> {
+pub(super) fn reduce(shown: &[u8], masker: &Masker) -> Result<Changes, Error> {
     let plan: Value = serde_json::from_slice(shown).map_err(Error::NotJson)?;
     let format = plan.get("format_version").and_then(Value::as_str).unwrap_or_default();
     if !format.starts_with("1.") {
         return Err(Error::Format(format.to_owned()));
     }
-    let resource_changes = resources(plan.get("resource_changes"));
-    let resource_drift = resources(plan.get("resource_drift"));
+    let resource_changes = resources(plan.get("resource_changes"), masker);
+    let resource_drift = resources(plan.get("resource_drift"), masker);
     let mut output_changes = Map::new();
     for (name, change) in
         plan.get("output_changes").and_then(Value::as_object).into_iter().flatten()
     {
-        let reduced = reduced(change);
+        let reduced = reduced(change, masker);
         if reduced.get("action") != Some(&json!("no-op")) {
             output_changes.insert(name.clone(), Value::Object(reduced));
         }
@@ -102,11 +104,11 @@ pub(super) fn reduce(shown: &[u8]) -> Result<Changes, Error> {
     Ok(Changes { digest: digest::of_bytes(&bytes), bytes, applyable, counts })
 }
 
-fn resources(changes: Option<&Value>) -> Vec<Value> {
+fn resources(changes: Option<&Value>, masker: &Masker) -> Vec<Value> {
     let mut out = Vec::new();
     for resource in changes.and_then(Value::as_array).into_iter().flatten() {
         let Some(change) = resource.get("change") else { continue };
-        let mut entry = reduced(change);
+        let mut entry = reduced(change, masker);
         let moved = resource.get("previous_address").is_some();
         if entry.get("action") == Some(&json!("no-op"))
             && !moved
@@ -132,15 +134,16 @@ fn resources(changes: Option<&Value>) -> Vec<Value> {
     out
 }
 
-fn reduced(change: &Value) -> Map<String, Value> {
+fn reduced(change: &Value, masker: &Masker) -> Map<String, Value> {
     let field = |name: &str| change.get(name).unwrap_or(&Value::Null);
     let mut out = Map::new();
     out.insert("action".into(), action(field("actions")).into());
-    out.insert("before".into(), masked(field("before"), field("before_sensitive")));
-    out.insert("after".into(), masked(field("after"), field("after_sensitive")));
+    let shown = |name, marks| without_secrets(masked(field(name), field(marks)), masker);
+    out.insert("before".into(), shown("before", "before_sensitive"));
+    out.insert("after".into(), shown("after", "after_sensitive"));
     for name in ["after_unknown", "replace_paths", "importing"] {
         if let Some(value) = change.get(name).filter(|value| !value.is_null()) {
-            out.insert(name.into(), value.clone());
+            out.insert(name.into(), without_secrets(value.clone(), masker));
         }
     }
     out
@@ -174,6 +177,22 @@ fn masked(value: &Value, sensitive: &Value) -> Value {
             .map(|(at, value)| masked(value, marks.get(at).unwrap_or(&Value::Null)))
             .collect(),
         (value, _) => value.clone(),
+    }
+}
+
+/// Masks the job's own secrets, which terraform need not know to be sensitive.
+fn without_secrets(value: Value, masker: &Masker) -> Value {
+    match value {
+        Value::String(text) => masker.text(&text).into_owned().into(),
+        Value::Number(number) if masker.is_secret(&number.to_string()) => mask::MARK.into(),
+        Value::Object(fields) => fields
+            .into_iter()
+            .map(|(key, value)| (masker.text(&key).into_owned(), without_secrets(value, masker)))
+            .collect(),
+        Value::Array(items) => {
+            items.into_iter().map(|item| without_secrets(item, masker)).collect()
+        }
+        value @ (Value::Null | Value::Bool(_) | Value::Number(_)) => value,
     }
 }
 
@@ -231,6 +250,14 @@ fn canonical(value: &Value) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    fn secretive(secret: &str) -> secrecy::SecretString {
+        secret.into()
+    }
+
+    fn unmasked(shown: &[u8]) -> Result<Changes, Error> {
+        reduce(shown, &Masker::default())
+    }
+
     fn plan() -> Value {
         json!({
             "format_version": "1.2",
@@ -266,7 +293,7 @@ mod tests {
 
     #[test]
     fn nothing_sensitive_is_left() {
-        let changes = reduce(plan().to_string().as_bytes()).unwrap();
+        let changes = unmasked(plan().to_string().as_bytes()).unwrap();
         let text = String::from_utf8(changes.bytes.clone()).unwrap();
         assert!(!text.contains("canary"), "{text}");
         assert!(!text.contains("timestamp"));
@@ -285,23 +312,41 @@ mod tests {
     }
 
     #[test]
+    fn the_jobs_own_secrets_are_masked_wherever_they_are() {
+        let mut masker = Masker::default();
+        for secret in ["hunter<2>", "4711"] {
+            masker.add(&secretive(secret));
+        }
+        let shown = json!({"format_version": "1.2", "resource_changes": [{
+            "address": "a.b", "change": {"actions": ["create"], "before": null, "after": {
+                "plain": "hunter<2>", "in": ["x hunter<2> y"], "n": 4711, "m": 47110,
+                "json": r#"{"a":"hunter\u003c2\u003e"}"#, "key hunter<2>": 1}}}]});
+        let changes = reduce(shown.to_string().as_bytes(), &masker).unwrap();
+        let found: Value = serde_json::from_slice(&changes.bytes).unwrap();
+        let expect = json!({"plain": "***", "in": ["x *** y"], "n": "***", "m": 47110,
+            "json": r#"{"a":"***"}"#, "key ***": 1});
+        assert_eq!(found["resource_changes"][0]["after"], expect);
+        assert_eq!(reduce(shown.to_string().as_bytes(), &masker).unwrap().digest, changes.digest);
+    }
+
+    #[test]
     fn the_order_of_keys_does_not_matter() {
         let a = br#"{"format_version":"1.2","output_changes":{"a":{"actions":["create"],"after":{"x":1,"y":2}}}}"#;
         let b = br#"{"output_changes":{"a":{"after":{"y":2,"x":1},"actions":["create"]}},"format_version":"1.2"}"#;
-        assert_eq!(reduce(a).unwrap(), reduce(b).unwrap());
+        assert_eq!(unmasked(a).unwrap(), unmasked(b).unwrap());
     }
 
     #[test]
     fn another_major_format_is_refused() {
-        assert!(matches!(reduce(br#"{"format_version":"2.0"}"#), Err(Error::Format(_))));
-        assert!(matches!(reduce(b"no"), Err(Error::NotJson(_))));
+        assert!(matches!(unmasked(br#"{"format_version":"2.0"}"#), Err(Error::Format(_))));
+        assert!(matches!(unmasked(b"no"), Err(Error::NotJson(_))));
     }
 
     #[test]
     fn a_huge_plan_keeps_its_list_without_values() {
         let mut huge = plan();
         huge["resource_changes"][0]["change"]["after"] = json!({"x": "y".repeat(LARGEST)});
-        let changes = reduce(huge.to_string().as_bytes()).unwrap();
+        let changes = unmasked(huge.to_string().as_bytes()).unwrap();
         assert!(changes.bytes.len() < LARGEST);
         let shown: Value = serde_json::from_slice(&changes.bytes).unwrap();
         assert_eq!(shown["truncated"], true);

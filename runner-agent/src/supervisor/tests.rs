@@ -469,3 +469,47 @@ async fn kinds_targets_and_working_directories_reach_terraform() {
     );
     assert!(plan.jobs.path().exists());
 }
+
+#[tokio::test]
+async fn a_sensitive_variable_that_terraform_shows_is_masked_in_all_its_forms() {
+    let text = r#"
+variable "shown" {}
+resource "terraform_data" "x" {
+  input = { plain = var.shown, json = jsonencode([var.shown]), twice = jsonencode(jsonencode([var.shown])) }
+  provisioner "local-exec" {
+    command = "echo ${base64encode(var.shown)} | base64 -d; echo; printf '%s\\n' \"$JSON\""
+    environment = { JSON = jsonencode(jsonencode({ a = var.shown })) }
+  }
+}
+output "plain" { value = var.shown }
+output "json" { value = jsonencode([var.shown]) }
+output "large" { value = SIZE }
+"#;
+    let mut shown = variable("shown", "pa\"ss<w>&rd");
+    shown.sensitive = true;
+    for (size, dropped) in [
+        ("\"small\"", false),
+        ("join(\"\", [for n in range(1000) : \"forty characters and more in every line\"])", true),
+    ] {
+        let text = text.replace("SIZE", size);
+        let mut plan = Driven::start(Phase::Plan, samples::spec(), configuration(&text)).await;
+        plan.order(go(vec![shown.clone()])).await;
+        let result = plan.ended().await;
+        let JobResult::Plan { digests, .. } = result else { panic!("{result:?}\n{}", plan.log()) };
+        let changes = std::fs::read_to_string(plan.directory.join("changes.json")).unwrap();
+        let restored = restore(&plan.directory);
+        let mut apply = Driven::start(Phase::Apply, apply_spec(digests), restored).await;
+        apply.order(go(vec![shown.clone()])).await;
+        let result = apply.ended().await;
+        let JobResult::Apply { outputs_json } = result else {
+            panic!("{result:?}\n{}", apply.log())
+        };
+        for text in [plan.log(), changes, apply.log(), outputs_json.clone()] {
+            for part in ["ss<w", "ss\\u003cw", "u003cw", "u0026rd", "&rd"] {
+                assert!(!text.contains(part), "{part} in {text}");
+            }
+        }
+        assert_eq!(outputs_json.is_empty(), dropped, "{outputs_json}");
+        assert_eq!(apply.log().contains("they are in the state only"), dropped);
+    }
+}

@@ -31,7 +31,7 @@ struct Head<'a> {
     kind: Option<Cow<'a, str>>,
 }
 
-/// Appends the canonical form of a line. Answers the line itself if it holds terraform's
+/// Appends the canonical form of a line. Answers the line, masked, if it holds terraform's
 /// outputs.
 pub(super) fn canonical(
     bytes: &[u8],
@@ -55,7 +55,7 @@ pub(super) fn canonical(
     } else {
         shortened(&head, masked.len(), masker, now, out);
     }
-    if outputs { serde_json::from_str(text).ok() } else { None }
+    if outputs { serde_json::from_str(&masked).ok() } else { None }
 }
 
 /// Appends a piece of a line too long to be held whole.
@@ -233,6 +233,15 @@ mod tests {
             (&line["type"], &line["original_type"]),
             (&json!("shortened"), &json!("outputs"))
         );
+    }
+
+    #[test]
+    fn outputs_are_answered_masked() {
+        let mut masker = Masker::default();
+        masker.add(&SecretString::from("canary"));
+        let line = br#"{"@level":"info","@message":"Outputs: 1","@module":"t","type":"outputs","outputs":{"a":{"value":"x canary"}}}"#;
+        let outputs = canonical(line, &masker, now(), &mut Vec::new()).unwrap();
+        assert_eq!(outputs["outputs"]["a"]["value"], "x ***");
     }
 
     #[test]
