@@ -28,9 +28,12 @@ const SECRET_MESSAGES: &[&str] = &[
     "CreateServiceTokenResponse",
     "CreateUserResponse",
     "EnrollRequest",
+    "FetchArtifactResponse",
     "JobVariable",
     "SessionCredentials",
     "SetVariableRequest",
+    "UploadArtifactRequest",
+    "UploadConfigurationRequest",
     "Variable",
 ];
 

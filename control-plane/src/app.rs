@@ -14,6 +14,7 @@ pub mod environments;
 pub mod finish_job;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod garbage;
 pub mod lease_job;
 pub mod organizations;
 pub mod people;
@@ -35,6 +36,7 @@ use latchkey_domain::run::Run;
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::audit::Draft;
@@ -69,6 +71,8 @@ pub struct App {
     /// The life of a lease without a heartbeat.
     pub lease_term: Duration,
     pub(crate) gates: run_output::Gates,
+    /// Places for archives on their way in.
+    pub(crate) uploads: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for App {

@@ -91,6 +91,7 @@ enum Message {
     Open {
         job: JobId,
         place: Place,
+        epoch: Epoch,
     },
     Withdraw {
         job: JobId,
@@ -123,7 +124,10 @@ enum Message {
         job: JobId,
         epoch: Epoch,
     },
-    HandedBack {
+    Rest {
+        runner: RunnerId,
+    },
+    WatchUnknown {
         job: JobId,
         epoch: Epoch,
         runner: RunnerId,
@@ -197,8 +201,10 @@ impl Handle {
         }
     }
 
-    pub fn open(&self, job: JobId, place: Place) {
-        self.send(Message::Open { job, place });
+    /// Lists a job that nobody holds. `epoch` is that of its last lease, so that a message that
+    /// a newer grant has overtaken is told from one that follows it.
+    pub fn open(&self, job: JobId, place: Place, epoch: Epoch) {
+        self.send(Message::Open { job, place, epoch });
     }
 
     pub fn withdraw(&self, job: JobId) {
@@ -218,10 +224,14 @@ impl Handle {
         self.send(Message::Released { job, epoch });
     }
 
-    /// Frees the slot of a job that a runner would not start, and spares the runner a moment:
-    /// the next offer would likely come back as well.
-    pub fn handed_back(&self, job: JobId, epoch: Epoch, runner: RunnerId) {
-        self.send(Message::HandedBack { job, epoch, runner });
+    /// Spares a runner that gave a job back a moment: the next offer would likely come back too.
+    pub fn rest(&self, runner: RunnerId) {
+        self.send(Message::Rest { runner });
+    }
+
+    /// Gives a lease a full term from now, unless it is watched already.
+    pub fn watch_unknown(&self, job: JobId, epoch: Epoch, runner: RunnerId) {
+        self.send(Message::WatchUnknown { job, epoch, runner });
     }
 
     /// Gives a lease that the store knows a full term from now.

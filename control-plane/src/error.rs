@@ -86,6 +86,12 @@ impl StdError for Error {}
 
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Failed { .. } => {}
+            error @ (StoreError::Damaged { .. } | StoreError::Invalid { .. }) => {
+                return Self::internal(error);
+            }
+        }
         let message = "the store cannot be reached; repeat with the same request_id";
         Self { cause: Some(Box::new(error)), ..Self::refused(Reason::StoreUnavailable, message) }
     }

@@ -23,7 +23,7 @@ use std::time::Duration;
 use tokio_stream::Stream;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
 
 use latchkey_proto::v1::account_service_server::AccountServiceServer;
 use latchkey_proto::v1::audit_service_server::AuditServiceServer;
@@ -102,4 +102,14 @@ pub fn server() -> Server {
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().cloned();
     caller.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
+}
+
+/// How long the sender of a stream of parts may be silent.
+const PART_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Reads the next part of an upload; a sender that has gone quiet does not keep its place.
+async fn next_part<T>(parts: &mut Streaming<T>) -> Result<Option<T>, Status> {
+    tokio::time::timeout(PART_TIMEOUT, parts.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("no part came for a minute; send it again"))?
 }

@@ -1,4 +1,5 @@
-//! Periodic, idempotent work that no request waits for: turns that were not given.
+//! Periodic, idempotent work that no request waits for: turns that were not given, jobs and
+//! leases that dispatch lost sight of, content that nothing needs.
 //!
 //! Whatever follows a commit is done at once by who committed. Should that have failed, the
 //! reaper finds it in the store.
@@ -18,8 +19,13 @@ pub async fn run(app: Arc<App>) {
     ticks.tick().await;
     loop {
         ticks.tick().await;
-        if let Err(error) = app.give_all_turns().await {
-            tracing::warn!(error = %error, "the reaper could not give turns");
+        let work = async {
+            app.reconcile().await?;
+            app.give_all_turns().await?;
+            app.collect_garbage().await
+        };
+        if let Err(error) = work.await {
+            tracing::warn!(error = %error, "the reaper could not do all its work");
         }
     }
 }

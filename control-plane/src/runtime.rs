@@ -22,6 +22,7 @@ use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
+use crate::app::configurations::MOST_UPLOADS;
 use crate::app::lease_job::SESSION_FLOOR;
 use crate::authority::Authority;
 use crate::blobs::Blobs;
@@ -84,10 +85,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (people_address, runners_address) = (people.local_addr()?, runners.local_addr()?);
 
     let dispatching = tokio::spawn(inbox.run(Arc::clone(&app), config.lease_term));
-    for (job, epoch, runner) in app.standing_leases().await.context("find standing leases")? {
-        app.dispatch.watch(job, epoch, runner);
-    }
-    app.resume().await.context("resume open runs")?;
+    app.give_all_turns().await.context("give turns")?;
+    app.collect_garbage().await.context("delete what nothing needs")?;
+    // Last, since from here on the terms of standing leases run.
+    app.reconcile().await.context("resume open runs")?;
     let reaping = tokio::spawn(reaper::run(Arc::clone(&app)));
 
     let (stop, stopped) = watch::channel(());
@@ -155,6 +156,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         session_floor: SESSION_FLOOR,
         lease_term: config.lease_term,
         gates: crate::app::run_output::Gates::default(),
+        uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
     };
     Ok((Arc::new(app), inbox))
 }

@@ -138,6 +138,11 @@ impl Batch {
         self.add(key, expect, Operation::Delete)
     }
 
+    /// Tells whether the batch says something of a record already; it may do so once.
+    pub fn names(&self, key: &Key) -> bool {
+        self.operations.contains_key(key)
+    }
+
     /// Makes the batch depend on a record that it doesn't write.
     pub fn check(self, key: Key, expect: Expect) -> Self {
         self.add(key, expect, Operation::Check)

@@ -128,6 +128,11 @@ pub fn partition_of(serial: &str) -> Option<&str> {
     serial.strip_prefix("arn:")?.split(':').next()
 }
 
+/// The account in the ARN of a device; a hardware serial has none.
+pub fn account_of_serial(serial: &str) -> Option<&str> {
+    serial.strip_prefix("arn:")?.split(':').nth(3)
+}
+
 /// The partition a region belongs to.
 pub fn partition_of_region(region: &str) -> &'static str {
     if region.starts_with("us-gov-") {

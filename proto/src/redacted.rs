@@ -34,9 +34,12 @@ redacted! {
     CreateServiceTokenResponse { expire_time; token }
     CreateUserResponse { ; token }
     EnrollRequest { name; pool_token, certificate_request }
+    FetchArtifactResponse { ; data }
     JobVariable { name, environment, hcl, sensitive; value }
     SessionCredentials { access_key_id, expire_time; secret_access_key, session_token }
     SetVariableRequest { scope, name, category, sensitive, hcl; value }
+    UploadArtifactRequest { ; part }
+    UploadConfigurationRequest { ; part }
     Variable { name, category, sensitive, hcl, update_time; value }
 }
 

@@ -22,7 +22,7 @@ mod table;
 use std::fmt;
 
 use crate::id::{
-    AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, UserId,
+    AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, RunnerId, UserId,
 };
 use crate::lease::Lease;
 use crate::policy::{Evidence, MfaPolicy, Phase};
@@ -210,8 +210,30 @@ pub struct Job {
     pub queued_at: Option<Timestamp>,
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
-    /// Who ran it last.
-    pub runner: Option<crate::id::RunnerId>,
+    /// Who held it, latest last; at most [`Job::REMEMBERED`].
+    pub holders: Vec<(Epoch, RunnerId)>,
+}
+
+impl Job {
+    /// How many holders are remembered: what an older one brings back is not taken any more.
+    pub const REMEMBERED: usize = 16;
+
+    pub(crate) fn remember(&mut self, runner: RunnerId, epoch: Epoch) {
+        if self.holders.len() == Self::REMEMBERED {
+            self.holders.remove(0);
+        }
+        self.holders.push((epoch, runner));
+    }
+
+    /// Returns who held the job last.
+    pub fn last_holder(&self) -> Option<RunnerId> {
+        self.holders.last().map(|(_, runner)| *runner)
+    }
+
+    /// Tells whether this runner once held the job at this epoch.
+    pub fn was_held_by(&self, runner: RunnerId, epoch: Epoch) -> bool {
+        self.holders.contains(&(epoch, runner))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

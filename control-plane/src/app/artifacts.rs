@@ -20,7 +20,7 @@ use crate::auth::RunnerIdentity;
 use crate::blobs::{BlobReader, Upload};
 use crate::error::{Error, Result};
 use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
-use crate::store::record::{Millis, Text, encode};
+use crate::store::record::{Loaded, Millis, Text, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
 
 pub(super) const LARGEST_CHANGES: u64 = 32 << 20;
@@ -51,6 +51,16 @@ impl Made {
             Made::Workspace => LARGEST_WORKSPACE,
             Made::State | Made::ErroredState => LARGEST_STATE,
             Made::Changes => LARGEST_CHANGES,
+        }
+    }
+
+    /// Stands for the kind in keys.
+    const fn number(self) -> u8 {
+        match self {
+            Made::State => 0,
+            Made::ErroredState => 1,
+            Made::Workspace => 2,
+            Made::Changes => 3,
         }
     }
 
@@ -168,58 +178,76 @@ impl App {
         })
     }
 
-    /// Takes nothing into quarantine from a runner that never held a lease of the job: what it
-    /// says of others' runs is not worth a byte of disk.
+    /// Takes nothing into quarantine but from who held the job at that epoch: what others say of
+    /// a run is not worth a byte of disk.
     async fn check_once_held(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<()> {
         let run = match self.run(lease.job.run).await {
             Ok(run) => run.value,
             Err(_) => return Err(lease_lost()),
         };
-        let job = run.job(lease.job.phase);
-        let plausible = run.request.organization == runner.organization
-            && lease.epoch <= job.epoch
-            && (lease.epoch < job.epoch || job.runner == Some(runner.id));
-        let held: Vec<_> = self.list(keys::quarantine_of(run.id)).await?;
-        if plausible && held.len() < MOST_QUARANTINED { Ok(()) } else { Err(lease_lost()) }
+        let held = run.job(lease.job.phase).was_held_by(runner.id, lease.epoch);
+        if held { Ok(()) } else { Err(lease_lost()) }
     }
 
+    /// Keeps the newest of each kind that a lease brings back.
     async fn record_quarantined(
         &self,
         runner: &RunnerIdentity,
         header: ArtifactHeader,
     ) -> Result<()> {
         let LeaseRef { job, epoch, .. } = header.lease;
+        let key = keys::quarantine(job.run, job.phase, epoch, header.kind.number().into());
         let record = Quarantined {
             kind: header.kind.as_str().to_owned(),
             digest: Text(header.digest),
             runner: runner.id.to_string(),
             at: self.now().into(),
         };
-        for number in 0..u32::try_from(MOST_QUARANTINED).unwrap_or(u32::MAX) {
-            let key = keys::quarantine(job.run, job.phase, epoch, number);
-            if let Some(known) = self.fetch::<Quarantined>(key.clone()).await? {
-                if known.value.digest == record.digest {
-                    return Ok(());
-                }
-                continue;
-            }
-            let draft = self
-                .draft(
-                    runner.organization,
-                    runner.audit_name(),
-                    "quarantine",
-                    format!("run {}", job.run),
-                )
-                .with("kind", header.kind.as_str())
-                .with("epoch", epoch.get());
-            let batch = Batch::new().put(key, Expect::Absent, encode(&record)).audit(draft);
-            match self.store.commit(batch).await {
-                Ok(_) => return Ok(()),
-                Err(CommitError::Conflict { .. }) => {}
-                Err(error @ CommitError::Store(_)) => return Err(error.into()),
-            }
+        let draft = self
+            .draft(
+                runner.organization,
+                runner.audit_name(),
+                "quarantine",
+                format!("run {}", job.run),
+            )
+            .with("kind", header.kind.as_str())
+            .with("epoch", epoch.get());
+        let before: Option<Loaded<Quarantined>> = self.fetch(key.clone()).await?;
+        let mut batch = Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft);
+        if let Some(before) = before
+            && before.value.digest != record.digest
+        {
+            let garbage = keys::garbage(runner.organization, &before.value.digest.0);
+            batch = batch.put(garbage, Expect::Anything, []);
         }
-        Err(Error::refused(Reason::LimitReached, "the run's quarantine is full"))
+        self.store.commit(batch).await?;
+        Ok(())
+    }
+
+    /// Notes what a lease made, in place of what it made before.
+    async fn record_made(&self, runner: &RunnerIdentity, header: ArtifactHeader) -> Result<()> {
+        let key = made_key(header.lease, header.kind);
+        let before: Option<Loaded<Text<Digest>>> = self.fetch(key.clone()).await?;
+        let mut batch = Batch::new().put(key, Expect::Anything, encode(&Text(header.digest)));
+        if let Some(before) = before
+            && before.value.0 != header.digest
+        {
+            let garbage = keys::garbage(runner.organization, &before.value.0);
+            batch = batch.put(garbage, Expect::Anything, []);
+        }
+        self.store.commit(batch).await?;
+        Ok(())
+    }
+
+    /// Tells whether a lease has uploaded this content as this kind.
+    pub(super) async fn was_made(
+        &self,
+        lease: LeaseRef,
+        kind: Made,
+        digest: Digest,
+    ) -> Result<bool> {
+        let made: Option<Loaded<Text<Digest>>> = self.fetch(made_key(lease, kind)).await?;
+        Ok(made.is_some_and(|made| made.value.0 == digest))
     }
 
     /// Reads lineage and serial out of a stored state, part by part.
@@ -305,7 +333,9 @@ impl App {
     }
 }
 
-const MOST_QUARANTINED: usize = 64;
+fn made_key(lease: LeaseRef, kind: Made) -> crate::store::Key {
+    keys::artifact(lease.job.run, lease.job.phase, lease.epoch, kind.number())
+}
 
 /// Tells whether the job of a current lease makes such a thing now.
 fn can_make(run: &Run, header: ArtifactHeader) -> bool {
@@ -340,13 +370,23 @@ impl ArtifactUpload {
             return Err(Error::field("data", "it is shorter than the header says"));
         }
         blob.finish().await.map_err(blob_error)?;
-        match (destination, header.kind) {
+        let recorded = match (destination, header.kind) {
             (Destination::Current, Made::State) => {
                 let facts = app.state_facts(runner.organization, header.digest).await?;
                 app.record_state(&runner, header, facts).await
             }
-            (Destination::Current, Made::Workspace | Made::Changes | Made::ErroredState) => Ok(()),
-            (Destination::Quarantine, _) => app.record_quarantined(&runner, header).await,
+            (Destination::Current, Made::Workspace | Made::Changes | Made::ErroredState) => {
+                app.record_made(&runner, header).await
+            }
+            (Destination::Quarantine, _) => return app.record_quarantined(&runner, header).await,
+        };
+        match recorded {
+            // The lease was lost on the way: what came is kept all the same.
+            Err(error) if error.reason() == Reason::LeaseLost => {
+                app.check_once_held(&runner, header.lease).await?;
+                app.record_quarantined(&runner, header).await
+            }
+            recorded => recorded,
         }
     }
 }

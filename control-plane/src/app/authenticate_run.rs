@@ -30,7 +30,7 @@ use latchkey_domain::token_code;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::transition::Subject;
+use super::transition::{Decision, Details, Subject};
 use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
@@ -40,13 +40,9 @@ use crate::store::record::authentication::{
 use crate::store::record::{self, Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
 use crate::sts::errors::{clock_time, sentence};
-use crate::sts::{Exchange, Identity, SessionCredentials, Triple, account_of};
+use crate::sts::{Exchange, Identity, SessionCredentials, Triple, account_of, account_of_serial};
 
 const ATTEMPTS: usize = 32;
-
-/// Above this many attempts in a window, AWS's "unable to validate" means that it has stopped
-/// listening (observed: it does after nine).
-const AWS_PATIENCE: u32 = 8;
 
 /// How long between two tries of `GetCallerIdentity`.
 const IDENTIFY_PAUSE: Duration = Duration::from_secs(2);
@@ -70,8 +66,6 @@ struct Attempt {
     session_duration: Duration,
     device_key: crate::store::Key,
     digest: device::CodeDigest,
-    /// Attempts in the window, this one included.
-    attempts: u32,
 }
 
 impl App {
@@ -86,20 +80,23 @@ impl App {
         let (standing, _) = self.run_for(caller, submission.run, Right::Decide).await?;
         let (user, name) = caller.person()?;
         check_request_id(&submission.request_id)?;
-        let request = keys::request(user, &format!("code:{}", submission.request_id));
+        let request = keys::request(
+            user,
+            &format!("code:{}:{}", standing.organization, submission.request_id),
+        );
         if let Some(known) = self.fetch::<RequestRecord>(request.clone()).await? {
-            return self.recorded(&known.value).await;
+            return self.recorded(&known.value, &submission).await;
         }
         let counted = self.count_attempt(user, name, &submission, &request).await?;
         let Counted::Mine(attempt) = counted else {
             let known = self.fetch::<RequestRecord>(request).await?;
             let known = known.ok_or_else(|| Error::internal("a recorded request vanished"))?;
-            return self.recorded(&known.value).await;
+            return self.recorded(&known.value, &submission).await;
         };
         let id = attempt.record.id.0;
         let app = Arc::clone(self);
         let actor = standing.caller.audit_name();
-        let code = submission.code;
+        let code = submission.code.clone();
         let spent = tokio::spawn(async move { app.spend(*attempt, code, &actor).await });
         spent.await.map_err(Error::internal)??;
         self.outcome_of(submission.run, id).await
@@ -122,8 +119,9 @@ impl App {
             self.check_listed(organization, account_of(&triple.access_key_id)).await?;
 
             // A device belongs to an account: the serial of a hardware device alone may repeat.
-            let account =
-                account_of(&triple.access_key_id).unwrap_or_else(|| triple.access_key_id.clone());
+            let account = account_of(&triple.access_key_id)
+                .or_else(|| account_of_serial(&triple.serial).map(str::to_owned))
+                .unwrap_or_else(|| triple.access_key_id.clone());
             let device_key = keys::device(&format!("{account}/{}", triple.serial));
             let stored =
                 record::fetch::<DeviceRecord, Device>(&*self.store, device_key.clone()).await?;
@@ -176,7 +174,6 @@ impl App {
                         session_duration: settings.session_duration,
                         device_key,
                         digest,
-                        attempts: counted.attempts,
                     })));
                 }
                 Err(CommitError::Conflict { key }) if key == *request => {
@@ -194,7 +191,7 @@ impl App {
 
     /// Refuses an account that owners did not list. An account that is not known yet passes: it
     /// is asked for after the exchange.
-    async fn check_listed(
+    pub(super) async fn check_listed(
         &self,
         organization: latchkey_domain::id::OrganizationId,
         account: Option<String>,
@@ -231,7 +228,7 @@ impl App {
             .exchange(&attempt.triple, Some(&code), &attempt.region, attempt.session_duration)
             .await;
         drop(code);
-        let Attempt { mut record, region, device_key, digest, attempts, .. } = attempt;
+        let Attempt { mut record, region, device_key, digest, .. } = attempt;
         let refusal = match exchange {
             Exchange::Issued { credentials, request_id } => {
                 let key = keys::authentication(record.run.0, record.id.0);
@@ -245,8 +242,8 @@ impl App {
                 return self.verify(record, credentials, &region, actor).await;
             }
             Exchange::Refused(refused) => {
-                let limited = (attempts >= AWS_PATIENCE).then(|| Device::next_window(self.now()));
-                let (reason, message) = sentence(refused.class, limited, &region);
+                let next_window = Device::next_window(self.now());
+                let (reason, message) = sentence(refused.class, Some(next_window), &region);
                 (reason, message, refused.request_id)
             }
             Exchange::Unknown { request_id } => {
@@ -366,7 +363,7 @@ impl App {
                     Expect::Anything,
                     encode(&waiting),
                 );
-                Ok((event, batch))
+                Ok(Decision { event, batch, details: details(&record) })
             })
             .await;
         match advance {
@@ -408,15 +405,25 @@ impl App {
                     refused: refused.clone(),
                     current: subject.environment.value.settings.policy,
                 };
-                Ok((event, close(Batch::new(), &record)))
+                let batch = close(Batch::new(), &record);
+                Ok(Decision { event, batch, details: details(&record) })
             })
             .await;
         match advance {
             Ok(_) => Ok(()),
             Err(error) if is_refusal(error.reason()) => {
                 // The run waits no more; the record is closed all the same.
-                let batch = close(Batch::new(), &record);
-                self.store.commit(batch).await?;
+                let run = self.run(record.run.0).await?.value;
+                let draft = self.draft(
+                    run.request.organization,
+                    actor,
+                    "refuse_code",
+                    format!("run {}", run.id),
+                );
+                let draft = details(&record)
+                    .into_iter()
+                    .fold(draft, |draft, (name, value)| draft.with(name, value));
+                self.store.commit(close(Batch::new(), &record).audit(draft)).await?;
                 Ok(())
             }
             Err(error) => Err(error),
@@ -459,7 +466,15 @@ impl App {
         Ok(())
     }
 
-    async fn recorded(&self, known: &RequestRecord) -> Result<(Run, AuthenticationId)> {
+    async fn recorded(
+        &self,
+        known: &RequestRecord,
+        submission: &Submission,
+    ) -> Result<(Run, AuthenticationId)> {
+        if known.run.0 != submission.run {
+            let message = "it was used for a code of another run; give a new one";
+            return Err(Error::field("request_id", message));
+        }
         let key = keys::authentication(known.run.0, known.authentication.0);
         let mut feed = self.store.watch(keys::exactly(&key));
         loop {
@@ -511,6 +526,27 @@ fn close(batch: Batch, record: &Authentication) -> Batch {
     batch
         .put(keys::authentication(record.run.0, record.id.0), Expect::Anything, encode(record))
         .delete(keys::authentication_open(record.id.0), Expect::Anything)
+}
+
+/// What the audit record of an outcome tells.
+fn details(record: &Authentication) -> Details {
+    let mut details = vec![
+        ("phase", record.phase.as_str().into()),
+        ("authentication", record.id.0.to_string().into()),
+        ("device", record.device.as_str().into()),
+    ];
+    let aws_request_id = match &record.outcome {
+        Outcome::Spending | Outcome::Verifying { .. } => &None,
+        Outcome::Accepted { aws_request_id, .. } => aws_request_id,
+        Outcome::Refused { reason, aws_request_id, .. } => {
+            details.push(("refusal", reason.as_str().into()));
+            aws_request_id
+        }
+    };
+    if let Some(aws_request_id) = aws_request_id {
+        details.push(("aws_request_id", aws_request_id.as_str().into()));
+    }
+    details
 }
 
 fn is_refusal(reason: Reason) -> bool {

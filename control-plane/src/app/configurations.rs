@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use latchkey_domain::id::Digest;
-use tokio::sync::mpsc;
+use latchkey_proto::v1::Reason;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
 
 use super::App;
@@ -16,6 +17,9 @@ use crate::store::record::encode;
 use crate::store::record::environment::Configuration;
 use crate::store::{Batch, Expect, keys};
 
+/// How many archives may be on their way in.
+pub const MOST_UPLOADS: usize = 32;
+
 /// An archive on its way in.
 pub struct ConfigurationUpload {
     app: Arc<App>,
@@ -24,6 +28,8 @@ pub struct ConfigurationUpload {
     /// Feeds the check that runs beside the write; gone once the check has seen enough.
     to_check: Option<mpsc::Sender<Vec<u8>>>,
     check: JoinHandle<Result<()>>,
+    /// A check holds a thread until its upload ends.
+    _place: OwnedSemaphorePermit,
 }
 
 impl std::fmt::Debug for ConfigurationUpload {
@@ -41,6 +47,10 @@ impl App {
     ) -> Result<ConfigurationUpload> {
         let standing = self.standing(caller, organization, Right::Operate).await?;
         self.environment_named(standing.organization, environment).await?;
+        let place = Arc::clone(&self.uploads).try_acquire_owned().map_err(|_| {
+            let message = "too many uploads at once; try again in a moment";
+            Error::refused(Reason::LimitReached, message).with("limit", MOST_UPLOADS.to_string())
+        })?;
         let blob = self
             .blobs
             .begin(standing.organization, None, LARGEST_PACKED)
@@ -54,6 +64,7 @@ impl App {
             blob,
             to_check: Some(to_check),
             check,
+            _place: place,
         })
     }
 }
@@ -94,7 +105,6 @@ impl ConfigurationUpload {
 }
 
 pub(super) fn blob_error(error: BlobError) -> Error {
-    use latchkey_proto::v1::Reason;
     match error {
         BlobError::TooLarge { limit } => {
             let limit = limit >> 20;

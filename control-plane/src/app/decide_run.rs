@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use latchkey_domain::id::{Digest, RunId};
-use latchkey_domain::run::{Event, Run};
+use latchkey_domain::run::{Event, Run, RunState};
 
 use super::App;
 use crate::auth::{Caller, Right};
@@ -41,7 +41,11 @@ impl App {
 
     /// Stops a run: at once while it waits, gracefully while terraform runs.
     pub async fn cancel_run(self: &Arc<Self>, caller: &Caller, id: RunId) -> Result<Run> {
-        self.run_for(caller, id, Right::Operate).await?;
+        let (_, run) = self.run_for(caller, id, Right::Operate).await?;
+        if run.value.state == RunState::Lost {
+            // To give a lost apply up is to decide about its remains.
+            caller.person()?;
+        }
         let advance = self
             .advance(id, &caller.audit_name(), "cancel_run", |_| {
                 Ok(Event::CancelRequested { by: caller.name().to_owned() })

@@ -54,7 +54,10 @@ impl App {
         check_name("environment", name)?;
         check_request_id(request_id)?;
         let organization = standing.organization;
-        let request = keys::request(request_owner(caller), &format!("environment:{request_id}"));
+        let request = keys::request(
+            request_owner(caller),
+            &format!("environment:{organization}:{request_id}"),
+        );
         if let Some(made) = self.fetch::<Text<EnvironmentId>>(request.clone()).await? {
             let environment = self.environment(organization, made.value.0).await?.value;
             return self.environment_view(environment, standing.organization_name).await;

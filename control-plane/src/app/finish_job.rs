@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use latchkey_domain::id::{Digest, JobId};
+use latchkey_domain::id::{Digest, JobId, OrganizationId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{
     ApplyOutcome, Counts, Event, Failure, FailureKind, PlanDigests, PlanOutcome, Planned,
@@ -10,11 +10,14 @@ use latchkey_domain::run::{
 use latchkey_proto::v1::Reason;
 
 use super::App;
+use super::artifacts::{LARGEST_CHANGES, Made};
+use super::configurations::blob_error;
 use super::lease_job::{LeaseRef, lease_lost};
 use crate::auth::{RunnerIdentity, sha256};
 use crate::error::{Error, Result};
 
-const LONGEST_REASON: usize = 1024;
+pub(super) const LONGEST_REASON: usize = 1024;
+const LONGEST_VERSION: usize = 64;
 const LARGEST_OUTPUTS: usize = 24 * 1024;
 
 /// How a job ended.
@@ -53,18 +56,21 @@ impl App {
         let actor = runner.audit_name();
         match (job.phase, result) {
             (Phase::Plan, JobResult::Planned { digests, applyable, counts, terraform_version }) => {
-                for digest in [digests.workspace, digests.changes] {
-                    if !self.blobs.exists(organization, digest).await.map_err(Error::internal)? {
+                for (kind, digest) in
+                    [(Made::Workspace, digests.workspace), (Made::Changes, digests.changes)]
+                {
+                    if !self.was_made(lease, kind, digest).await? {
                         let message = "upload the workspace and the changes before the result";
                         return Err(Error::field("plan", message));
                     }
                 }
+                self.check_changes(organization, digests.changes).await?;
                 let planned = Planned {
                     digest: digest_of(&digests),
                     digests,
                     applyable,
                     counts,
-                    terraform_version,
+                    terraform_version: printable(&terraform_version, LONGEST_VERSION),
                 };
                 self.advance(job.run, &actor, "finish_plan", |subject| {
                     Ok(Event::PlanEnded {
@@ -89,10 +95,7 @@ impl App {
                 .await?;
             }
             (Phase::Apply, JobResult::Applied { outputs }) => {
-                let outputs = outputs.filter(|outputs| {
-                    outputs.len() <= LARGEST_OUTPUTS
-                        && serde_json::from_str::<serde_json::Value>(outputs).is_ok()
-                });
+                let outputs = outputs.filter(|outputs| fits(outputs));
                 self.advance(job.run, &actor, "finish_apply", |_| {
                     Ok(Event::ApplyEnded {
                         runner: runner_id,
@@ -121,9 +124,17 @@ impl App {
         self.close_log(job).await
     }
 
+    /// Refuses changes that nobody could be shown.
+    async fn check_changes(&self, organization: OrganizationId, digest: Digest) -> Result<()> {
+        let changes =
+            self.blobs.get(organization, digest, LARGEST_CHANGES).await.map_err(blob_error)?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(changes.expose_secret())
+            .map(drop)
+            .map_err(|_| Error::field("changes", "they are not JSON"))
+    }
+
     async fn close_log(&self, job: JobId) -> Result<()> {
         self.logs.finish(job.run, job.phase).await.map_err(Error::internal)?;
-        self.gates.forget(job);
         Ok(())
     }
 
@@ -140,7 +151,7 @@ impl App {
         Ok(job.ended_at.is_some()
             && job.lease.is_none()
             && job.epoch == lease.epoch
-            && job.runner == Some(runner.id))
+            && job.last_holder() == Some(runner.id))
     }
 }
 
@@ -160,13 +171,22 @@ pub fn digest_of(digests: &PlanDigests) -> Digest {
     sha256(&bytes)
 }
 
+/// Tells whether outputs are JSON and small enough to be part of the run's record, where they
+/// stand as a string within JSON.
+fn fits(outputs: &str) -> bool {
+    serde_json::from_str::<serde::de::IgnoredAny>(outputs).is_ok()
+        && serde_json::to_string(outputs).is_ok_and(|quoted| quoted.len() <= LARGEST_OUTPUTS)
+}
+
 fn failure(kind: FailureKind, reason: String) -> Failure {
-    let mut reason: String = reason.chars().filter(|c| !c.is_control()).collect();
-    if reason.len() > LONGEST_REASON {
-        let end = reason.floor_char_boundary(LONGEST_REASON);
-        reason.truncate(end);
-    }
-    Failure { kind, reason }
+    Failure { kind, reason: printable(&reason, LONGEST_REASON) }
+}
+
+/// Takes text of a runner as far as it can be shown.
+pub(super) fn printable(text: &str, limit: usize) -> String {
+    let mut text: String = text.chars().filter(|c| !c.is_control()).collect();
+    text.truncate(text.floor_char_boundary(limit));
+    text
 }
 
 #[cfg(test)]

@@ -12,14 +12,16 @@ use latchkey_domain::time::Timestamp;
 use secrecy::SecretString;
 
 use super::App;
+use super::artifacts::{ArtifactHeader, Made};
 use super::authenticate_run::Submission;
+use super::configurations::MOST_UPLOADS;
 use super::environments::SettingsChange;
 use super::finish_job::JobResult;
 use super::lease_job::{LeaseRef, SESSION_FLOOR};
 use super::queue_run::NewRun;
 use super::start_job::Start;
 use super::variables::{NewVariable, Scope};
-use crate::auth::{Caller, RunnerIdentity};
+use crate::auth::{Caller, RunnerIdentity, sha256};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Manual, Wall};
@@ -112,6 +114,20 @@ impl Fixture {
     }
 
     pub(crate) async fn try_queue(&self, caller: &Caller, request_id: &str) -> Result<Run> {
+        self.queue_with(caller, request_id, None).await
+    }
+
+    /// Queues a run that asks to be applied without a confirmation.
+    pub(crate) async fn queue_automatic(&self, caller: &Caller, request_id: &str) -> Result<Run> {
+        self.queue_with(caller, request_id, Some(true)).await
+    }
+
+    async fn queue_with(
+        &self,
+        caller: &Caller,
+        request_id: &str,
+        auto_apply: Option<bool>,
+    ) -> Result<Run> {
         let organization = self.organization().await;
         let configuration = Digest::from_bytes([1; 32]);
         let key = keys::configuration(organization, &configuration);
@@ -124,7 +140,7 @@ impl Fixture {
             message: String::new(),
             target: vec![],
             replace: vec![],
-            auto_apply: None,
+            auto_apply,
             destroy_confirmation: String::new(),
             request_id: request_id.into(),
         };
@@ -182,11 +198,25 @@ impl Fixture {
         (runner, lease, start)
     }
 
+    pub(crate) async fn upload(
+        &self,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        kind: Made,
+        data: &[u8],
+    ) -> Result<Digest> {
+        let header = ArtifactHeader { lease, kind, digest: sha256(data), size: data.len() as u64 };
+        let mut upload = self.app.upload_artifact(runner, header).await?;
+        upload.write(data).await?;
+        upload.finish().await?;
+        Ok(header.digest)
+    }
+
     /// Plans a run whose plan is queued, with changes to apply.
     pub(crate) async fn plan(&self, run: &Run) -> Run {
         let (runner, lease, _) = self.start(run, Phase::Plan).await;
-        let changes = self.app.blobs.put(runner.organization, b"{}").await.unwrap();
-        let workspace = self.app.blobs.put(runner.organization, b"workspace").await.unwrap();
+        let changes = self.upload(&runner, lease, Made::Changes, b"{}").await.unwrap();
+        let workspace = self.upload(&runner, lease, Made::Workspace, b"made").await.unwrap();
         let result = JobResult::Planned {
             digests: PlanDigests { plan: changes, workspace, lock_file: None, changes },
             applyable: true,
@@ -223,6 +253,7 @@ async fn app(
         session_floor: SESSION_FLOOR,
         lease_term: Duration::from_secs(30),
         gates: super::run_output::Gates::default(),
+        uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
     };
     (Arc::new(app), inbox)
 }

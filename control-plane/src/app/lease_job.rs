@@ -1,11 +1,12 @@
 //! Leases: granted by a compare-and-swap, given back, expired, taken up again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use latchkey_domain::id::{Digest, Epoch, Generation, JobId, RunnerId};
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Event, PlanDigests, Run, RunKind};
+use latchkey_domain::run::{Event, PlanDigests, Run, RunKind, RunState};
 use latchkey_proto::v1::Reason;
 
 use super::App;
@@ -43,6 +44,8 @@ pub struct JobSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
     Keep,
+    /// Keep, and ask terraform to stop: a person did so while the runner could not hear.
+    KeepCanceled,
     GiveUp,
 }
 
@@ -54,20 +57,28 @@ impl App {
         runner: RunnerId,
     ) -> Result<(LeaseRef, JobSpec)> {
         let gate = self.gates.of(job);
-        let mut current = gate.lock().await;
+        let _locked = gate.lock.lock().await;
+        let run = self.run(job.run).await?.value;
+        if run.open_phase() != Some(job.phase) {
+            return Err(latchkey_domain::run::Refusal::WrongState.into());
+        }
+        let spec = self.job_spec(&run, job.phase).await?;
         let mut length = self.log_length(job.run, job.phase).await?;
         if length > 0 {
-            length = self.note_in_log(job, length, "leased again: the phase starts over").await?;
+            // A log at its limit takes no more; the job is granted all the same.
+            match self.note_in_log(job, length, "leased again: the phase starts over").await {
+                Ok(longer) => length = longer,
+                Err(error) => tracing::warn!(%job, error = %error, "the log says nothing of it"),
+            }
         }
         let advance = self
             .advance(job.run, &format!("runner {runner}"), "grant_lease", |_| {
                 Ok(Event::Granted { phase: job.phase, runner, log_base: length })
             })
             .await?;
-        let run = advance.into_run();
-        let epoch = run.job(job.phase).epoch;
-        *current = epoch;
-        let spec = self.job_spec(&run, job.phase).await?;
+        let epoch = advance.into_run().job(job.phase).epoch;
+        self.dispatch.watch(job, epoch, runner);
+        self.gates.of(job).epoch.store(epoch.get(), Ordering::SeqCst);
         Ok((LeaseRef { job, epoch, generation: self.generation }, spec))
     }
 
@@ -111,6 +122,8 @@ impl App {
     ) -> Result<()> {
         self.check_generation(lease)?;
         let LeaseRef { job, epoch, .. } = lease;
+        // First, or the job would be offered to the same runner again.
+        self.dispatch.rest(runner.id);
         self.advance(job.run, &runner.audit_name(), "hand_back_job", |_| {
             Ok(Event::HandedBack { phase: job.phase, runner: runner.id, epoch })
         })
@@ -147,26 +160,18 @@ impl App {
             })
             .await;
         match returned {
-            Ok(_) => Ok(Held::Keep),
+            Ok(advance) => {
+                self.dispatch.watch(job, epoch, runner.id);
+                Ok(match advance.into_run().cancel_requested_by {
+                    Some(_) => Held::KeepCanceled,
+                    None => Held::Keep,
+                })
+            }
             Err(error) if matches!(error.reason(), Reason::LeaseLost | Reason::NotFound) => {
                 Ok(Held::GiveUp)
             }
             Err(error) => Err(error),
         }
-    }
-
-    /// The term of every lease that the store knows, for a start: each has one full term from
-    /// the moment that runners can be heard again.
-    pub async fn standing_leases(&self) -> Result<Vec<(JobId, Epoch, RunnerId)>> {
-        let mut standing = vec![];
-        for run in self.open_runs().await? {
-            for phase in Phase::ALL {
-                if let Some(lease) = &run.job(phase).lease {
-                    standing.push((run.job_id(phase), lease.epoch, lease.runner));
-                }
-            }
-        }
-        Ok(standing)
     }
 
     pub(super) fn check_generation(&self, lease: LeaseRef) -> Result<()> {
@@ -210,17 +215,34 @@ impl App {
         Ok(runs)
     }
 
-    /// Rebuilds, after a start, what lives in memory only: open jobs and turns to be given.
-    pub async fn resume(self: &Arc<Self>) -> Result<()> {
+    /// Tells dispatch of one job, if it is still open.
+    pub async fn offer_if_open(&self, job: JobId) -> Result<()> {
+        let Subject { run, environment } = self.subject(job.run).await?;
+        if run.value.open_phase() == Some(job.phase) {
+            self.offer(&run.value, job.phase, &environment.value);
+        }
+        Ok(())
+    }
+
+    /// Tells dispatch of every open job and standing lease it does not know. Rebuilds at a start
+    /// what lives in memory only, and mends later what a failure made it miss. Idempotent.
+    pub async fn reconcile(self: &Arc<Self>) -> Result<()> {
         for run in self.open_runs().await? {
-            let request = &run.request;
-            let environment =
-                self.environment(request.organization, request.environment).await?.value;
+            for phase in Phase::ALL {
+                if let Some(lease) = &run.job(phase).lease
+                    && run.state != RunState::Lost
+                {
+                    self.dispatch.watch_unknown(run.job_id(phase), lease.epoch, lease.runner);
+                }
+            }
             if let Some(phase) = run.open_phase() {
+                let request = &run.request;
+                let environment =
+                    self.environment(request.organization, request.environment).await?.value;
                 self.offer(&run, phase, &environment);
             }
         }
-        self.give_all_turns().await
+        Ok(())
     }
 }
 

@@ -32,15 +32,18 @@ pub struct Who {
 }
 
 impl App {
-    /// Makes the one-time secret, if this control plane never had one. Answers it once.
+    /// Makes the one-time secret, anew at each start until it is spent: what was printed may have
+    /// been lost.
     pub async fn prepare_bootstrap(&self) -> Result<Option<SecretString>> {
         let key = keys::setting(BOOTSTRAP);
-        if self.fetch::<Bootstrap>(key.clone()).await?.is_some() {
-            return Ok(None);
-        }
+        let expect = match self.fetch::<Bootstrap>(key.clone()).await? {
+            Some(found) if found.value.spent_at.is_some() => return Ok(None),
+            Some(found) => Expect::At(found.version),
+            None => Expect::Absent,
+        };
         let token = NewToken::generate("lkb_")?;
         let record = Bootstrap { secret: Text(token.digest), spent_at: None };
-        match self.store.commit(Batch::new().put(key, Expect::Absent, encode(&record))).await {
+        match self.store.commit(Batch::new().put(key, expect, encode(&record))).await {
             Ok(_) => Ok(Some(token.secret)),
             Err(CommitError::Conflict { .. }) => Ok(None),
             Err(error @ CommitError::Store(_)) => Err(error.into()),

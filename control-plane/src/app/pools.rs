@@ -19,7 +19,16 @@ use crate::store::{Batch, CommitError, Expect, keys};
 
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(15 * 60);
 const LONGEST_LIFETIME: Duration = Duration::from_secs(30 * 86_400);
-const MOST_USES: u32 = 1000;
+/// The token's record names every buyer.
+const MOST_USES: u32 = 500;
+const ATTEMPTS: usize = 32;
+
+fn rejected() -> Error {
+    Error::refused(
+        Reason::PoolTokenRejected,
+        "the pool token is unknown, used up or expired; make one with `latchkey pool token`",
+    )
+}
 
 /// A runner, and what this process knows of its connection.
 #[derive(Debug)]
@@ -48,7 +57,8 @@ impl App {
         check_name("pool", name)?;
         check_request_id(request_id)?;
         let organization = standing.organization;
-        let request = keys::request(request_owner(caller), &format!("pool:{request_id}"));
+        let request =
+            keys::request(request_owner(caller), &format!("pool:{organization}:{request_id}"));
         if let Some(made) = self.fetch::<Text<PoolId>>(request.clone()).await? {
             return self.pool(organization, made.value.0).await;
         }
@@ -94,7 +104,7 @@ impl App {
         }
         let uses = uses.max(1);
         if uses > MOST_USES {
-            return Err(Error::field("uses", "a pool token has 1 to 1,000 uses"));
+            return Err(Error::field("uses", "a pool token has 1 to 500 uses"));
         }
         let organization = standing.organization;
         let id: Loaded<Text<PoolId>> = self
@@ -130,19 +140,27 @@ impl App {
         certificate_request: &[u8],
         name: &str,
     ) -> Result<Enrolled> {
-        let rejected = || {
-            Error::refused(
-                Reason::PoolTokenRejected,
-                "the pool token is unknown, used up or expired; make one with `latchkey pool \
-                 token`",
-            )
-        };
+        check_name("name", name)?;
+        for _ in 0..ATTEMPTS {
+            if let Some(enrolled) = self.try_enroll(token, certificate_request, name).await? {
+                return Ok(enrolled);
+            }
+        }
+        Err(rejected())
+    }
+
+    /// `None` when another host used the token at the same moment.
+    async fn try_enroll(
+        &self,
+        token: &SecretString,
+        certificate_request: &[u8],
+        name: &str,
+    ) -> Result<Option<Enrolled>> {
         let key = keys::pool_token(token_digest(token).as_bytes());
         let found: Loaded<PoolToken> = self.fetch(key).await?.ok_or_else(rejected)?;
         if Timestamp::from(found.value.expires_at) <= self.now() {
             return Err(rejected());
         }
-        check_name("name", name)?;
         let request = self.authority.read_request(certificate_request)?;
         let fingerprint: Digest = request.key();
         let by_key = keys::runner_by_key(fingerprint.as_bytes());
@@ -151,7 +169,7 @@ impl App {
                 return Err(rejected());
             }
             let issued = self.authority.issue(request, known.value.0)?;
-            return Ok(Enrolled { runner: known.value.0, issued });
+            return Ok(Some(Enrolled { runner: known.value.0, issued }));
         }
         if found.value.bought_by.len() >= found.value.uses as usize {
             return Err(rejected());
@@ -180,8 +198,8 @@ impl App {
             .put(keys::runner_by_pool(sold.pool.0, id), Expect::Absent, [])
             .audit(draft);
         match self.store.commit(batch).await {
-            Ok(_) => Ok(Enrolled { runner: id, issued }),
-            Err(CommitError::Conflict { .. }) => Err(rejected()),
+            Ok(_) => Ok(Some(Enrolled { runner: id, issued })),
+            Err(CommitError::Conflict { .. }) => Ok(None),
             Err(error @ CommitError::Store(_)) => Err(error.into()),
         }
     }

@@ -19,6 +19,8 @@ use crate::store::{Batch, CommitError, Expect, Version, keys};
 const LONGEST_MESSAGE: usize = 512;
 const MOST_ADDRESSES: usize = 100;
 const LONGEST_ADDRESS: usize = 512;
+/// All addresses of a run together: its record must stay small.
+const ADDRESSES: usize = 8 * 1024;
 const ATTEMPTS: usize = 16;
 
 /// What a person asks for.
@@ -42,7 +44,10 @@ impl App {
     pub async fn queue_run(self: &Arc<Self>, caller: &Caller, new: NewRun) -> Result<Run> {
         let standing = self.standing(caller, &new.organization, Right::Operate).await?;
         check_request_id(&new.request_id)?;
-        let request_key = keys::request(request_owner(caller), &format!("run:{}", new.request_id));
+        let request_key = keys::request(
+            request_owner(caller),
+            &format!("run:{}:{}", standing.organization, new.request_id),
+        );
         if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
             return Ok(self.run(made.value.0).await?.value);
         }
@@ -67,7 +72,7 @@ impl App {
                     message: new.message.clone(),
                     target: new.target.clone(),
                     replace: new.replace.clone(),
-                    auto_apply: new.auto_apply.unwrap_or(settings.auto_apply),
+                    auto_apply: auto_apply(caller, new.auto_apply, settings.auto_apply),
                     policy: settings.policy,
                     queued_by: caller.actor(),
                     queued_at: self.now(),
@@ -122,6 +127,8 @@ impl App {
             .with("environment", changed.name.as_str())
             .with("configuration", request.configuration.to_string())
             .with("to", next.state.as_str());
+        let organization = request.organization;
+        let batch = self.fix_personal_variables(batch, organization, caller, id).await?;
         let batch = batch
             .put(keys::run(id), Expect::Absent, encode(&RunRecord::from(&next)))
             .put(keys::open_run(id), Expect::Absent, [])
@@ -147,6 +154,15 @@ enum Queued {
     LostRace,
 }
 
+/// A program may give an automatic apply up, but not ask for one that no owner set: that would
+/// be a confirmation.
+fn auto_apply(caller: &Caller, asked: Option<bool>, setting: bool) -> bool {
+    match caller {
+        Caller::User { .. } => asked.unwrap_or(setting),
+        Caller::Service { .. } => asked.unwrap_or(setting) && setting,
+    }
+}
+
 fn check(new: &NewRun) -> Result<()> {
     if new.message.chars().count() > LONGEST_MESSAGE {
         return Err(Error::field("message", "a message has up to 512 characters"));
@@ -162,6 +178,9 @@ fn check(new: &NewRun) -> Result<()> {
                            aws_instance.web[0]";
             return Err(Error::field(field, message));
         }
+    }
+    if new.target.iter().chain(&new.replace).map(String::len).sum::<usize>() > ADDRESSES {
+        return Err(Error::field("target", "addresses have up to 8 KiB together; name modules"));
     }
     if new.kind == RunKind::Destroy && new.destroy_confirmation != new.environment {
         return Err(Error::field(

@@ -5,6 +5,7 @@
 //! after a newer one was granted.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use latchkey_domain::id::{Epoch, JobId, RunId};
@@ -21,20 +22,31 @@ use crate::run_log::{AppendError, State};
 /// The most that one message carries.
 pub const CHUNK: usize = 256 * 1024;
 
-/// The epoch that may append to a job's log, under a lock that appends and grants share.
-type Gate = Arc<tokio::sync::Mutex<Epoch>>;
-
+/// Which lease may append to a job's log. Grants and appends share the lock, so that none of an
+/// older lease lands behind a newer grant.
 #[derive(Debug, Default)]
-pub struct Gates(Mutex<HashMap<JobId, Gate>>);
+pub(super) struct Gate {
+    pub(super) lock: tokio::sync::Mutex<()>,
+    /// The number of the lease that may append; 0 when none may.
+    pub(super) epoch: AtomicU64,
+}
+
+/// The gates of jobs that are leased.
+#[derive(Debug, Default)]
+pub struct Gates(Mutex<HashMap<JobId, Arc<Gate>>>);
 
 impl Gates {
-    pub(super) fn of(&self, job: JobId) -> Gate {
+    pub(super) fn of(&self, job: JobId) -> Arc<Gate> {
         let mut gates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(gates.entry(job).or_default())
     }
 
-    pub(super) fn forget(&self, job: JobId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&job);
+    /// Ends every lease's right to append to a job's log.
+    pub(super) fn close(&self, job: JobId) {
+        let gate = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&job);
+        if let Some(gate) = gate {
+            gate.epoch.store(Epoch::NONE.get(), Ordering::SeqCst);
+        }
     }
 }
 
@@ -44,7 +56,7 @@ pub struct Appender {
     app: Arc<App>,
     lease: LeaseRef,
     base: u64,
-    gate: Gate,
+    gate: Arc<Gate>,
 }
 
 /// A part of a log.
@@ -60,13 +72,15 @@ impl App {
         runner: &RunnerIdentity,
         lease: LeaseRef,
     ) -> Result<Appender> {
+        // Asked before there is a gate, so that nobody makes gates for jobs that are not theirs.
+        self.leased(runner, lease).await?;
         let gate = self.gates.of(lease.job);
-        let mut current = gate.lock().await;
+        let locked = gate.lock.lock().await;
         let subject = self.leased(runner, lease).await?;
         let held = subject.run.value.job(lease.job.phase).lease.as_ref().ok_or_else(lease_lost)?;
-        *current = held.epoch;
+        gate.epoch.store(held.epoch.get(), Ordering::SeqCst);
         let base = held.log_base;
-        drop(current);
+        drop(locked);
         Ok(Appender { app: Arc::clone(self), lease, base, gate })
     }
 
@@ -110,6 +124,8 @@ impl App {
         tokio::spawn(async move {
             let mut offset = offset;
             loop {
+                // Asked first: what was appended before the end is then surely seen below.
+                let over = app.is_over(run, phase).await;
                 let seen = *progress.borrow_and_update();
                 while offset < seen.length {
                     let read = app.logs.read(run, phase, offset, CHUNK).await;
@@ -126,7 +142,7 @@ impl App {
                 }
                 let finished = match seen.state {
                     State::Finished => true,
-                    State::Growing => app.is_over(run, phase).await,
+                    State::Growing => over,
                 };
                 if !follow || finished {
                     return;
@@ -155,8 +171,8 @@ impl Appender {
         if data.len() > CHUNK {
             return Err(Error::field("data", "an append has up to 256 KiB"));
         }
-        let current = self.gate.lock().await;
-        if *current != self.lease.epoch {
+        let _locked = self.gate.lock.lock().await;
+        if self.gate.epoch.load(Ordering::SeqCst) != self.lease.epoch.get() {
             return Err(lease_lost());
         }
         let JobId { run, phase } = self.lease.job;

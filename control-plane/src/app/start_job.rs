@@ -7,22 +7,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use latchkey_domain::id::OrganizationId;
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Actor, Event, Run};
+use latchkey_domain::run::{Event, Run};
 use latchkey_proto::v1::Reason;
 
 use super::App;
+use super::finish_job::{LONGEST_REASON, printable};
 use super::lease_job::{LeaseRef, lease_lost};
-use super::transition::Subject;
+use super::transition::{Decision, Subject};
 use super::variables::JobVariable;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
 use crate::store::record::authentication::Session;
 use crate::store::record::encode;
-use crate::store::record::environment::PlainCredentials;
+use crate::store::record::environment::{PlainCredentials, Settings};
 use crate::store::{Batch, Expect, keys};
 use crate::sts::errors::sentence;
-use crate::sts::{Exchange, SessionCredentials};
+use crate::sts::{Exchange, Identity, SessionCredentials};
 
 const PLAIN_ATTEMPTS: u32 = 3;
 const PLAIN_PAUSE: Duration = Duration::from_secs(1);
@@ -77,11 +79,23 @@ impl App {
                     current: subject.environment.value.settings.policy,
                     floor: self.session_floor,
                 };
-                let mut batch = Batch::new();
-                if let Some(waiting) = &waiting {
-                    batch = batch.put(place.clone(), Expect::Anything, encode(waiting));
-                }
-                Ok((event, batch))
+                let job = subject.run.value.job(phase);
+                let batch = match (&waiting, &job.evidence) {
+                    (Some(waiting), _) => {
+                        Batch::new().put(place.clone(), Expect::Anything, encode(waiting))
+                    }
+                    // What an earlier lease was given is not this one's to have.
+                    (None, None) => Batch::new().delete(place.clone(), Expect::Anything),
+                    (None, Some(_)) => Batch::new(),
+                };
+                let credentials = match (&waiting, &job.evidence) {
+                    (Some(_), _) => "a session without MFA",
+                    (None, None) => "none",
+                    (None, Some(_)) => "the session of the code",
+                };
+                let details =
+                    vec![("credentials", credentials.into()), ("epoch", epoch.get().into())];
+                Ok(Decision { event, batch, details })
             })
             .await?;
         let run = advance.into_run();
@@ -109,15 +123,11 @@ impl App {
     }
 
     async fn go(&self, run: &Run, phase: Phase) -> Result<Go> {
-        let person = match &run.request.queued_by {
-            Actor::User { id, .. } => Some(*id),
-            Actor::Service { .. } => None,
-        };
         let request = &run.request;
         Ok(Go {
             session: self.session_of(run.id, phase).await?,
             variables: self
-                .job_variables(request.organization, request.environment, person)
+                .job_variables(request.organization, request.environment, run.id)
                 .await?,
         })
     }
@@ -148,7 +158,10 @@ impl App {
             let exchange =
                 self.sts.exchange(&keys, None, &settings.region, settings.session_duration).await;
             match exchange {
-                Exchange::Issued { credentials, .. } => return Ok(Some(credentials)),
+                Exchange::Issued { credentials, .. } => {
+                    self.check_account(run.request.organization, &credentials, settings).await?;
+                    return Ok(Some(credentials));
+                }
                 Exchange::Refused(refused) => {
                     return Err(sentence(refused.class, None, &settings.region).1);
                 }
@@ -162,6 +175,28 @@ impl App {
         Err("AWS STS did not answer, so there are no credentials; queue the run again".into())
     }
 
+    /// Checks that a session belongs to an account that owners listed.
+    async fn check_account(
+        &self,
+        organization: OrganizationId,
+        session: &SessionCredentials,
+        settings: &Settings,
+    ) -> Result<(), String> {
+        for _ in 0..PLAIN_ATTEMPTS {
+            match self.sts.identify(session, &settings.region).await {
+                Identity::Account(account) => {
+                    let listed = self.check_listed(organization, Some(account)).await;
+                    return listed.map_err(|error| error.message().to_owned());
+                }
+                Identity::Refused(refused) => {
+                    return Err(sentence(refused.class, None, &settings.region).1);
+                }
+                Identity::Unavailable => tokio::time::sleep(PLAIN_PAUSE).await,
+            }
+        }
+        Err("AWS STS did not tell whose session it issued; queue the run again".into())
+    }
+
     /// Ends a run whose job no runner of this kind can prepare: the next would fail alike.
     pub async fn decline_job(
         self: &Arc<Self>,
@@ -170,7 +205,7 @@ impl App {
         reason: String,
     ) -> Result<()> {
         self.leased(runner, lease).await?;
-        self.cannot_start(runner, lease, reason).await.map(drop)
+        self.cannot_start(runner, lease, printable(&reason, LONGEST_REASON)).await.map(drop)
     }
 
     async fn cannot_start(

@@ -11,6 +11,8 @@ use latchkey_domain::id::{PoolId, RunId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 
+use serde_json::Value;
+
 use super::App;
 use crate::dispatch::Place;
 use crate::error::{Error, Result};
@@ -27,6 +29,23 @@ const ATTEMPTS: usize = 16;
 pub(super) struct Subject {
     pub(super) run: Loaded<Run>,
     pub(super) environment: Loaded<Environment>,
+}
+
+/// More that an audit record tells.
+pub(super) type Details = Vec<(&'static str, Value)>;
+
+/// An event, what else belongs in its commit, and what else its audit record tells.
+#[derive(Debug)]
+pub(super) struct Decision {
+    pub(super) event: Event,
+    pub(super) batch: Batch,
+    pub(super) details: Details,
+}
+
+impl From<Event> for Decision {
+    fn from(event: Event) -> Self {
+        Self { event, batch: Batch::new(), details: vec![] }
+    }
 }
 
 /// What an event did.
@@ -62,7 +81,7 @@ impl App {
         action: &str,
         decide: impl Fn(&Subject) -> Result<Event>,
     ) -> Result<Advance> {
-        self.advance_with(id, actor, action, |subject| Ok((decide(subject)?, Batch::new()))).await
+        self.advance_with(id, actor, action, |subject| decide(subject).map(Decision::from)).await
     }
 
     /// As [`App::advance`], with more that belongs in the same commit.
@@ -71,11 +90,11 @@ impl App {
         id: RunId,
         actor: &str,
         action: &str,
-        decide: impl Fn(&Subject) -> Result<(Event, Batch)>,
+        decide: impl Fn(&Subject) -> Result<Decision>,
     ) -> Result<Advance> {
         for _ in 0..ATTEMPTS {
             let subject = self.subject(id).await?;
-            let (event, batch) = decide(&subject)?;
+            let Decision { event, batch, details } = decide(&subject)?;
             let run = &subject.run.value;
             let (next, environment, effects) = match step(run, event, self.now()) {
                 Step::Unchanged => {
@@ -88,7 +107,7 @@ impl App {
                 Step::Moved { next, environment, effects } => (*next, environment, effects),
             };
             let moved = self.with_turn(&subject, (next, environment, effects));
-            let batch = self.write(&subject, &moved, actor, action, batch);
+            let batch = self.write(&subject, &moved, (actor, action, details), batch);
             match self.store.commit(batch).await {
                 Ok(_) => {}
                 Err(CommitError::Conflict { .. }) => continue,
@@ -96,6 +115,7 @@ impl App {
             }
             let (next, _, effects) = moved;
             tracing::info!(run_id = %id, state = %next.state, action, "the run moved");
+            self.after_leases(&subject.run.value, &next);
             self.perform(&next, &subject.environment.value, effects);
             return Ok(Advance::Moved(Box::new(next)));
         }
@@ -125,32 +145,23 @@ impl App {
         &self,
         subject: &Subject,
         (next, change, effects): &Moved,
-        actor: &str,
-        action: &str,
+        (actor, action, details): (&str, &str, Details),
         mut batch: Batch,
     ) -> Batch {
         let Subject { run, environment } = subject;
         let request = &next.request;
         batch = batch.put(run.key.clone(), Expect::At(run.version), encode(&RunRecord::from(next)));
         let hold = environment.value.hold.after(next.id, change);
-        if hold == environment.value.hold {
-            batch = match change {
-                // A turn was judged by what the environment said: it must still say so.
-                Change::Keep if next.state == RunState::PlanQueued => {
-                    batch.check(environment.key.clone(), Expect::At(environment.version))
-                }
-                Change::Keep
-                | Change::Hold
-                | Change::Free
-                | Change::Thaw
-                | Change::Freeze { .. } => batch,
-            };
+        let expect = Expect::At(environment.version);
+        batch = if hold == environment.value.hold {
+            // What was decided rests on the policy and the hold of this version.
+            batch.check(environment.key.clone(), expect)
         } else {
             let mut changed = environment.value.clone();
             changed.hold = hold;
             let value = encode(&EnvironmentRecord::from(&changed));
-            batch = batch.put(environment.key.clone(), Expect::At(environment.version), value);
-        }
+            batch.put(environment.key.clone(), expect, value)
+        };
         let pending = keys::pending_run(request.environment, next.id);
         match (run.value.state == RunState::Pending, next.state == RunState::Pending) {
             (false, true) => batch = batch.put(pending, Expect::Anything, []),
@@ -160,9 +171,17 @@ impl App {
         if next.state.is_end() && !run.value.state.is_end() {
             batch = batch.delete(keys::open_run(next.id), Expect::Anything);
         }
+        for phase in Phase::ALL {
+            let session = keys::session(next.id, phase);
+            let over = has_session(&run.value, phase) && !has_session(next, phase);
+            if over && !batch.names(&session) {
+                batch = batch.delete(session, Expect::Anything);
+            }
+        }
         for effect in effects {
-            if let Effect::DropSession(phase) = effect {
-                batch = batch.delete(keys::session(next.id, *phase), Expect::Anything);
+            if let (Effect::DropPlan, Some(planned)) = (effect, &next.planned) {
+                let key = keys::garbage(request.organization, &planned.digests.workspace);
+                batch = batch.put(key, Expect::Anything, []);
             }
         }
         let mut draft = self
@@ -172,7 +191,16 @@ impl App {
         if let Some(reason) = &next.reason {
             draft = draft.with("reason", reason.as_str());
         }
-        batch.audit(draft)
+        batch.audit(details.into_iter().fold(draft, |draft, (name, value)| draft.with(name, value)))
+    }
+
+    /// Closes the log to leases that have ended.
+    fn after_leases(&self, before: &Run, next: &Run) {
+        for phase in Phase::ALL {
+            if before.job(phase).lease.is_some() && next.job(phase).lease.is_none() {
+                self.gates.close(next.job_id(phase));
+            }
+        }
     }
 
     /// Does what follows a commit. All of it can be done again: at a start it is derived from
@@ -190,9 +218,7 @@ impl App {
                 Effect::Withdraw(job) => self.dispatch.withdraw(job),
                 Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch),
                 Effect::Revoke(job, epoch) => self.dispatch.revoke(job, epoch, &reason(run)),
-                // Done in the commit.
-                Effect::DropSession(_) => {}
-                Effect::DropPlan => self.drop_plan_soon(run),
+                Effect::DropPlan => self.collect_garbage_soon(),
             }
         }
     }
@@ -200,7 +226,8 @@ impl App {
     /// Tells dispatch that a job waits. Without a pool it goes on waiting for one.
     pub(super) fn offer(&self, run: &Run, phase: Phase, environment: &Environment) {
         if let Some(pool) = environment.settings.pool {
-            self.dispatch.open(run.job_id(phase), self.place(run, phase, pool));
+            let place = self.place(run, phase, pool);
+            self.dispatch.open(run.job_id(phase), place, run.job(phase).epoch);
         }
     }
 
@@ -212,21 +239,16 @@ impl App {
         };
         Place { pool, version }
     }
-
-    fn drop_plan_soon(self: &Arc<Self>, run: &Run) {
-        let Some(planned) = &run.planned else { return };
-        let (app, organization) = (Arc::clone(self), run.request.organization);
-        let workspace = planned.digests.workspace;
-        tokio::spawn(async move {
-            if let Err(error) = app.blobs.delete(organization, workspace).await {
-                tracing::warn!(%workspace, error = %error, "a workspace was left behind");
-            }
-        });
-    }
 }
 
 /// What one step makes: the run, what becomes of its environment, what follows.
 pub(super) type Moved = (Run, Change, Vec<Effect>);
+
+/// Tells whether a session may wait for a phase or be in use by it.
+fn has_session(run: &Run, phase: Phase) -> bool {
+    let job = run.job(phase);
+    job.evidence.is_some() || job.lease.is_some()
+}
 
 fn reason(run: &Run) -> String {
     run.reason.clone().unwrap_or_else(|| "the lease is over".to_owned())

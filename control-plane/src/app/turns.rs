@@ -9,7 +9,7 @@ use latchkey_proto::v1::Reason;
 use super::App;
 use super::transition::may_start;
 use crate::error::{Error, Result};
-use crate::store::{Scan, keys};
+use crate::store::keys;
 
 impl App {
     /// Gives turns in the run's environment, without holding up who ended it.
@@ -35,7 +35,9 @@ impl App {
         environments.sort_unstable();
         environments.dedup();
         for (organization, environment) in environments {
-            self.give_turns(organization, environment).await?;
+            if let Err(error) = self.give_turns(organization, environment).await {
+                tracing::error!(%environment, error = %error, "turns cannot be given here");
+            }
         }
         Ok(())
     }
@@ -46,7 +48,7 @@ impl App {
         organization: OrganizationId,
         environment: EnvironmentId,
     ) -> Result<()> {
-        let waiting = self.scan(Scan::ascending(keys::pending_runs_of(environment), 200)).await?;
+        let waiting = self.list(keys::pending_runs_of(environment)).await?;
         for (key, _) in waiting {
             let Some(id) = key.last_id().map(RunId::from_bytes) else { continue };
             let hold = self.environment(organization, environment).await?.value.hold;

@@ -1,11 +1,12 @@
 //! Variables of environments, organizations and persons.
 //!
-//! Where names meet, the narrower scope wins: environment over personal over organization. The
-//! triple exists at organization and personal scope only and never reaches a job.
+//! Where names meet, the narrower scope wins: environment over personal over organization.
+//! Personal ones are fixed for a run when it is queued; the others are those of the moment its
+//! credentials are released. The triple exists at organization and personal scope only and never reaches a job.
 
 use std::collections::BTreeMap;
 
-use latchkey_domain::id::{EnvironmentId, OrganizationId, UserId};
+use latchkey_domain::id::{EnvironmentId, OrganizationId, RunId};
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
@@ -20,6 +21,10 @@ use crate::store::{Batch, CommitError, Expect, Scan, keys};
 use crate::sts::check_serial;
 
 const LONGEST_VALUE: usize = 32 * 1024;
+
+/// All values of one scope together, so that a job's fit into one message.
+const LARGEST_SCOPE: usize = 256 * 1024;
+const MOST_VARIABLES: usize = 500;
 
 /// Which variables a caller means.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +82,7 @@ impl App {
             updated_at: self.now().into(),
             name: name.clone(),
         };
+        self.check_budget(stored_scope, &key, value.expose_secret().len()).await?;
         let draft = self
             .draft(
                 standing.organization,
@@ -177,20 +183,65 @@ impl App {
         Ok((standing, scope))
     }
 
-    /// Gathers what a job gets. `person` is who queued the run; programs have no variables.
+    async fn check_budget(
+        &self,
+        scope: VariableScope,
+        replaced: &crate::store::Key,
+        length: usize,
+    ) -> Result<()> {
+        let others = self.list(keys::variables_of(scope)).await?;
+        let (mut count, mut total) = (1, length);
+        for (key, found) in others.iter().filter(|(key, _)| key != replaced) {
+            count += 1;
+            total += decode::<Variable>(key, found)?.value.0.len();
+        }
+        if count > MOST_VARIABLES || total > LARGEST_SCOPE {
+            let message = "a scope holds up to 500 variables of 256 KiB together; delete some, or \
+                           put large values into files of the configuration";
+            return Err(Error::refused(Reason::LimitReached, message)
+                .with("limit", LARGEST_SCOPE.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Fixes a person's own variables for a run that they queue.
+    pub(super) async fn fix_personal_variables(
+        &self,
+        mut batch: Batch,
+        organization: OrganizationId,
+        caller: &Caller,
+        run: RunId,
+    ) -> Result<Batch> {
+        let Caller::User { id, .. } = caller else { return Ok(batch) };
+        let personal = VariableScope::Personal(organization, *id);
+        for (key, found) in self.list(keys::variables_of(personal)).await? {
+            let record: Variable = decode(&key, &found)?;
+            if record.category == Category::Environment && is_reserved(&record.name) {
+                continue;
+            }
+            let value = self.open_value(&key, &record.value)?;
+            let name = stored_name(record.category, &record.name);
+            let place = keys::variable(VariableScope::Run(run), &name);
+            let fixed = Variable { value: self.seal_value(&place, &value), ..record };
+            batch = batch.put(place, Expect::Absent, encode(&fixed));
+        }
+        Ok(batch)
+    }
+
+    /// Gathers what a job gets, narrower scopes last.
     pub(super) async fn job_variables(
         &self,
         organization: OrganizationId,
         environment: EnvironmentId,
-        person: Option<UserId>,
+        run: RunId,
     ) -> Result<Vec<JobVariable>> {
         let scopes = [
-            Some(VariableScope::Organization(organization)),
-            person.map(|person| VariableScope::Personal(organization, person)),
-            Some(VariableScope::Environment(organization, environment)),
+            VariableScope::Organization(organization),
+            VariableScope::Run(run),
+            VariableScope::Environment(organization, environment),
         ];
         let mut gathered = BTreeMap::new();
-        for scope in scopes.into_iter().flatten() {
+        for scope in scopes {
             for (key, found) in self.list(keys::variables_of(scope)).await? {
                 let record: Variable = decode(&key, &found)?;
                 if record.category == Category::Environment && is_reserved(&record.name) {

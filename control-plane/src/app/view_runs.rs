@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use latchkey_domain::id::{EnvironmentId, RunId};
+use latchkey_domain::id::{Digest, EnvironmentId, RunId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
+use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::artifacts::LARGEST_CHANGES;
@@ -36,9 +37,22 @@ pub struct RunView {
     pub apply_log_length: u64,
     /// 1 is next; 0 when it does not wait for its turn.
     pub queue_position: u32,
+    pub detail: Detail,
     /// The reduced `show -json` of its plan; only where one run is shown.
-    pub changes: Option<Arc<serde_json::Value>>,
+    pub changes: Option<Arc<Value>>,
 }
+
+/// How much of a run is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// One of many: without outputs and changes.
+    Line,
+    Whole,
+}
+
+/// The changes of a plan, parsed once for all views of one run.
+#[derive(Debug, Default)]
+struct Shown(Option<(Digest, Option<Arc<Value>>)>);
 
 /// Tells what the lock shows: the phase that waits, or else the last that was gated.
 pub fn lock(run: &Run, current: MfaPolicy) -> Lock {
@@ -56,25 +70,30 @@ pub fn lock(run: &Run, current: MfaPolicy) -> Lock {
 impl App {
     pub async fn show_run(&self, caller: &Caller, id: RunId) -> Result<RunView> {
         let (standing, run) = self.run_for(caller, id, Right::Read).await?;
-        self.run_view(run.value, standing.organization_name).await
+        self.run_view(run.value, &standing.organization_name, &mut Shown::default()).await
     }
 
-    /// Completes a run that the caller was just answered, for the answer.
-    pub async fn run_view(&self, run: Run, organization: String) -> Result<RunView> {
-        let mut names = HashMap::new();
-        let mut view = self.view(run, &organization, &mut names).await?;
-        view.changes = self.changes(&view.run).await?;
+    async fn run_view(&self, run: Run, organization: &str, shown: &mut Shown) -> Result<RunView> {
+        let mut view = self.view_without_changes(run, organization).await?;
+        view.changes = self.changes(&view.run, shown).await?;
+        Ok(view)
+    }
+
+    /// Shows a run whose right was checked by the use case that answered it. The plan's changes
+    /// are left out: who acts on a run has seen it.
+    pub async fn view_of(&self, run: Run) -> Result<RunView> {
+        let organization = self.organization(run.request.organization).await?.value.name;
+        self.view_without_changes(run, &organization).await
+    }
+
+    async fn view_without_changes(&self, run: Run, organization: &str) -> Result<RunView> {
+        let mut view = self.view(run, organization, &mut HashMap::new()).await?;
+        view.detail = Detail::Whole;
         view.queue_position = self.queue_position(&view.run).await?;
         if view.run.reason.is_none() {
             view.run.reason = self.what_it_waits_for(&view.run).await?;
         }
         Ok(view)
-    }
-
-    /// As [`App::run_view`], for callers whose right was checked by the use case before.
-    pub async fn view_of(&self, run: Run) -> Result<RunView> {
-        let organization = self.organization(run.request.organization).await?.value.name;
-        self.run_view(run, organization).await
     }
 
     /// Lists an environment's runs, newest first.
@@ -116,9 +135,12 @@ impl App {
         let (sender, receiver) = mpsc::channel(4);
         let mut feed = self.store.watch(keys::exactly(&keys::run(id)));
         tokio::spawn(async move {
+            let mut shown = Shown::default();
             loop {
                 let view = match app.run(id).await {
-                    Ok(run) => app.run_view(run.value, standing.organization_name.clone()).await,
+                    Ok(run) => {
+                        app.run_view(run.value, &standing.organization_name, &mut shown).await
+                    }
                     Err(error) => Err(error),
                 };
                 let last = view.as_ref().map_or(true, |view| view.run.state.is_end());
@@ -157,6 +179,7 @@ impl App {
             plan_log_length: self.log_length(run.id, Phase::Plan).await?,
             apply_log_length: self.log_length(run.id, Phase::Apply).await?,
             queue_position: 0,
+            detail: Detail::Line,
             changes: None,
             run,
         })
@@ -227,19 +250,20 @@ impl App {
         })
     }
 
-    async fn changes(&self, run: &Run) -> Result<Option<Arc<serde_json::Value>>> {
+    async fn changes(&self, run: &Run, shown: &mut Shown) -> Result<Option<Arc<Value>>> {
         let Some(planned) = &run.planned else { return Ok(None) };
-        let organization = run.request.organization;
         let digest = planned.digests.changes;
-        let found = self.blobs.get(organization, digest, LARGEST_CHANGES).await;
-        let bytes = match found {
-            Ok(bytes) => bytes,
+        if let Some((_, changes)) = shown.0.as_ref().filter(|(known, _)| *known == digest) {
+            return Ok(changes.clone());
+        }
+        let found = self.blobs.get(run.request.organization, digest, LARGEST_CHANGES).await;
+        let changes = match found {
+            Ok(bytes) => serde_json::from_slice(bytes.expose_secret()).ok().map(Arc::new),
             // Pruned with age: the run is shown without them.
-            Err(BlobError::Missing { .. }) => return Ok(None),
+            Err(BlobError::Missing { .. }) => None,
             Err(error) => return Err(blob_error(error)),
         };
-        let changes = serde_json::from_slice(bytes.expose_secret())
-            .map_err(|_| crate::error::Error::internal("stored changes are malformed"))?;
-        Ok(Some(Arc::new(changes)))
+        shown.0 = Some((digest, changes.clone()));
+        Ok(changes)
     }
 }

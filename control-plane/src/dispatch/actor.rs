@@ -100,9 +100,14 @@ impl Actor {
 
     fn handle(&mut self, message: Message) {
         match message {
-            Message::Open { job, place } => {
+            Message::Open { job, place, epoch } => {
                 let pool = place.pool;
+                let overtaken = self.leases.get(&job).is_some_and(|known| known.epoch > epoch);
+                if overtaken || self.granting.contains_key(&job) {
+                    return;
+                }
                 self.leases.remove(&job);
+                self.withdraw(job);
                 self.pool_of.insert(job, pool);
                 self.open.entry(pool).or_default().insert(job, place);
                 self.match_pool(pool);
@@ -132,11 +137,15 @@ impl Actor {
                 let _ = reply.send(renewed);
             }
             Message::Released { job, epoch } => self.release(job, epoch),
-            Message::HandedBack { job, epoch, runner } => {
+            Message::Rest { runner } => {
                 if let Some(connection) = self.runners.get_mut(&runner) {
                     connection.rests_until = Instant::now() + REST;
                 }
-                self.release(job, epoch);
+            }
+            Message::WatchUnknown { job, epoch, runner } => {
+                if !self.leases.contains_key(&job) {
+                    self.watch(job, epoch, runner);
+                }
             }
             Message::Watch { job, epoch, runner } => self.watch(job, epoch, runner),
             Message::Granted { job, place, runner, lease } => {
@@ -195,6 +204,9 @@ impl Actor {
     }
 
     fn watch(&mut self, job: JobId, epoch: Epoch, runner: RunnerId) {
+        if self.leases.get(&job).is_some_and(|known| known.epoch > epoch) {
+            return;
+        }
         let deadline = Instant::now() + self.term;
         self.leases.insert(job, Watched { epoch, runner, deadline });
     }
@@ -260,12 +272,13 @@ impl Actor {
                         None
                     }
                 };
-                let retry = lease.is_none() && !raced;
-                let _ =
-                    own.send(Message::Granted { job, place: place.clone(), runner, lease }).await;
-                if retry {
+                let failed = lease.is_none() && !raced;
+                let _ = own.send(Message::Granted { job, place, runner, lease }).await;
+                if failed {
                     tokio::time::sleep(RETRY_PAUSE).await;
-                    let _ = own.send(Message::Open { job, place }).await;
+                    if let Err(error) = app.offer_if_open(job).await {
+                        tracing::warn!(%job, error = %error, "left to the reaper");
+                    }
                 }
             });
         }

@@ -12,12 +12,13 @@ use serde_json::Value;
 use crate::app::PageRequest;
 use crate::app::environments::EnvironmentView;
 use crate::app::lease_job::{JobSpec, LeaseRef};
-use crate::app::view_runs::{Lock, RunView};
+use crate::app::view_runs::{Detail, Lock, RunView};
 use crate::error::{Error, Result};
 use crate::store::record::environment::PlainCredentials;
 
-/// The most changes that one answer lists.
+/// The most changes that one answer lists, and the most bytes that they take.
 const MOST_CHANGES: usize = 1000;
+const CHANGES_SIZE: usize = 2 << 20;
 
 pub(super) fn timestamp(time: Timestamp) -> prost_types::Timestamp {
     let millis = time.as_millis();
@@ -176,7 +177,11 @@ pub(super) fn run(view: RunView) -> v1::Run {
         reason: run.reason.clone().unwrap_or_default(),
         target: request.target.clone(),
         replace: request.replace.clone(),
-        outputs_json: run.outputs.clone().unwrap_or_default(),
+        outputs_json: run
+            .outputs
+            .clone()
+            .filter(|_| view.detail == Detail::Whole)
+            .unwrap_or_default(),
         cancel_requested: run.cancel_requested_by.is_some(),
         queue_position: *queue_position,
     }
@@ -185,7 +190,7 @@ pub(super) fn run(view: RunView) -> v1::Run {
 fn job(job: &Job, log_length: u64) -> v1::JobFacts {
     v1::JobFacts {
         epoch: job.epoch.get(),
-        runner_id: job.runner.map(|runner| runner.to_string()).unwrap_or_default(),
+        runner_id: job.last_holder().map(|runner| runner.to_string()).unwrap_or_default(),
         queue_time: job.queued_at.map(timestamp),
         start_time: job.started_at.map(timestamp),
         end_time: job.ended_at.map(timestamp),
@@ -205,6 +210,7 @@ fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
     let Counts { add, change, destroy, import } = planned.counts;
     let listed = changes.and_then(|changes| changes.get("resource_changes")?.as_array());
     let listed = listed.map_or(&[][..], Vec::as_slice);
+    let shown = fitting(listed);
     v1::Plan {
         add,
         change,
@@ -213,9 +219,29 @@ fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
         applyable: planned.applyable,
         digest: planned.digest.to_string(),
         terraform_version: planned.terraform_version.clone(),
-        change_list: listed.iter().take(MOST_CHANGES).map(resource_change).collect(),
-        truncated: listed.len() > MOST_CHANGES,
+        truncated: shown.len() < listed.len(),
+        change_list: shown,
     }
+}
+
+/// Converts as many changes as fit into an answer.
+fn fitting(listed: &[Value]) -> Vec<v1::ResourceChange> {
+    let mut left = CHANGES_SIZE;
+    listed
+        .iter()
+        .take(MOST_CHANGES)
+        .map(resource_change)
+        .take_while(|change| {
+            let size = change.address.len() + change.before_json.len() + change.after_json.len();
+            match left.checked_sub(size + 64) {
+                Some(rest) => {
+                    left = rest;
+                    true
+                }
+                None => false,
+            }
+        })
+        .collect()
 }
 
 fn resource_change(change: &Value) -> v1::ResourceChange {

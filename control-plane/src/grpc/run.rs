@@ -8,7 +8,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, Service, caller, convert};
+use super::{Answers, Service, caller, convert, next_part};
 use crate::app::authenticate_run::Submission;
 use crate::app::queue_run::NewRun;
 use crate::app::{parse_digest, parse_run_id};
@@ -31,7 +31,7 @@ impl RunService for Service {
     ) -> Result<Response<v1::UploadConfigurationResponse>, Status> {
         let caller = caller(&request)?;
         let mut parts = request.into_inner();
-        let header = match parts.message().await?.and_then(|first| first.part) {
+        let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
             Some(Part::Header(header)) => header,
             Some(Part::Data(_)) | None => {
                 return Err(Error::field("header", "the first message carries the header").into());
@@ -41,7 +41,7 @@ impl RunService for Service {
             .app
             .upload_configuration(&caller, &header.organization, &header.environment)
             .await?;
-        while let Some(message) = parts.message().await? {
+        while let Some(message) = next_part(&mut parts).await? {
             match message.part {
                 Some(Part::Data(data)) => upload.write(&data).await?,
                 Some(Part::Header(_)) | None => {

@@ -13,10 +13,11 @@ use latchkey_proto::v1::upload_artifact_request::Part;
 use latchkey_proto::v1::{self, Reason};
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, Service, convert};
+use super::{Answers, Service, convert, next_part};
 use crate::app::artifacts::{ArtifactHeader, Made, Needed};
 use crate::app::finish_job::JobResult;
 use crate::app::lease_job::{Held, LeaseRef};
@@ -33,6 +34,9 @@ const MOST_SLOTS: u32 = 256;
 
 /// Two would do; three forgive a lost one.
 const HEARTBEATS_PER_TERM: u32 = 3;
+
+/// How many frames of one runner may be being answered.
+const MOST_AT_ONCE: usize = 64;
 
 #[tonic::async_trait]
 impl RunnerService for Service {
@@ -117,14 +121,14 @@ impl RunnerService for Service {
     ) -> Result<Response<v1::UploadArtifactResponse>, Status> {
         let runner = identity(&request)?;
         let mut parts = request.into_inner();
-        let header = match parts.message().await?.and_then(|first| first.part) {
+        let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
             Some(Part::Header(header)) => artifact_header(header)?,
             Some(Part::Data(_)) | None => {
                 return Err(Error::field("header", "the first message carries the header").into());
             }
         };
         let mut upload = self.app.upload_artifact(&runner, header).await?;
-        while let Some(message) = parts.message().await? {
+        while let Some(message) = next_part(&mut parts).await? {
             match message.part {
                 Some(Part::Data(data)) => upload.write(&data).await?,
                 Some(Part::Header(_)) | None => {
@@ -185,11 +189,15 @@ impl Service {
             let message = "a runner has 1 to 256 slots and holds up to 256 jobs";
             return Err(Error::field("hello", message).into());
         }
-        let (mut keep, mut give_up) = (vec![], vec![]);
+        let (mut keep, mut give_up, mut canceled) = (vec![], vec![], vec![]);
         for held in hello.held {
             let lease = convert::lease(Some(held))?;
             match self.app.take_up(&runner, lease).await {
                 Ok(Held::Keep) => keep.push(lease),
+                Ok(Held::KeepCanceled) => {
+                    keep.push(lease);
+                    canceled.push(lease);
+                }
                 Ok(Held::GiveUp) => give_up.push(lease),
                 Err(error) if error.reason() == Reason::LeaseLost => give_up.push(lease),
                 Err(error) => return Err(error.into()),
@@ -206,10 +214,14 @@ impl Service {
             give_up: give_up.into_iter().map(convert::lease_out).collect(),
         };
         send(&answers, Out::Welcome(welcome)).await?;
+        for lease in canceled {
+            let lease = Some(convert::lease_out(lease));
+            send(&answers, Out::Cancel(v1::CancelJob { lease, force: false })).await?;
+        }
         let (to_runner, mut from_dispatch) = mpsc::channel(RUNNER_QUEUE);
         let introduction = Introduction {
             slots: hello.slots,
-            engines: hello.engines.into_iter().take(8).map(|e| (e.name, e.version)).collect(),
+            engines: hello.engines.iter().take(8).map(engine).collect(),
             held: keep,
         };
         let connected = self.app.dispatch.connect(runner.clone(), introduction, to_runner).await;
@@ -217,40 +229,70 @@ impl Service {
             return Err(Status::unavailable("the control plane is stopping"));
         };
         tracing::info!(runner_id = %runner.id, "a runner connected");
-        let ended = loop {
-            tokio::select! {
-                frame = frames.message() => match frame {
-                    Ok(Some(v1::LeaseRequest { frame: Some(frame) })) => {
-                        if let Err(status) = self.answer(&runner, frame, &answers).await {
-                            break Err(status);
-                        }
-                    }
-                    Ok(Some(v1::LeaseRequest { frame: None })) => {
-                        break Err(Error::field("frame", "the frame is empty or unknown").into());
-                    }
-                    Ok(None) => break Ok(()),
-                    Err(status) => {
-                        tracing::info!(runner_id = %runner.id, code = %status.code(),
-                            "a runner's stream broke");
-                        break Ok(());
-                    }
-                },
-                message = from_dispatch.recv() => {
-                    let Some(message) = message else {
-                        break Err(Status::aborted("the stream was not read; connect again"));
-                    };
-                    let Some(frame) = from_dispatch_out(message) else {
-                        break Err(Status::aborted("another stream of this runner took over"));
-                    };
-                    if send(&answers, frame).await.is_err() {
-                        break Ok(());
-                    }
-                }
-            }
-        };
+        let ended = self.converse(&runner, &mut frames, &mut from_dispatch, &answers).await;
         self.app.dispatch.disconnect(runner.id, connection);
         tracing::info!(runner_id = %runner.id, "a runner disconnected");
         ended
+    }
+
+    /// Answers frames until the stream ends. Each is answered by a task of its own, so that one
+    /// that waits for AWS holds up neither heartbeats nor other jobs.
+    async fn converse(
+        &self,
+        runner: &RunnerIdentity,
+        frames: &mut Streaming<v1::LeaseRequest>,
+        from_dispatch: &mut mpsc::Receiver<ToRunner>,
+        answers: &Outgoing,
+    ) -> Result<(), Status> {
+        let mut answering = JoinSet::new();
+        let ended = self.exchange(runner, frames, from_dispatch, answers, &mut answering).await;
+        // What is being committed is committed, whoever hears of it.
+        answering.detach_all();
+        ended
+    }
+
+    async fn exchange(
+        &self,
+        runner: &RunnerIdentity,
+        frames: &mut Streaming<v1::LeaseRequest>,
+        from_dispatch: &mut mpsc::Receiver<ToRunner>,
+        answers: &Outgoing,
+        answering: &mut JoinSet<Result<(), Status>>,
+    ) -> Result<(), Status> {
+        loop {
+            tokio::select! {
+                frame = frames.message(), if answering.len() < MOST_AT_ONCE => match frame {
+                    Ok(Some(v1::LeaseRequest { frame: Some(frame) })) => {
+                        let (service, runner) = (self.clone(), runner.clone());
+                        let answers = answers.clone();
+                        answering.spawn(async move {
+                            service.answer(&runner, frame, &answers).await
+                        });
+                    }
+                    Ok(Some(v1::LeaseRequest { frame: None })) => {
+                        return Err(Error::field("frame", "the frame is empty or unknown").into());
+                    }
+                    Ok(None) => return Ok(()),
+                    Err(status) => {
+                        tracing::info!(runner_id = %runner.id, code = %status.code(),
+                            "a runner's stream broke");
+                        return Ok(());
+                    }
+                },
+                Some(answered) = answering.join_next() => {
+                    answered.map_err(|error| Status::from(Error::internal(error)))??;
+                }
+                message = from_dispatch.recv() => {
+                    let Some(message) = message else {
+                        return Err(Status::aborted("the stream was not read; connect again"));
+                    };
+                    let Some(frame) = from_dispatch_out(message) else {
+                        return Err(Status::aborted("another stream of this runner took over"));
+                    };
+                    send(answers, frame).await?;
+                }
+            }
+        }
     }
 
     async fn answer(
@@ -278,14 +320,14 @@ impl Service {
                 match self.app.start_job(runner, lease).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
-                    Err(error) => lost(answers, lease, error).await,
+                    Err(error) => self.lost(answers, lease, error).await,
                 }
             }
             In::Again(again) => {
                 let lease = convert::lease(again.lease)?;
                 match self.app.start_again(runner, lease).await {
                     Ok(go) => send(answers, go_out(lease, go)).await,
-                    Err(error) => lost(answers, lease, error).await,
+                    Err(error) => self.lost(answers, lease, error).await,
                 }
             }
             In::Heartbeat(heartbeat) => {
@@ -309,7 +351,7 @@ impl Service {
                         let lease = Some(convert::lease_out(lease));
                         send(answers, Out::Recorded(v1::Recorded { lease })).await
                     }
-                    Err(error) => lost(answers, lease, error).await,
+                    Err(error) => self.lost(answers, lease, error).await,
                 }
             }
         }
@@ -318,7 +360,7 @@ impl Service {
     async fn hand_back(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<(), Status> {
         match self.app.hand_back(runner, lease).await {
             Ok(()) => {
-                self.app.dispatch.handed_back(lease.job, lease.epoch, runner.id);
+                self.app.dispatch.released(lease.job, lease.epoch);
                 Ok(())
             }
             Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
@@ -361,14 +403,62 @@ async fn revoke(answers: &Outgoing, lease: LeaseRef, reason: String) -> Result<(
     send(answers, Out::Revoke(v1::Revoke { lease, reason })).await
 }
 
-/// A refused frame of one job ends that lease, not the stream that other jobs share.
-async fn lost(answers: &Outgoing, lease: LeaseRef, error: Error) -> Result<(), Status> {
-    match error.reason() {
-        Reason::LeaseLost | Reason::PlanChanged | Reason::WrongState | Reason::NotFound => {
-            revoke(answers, lease, error.message().to_owned()).await
+impl Service {
+    /// A refused frame of one job ends that lease, not the stream that other jobs share. Only
+    /// where asking again later can help does the stream end: the runner asks again then.
+    async fn lost(&self, answers: &Outgoing, lease: LeaseRef, error: Error) -> Result<(), Status> {
+        match error.reason() {
+            Reason::StoreUnavailable
+            | Reason::Internal
+            | Reason::ChangedMeanwhile
+            | Reason::Unspecified => Err(error.into()),
+            Reason::LeaseLost => {
+                self.app.dispatch.released(lease.job, lease.epoch);
+                revoke(answers, lease, error.message().to_owned()).await
+            }
+            Reason::FieldInvalid
+            | Reason::IdentityRequired
+            | Reason::NotAllowed
+            | Reason::NotFound
+            | Reason::NameTaken
+            | Reason::LimitReached
+            | Reason::MfaRequired
+            | Reason::NotAwaitingCode
+            | Reason::WrongState
+            | Reason::PlanChanged
+            | Reason::PersonRequired
+            | Reason::TripleIncomplete
+            | Reason::SerialUnusable
+            | Reason::AccountNotListed
+            | Reason::CodeUsed
+            | Reason::DeviceBusy
+            | Reason::CodeRejected
+            | Reason::DeviceRejected
+            | Reason::KeyRejected
+            | Reason::SecretRejected
+            | Reason::ClockSkew
+            | Reason::RegionDisabled
+            | Reason::Throttled
+            | Reason::ExchangeUnknown
+            | Reason::AwsUnreachable
+            | Reason::ExchangeRefused
+            | Reason::VariableReserved
+            | Reason::ArchiveRefused
+            | Reason::EnvironmentFrozen
+            | Reason::PoolTokenRejected
+            | Reason::LogOffset
+            | Reason::DigestMismatch => {
+                tracing::warn!(job = %lease.job, epoch = lease.epoch.get(), error = %error,
+                    "a runner's frame was refused");
+                revoke(answers, lease, error.message().to_owned()).await
+            }
         }
-        _ => Err(error.into()),
     }
+}
+
+fn engine(engine: &v1::Engine) -> (String, String) {
+    let short = |text: &str| text.chars().filter(|c| !c.is_control()).take(64).collect();
+    (short(&engine.name), short(&engine.version))
 }
 
 /// `None` ends the stream.

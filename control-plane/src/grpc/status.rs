@@ -32,7 +32,6 @@ const fn code(reason: Reason) -> Code {
         | Reason::CodeUsed
         | Reason::CodeRejected
         | Reason::DeviceRejected
-        | Reason::DeviceLimited
         | Reason::KeyRejected
         | Reason::SecretRejected
         | Reason::ClockSkew

@@ -70,6 +70,8 @@ kinds! {
     Session = 0x34
     Quarantine = 0x35
     PendingRun = 0x36
+    Artifact = 0x37
+    Garbage = 0x38
     Authentication = 0x40
     AuthenticationOpen = 0x41
     Device = 0x42
@@ -140,6 +142,8 @@ impl Key {
             | Kind::Session
             | Kind::Quarantine
             | Kind::PendingRun
+            | Kind::Artifact
+            | Kind::Garbage
             | Kind::Authentication
             | Kind::AuthenticationOpen
             | Kind::Device
@@ -334,6 +338,16 @@ pub fn variable(scope: VariableScope, name: &str) -> Key {
     Key(bytes)
 }
 
+/// Variables that were fixed for runs, of all runs.
+pub fn variables_of_runs() -> Prefix {
+    prefix(Kind::Variable, &[b"r"])
+}
+
+/// Returns the run of a key under [`variables_of_runs`].
+pub fn run_of_variable(key: &Key) -> Option<RunId> {
+    key.0.get(2..)?.first_chunk::<16>().map(|bytes| RunId::from_bytes(*bytes))
+}
+
 pub fn variables_of(scope: VariableScope) -> Prefix {
     match scope {
         VariableScope::Organization(organization) => {
@@ -387,6 +401,25 @@ pub fn pending_run(environment: EnvironmentId, run: RunId) -> Key {
 
 pub fn pending_runs_of(environment: EnvironmentId) -> Prefix {
     prefix(Kind::PendingRun, &[environment.as_bytes()])
+}
+
+/// What a lease has uploaded of a kind.
+pub fn artifact(run: RunId, phase: Phase, epoch: Epoch, kind: u8) -> Key {
+    let parts =
+        [run.as_bytes().as_slice(), &phase_byte(phase), &epoch.get().to_be_bytes(), &[kind]];
+    key(Kind::Artifact, &parts)
+}
+
+/// A blob that nothing needs any more and that is about to be deleted.
+pub fn garbage(organization: OrganizationId, digest: &Digest) -> Key {
+    key(Kind::Garbage, &[organization.as_bytes(), digest.as_bytes()])
+}
+
+/// Returns the organization and digest of a [`garbage`] key.
+pub fn read_garbage(key: &Key) -> Option<(OrganizationId, Digest)> {
+    let (organization, digest) = key.0.get(1..)?.split_first_chunk::<16>()?;
+    let digest = digest.try_into().ok()?;
+    Some((OrganizationId::from_bytes(*organization), Digest::from_bytes(digest)))
 }
 
 /// The sealed session credentials that wait for a phase.

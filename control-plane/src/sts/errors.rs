@@ -77,9 +77,9 @@ pub fn classify(status: u16, code: Option<&str>, message: Option<&str>) -> Optio
     Some(known.map_or(Class::Other, |row| row.class))
 }
 
-/// The refusal a person reads. `limited_until` is set when our own counter shows that AWS has
-/// stopped listening to the device.
-pub fn sentence(class: Class, limited_until: Option<Timestamp>, region: &str) -> (Reason, String) {
+/// The refusal a person reads. `next_window` is when AWS listens to a device again that it has
+/// stopped listening to, which it answers like a device it does not know.
+pub fn sentence(class: Class, next_window: Option<Timestamp>, region: &str) -> (Reason, String) {
     match class {
         Class::CodeRejected => (
             Reason::CodeRejected,
@@ -87,22 +87,20 @@ pub fn sentence(class: Class, limited_until: Option<Timestamp>, region: &str) ->
              next code."
                 .into(),
         ),
-        Class::DeviceRejected => match limited_until {
-            Some(until) => (
-                Reason::DeviceLimited,
-                format!(
-                    "AWS is refusing attempts for this device until {}. Use a new code then.",
-                    clock_time(until)
-                ),
-            ),
-            None => (
-                Reason::DeviceRejected,
-                "AWS does not know this MFA device for this user. Check AWS_MFA_SERIAL_NUMBER \
-                 against the user's security credentials; a device just registered takes about \
-                 15 s to be known."
-                    .into(),
-            ),
-        },
+        Class::DeviceRejected => {
+            let mut text = "AWS does not know this MFA device for this user. Check \
+                            AWS_MFA_SERIAL_NUMBER against the user's security credentials; a device \
+                            just registered takes about 15 s to be known."
+                .to_owned();
+            if let Some(next_window) = next_window {
+                text.push_str(&format!(
+                    " If it is right, AWS has stopped listening to the device after too many \
+                     attempts: use a new code from {} on.",
+                    clock_time(next_window)
+                ));
+            }
+            (Reason::DeviceRejected, text)
+        }
         Class::SerialMalformed => (
             Reason::SerialUnusable,
             "AWS calls the device's serial malformed. Check AWS_MFA_SERIAL_NUMBER.".into(),

@@ -130,8 +130,6 @@ pub enum Effect {
     Cancel(JobId, Epoch),
     /// Tell the runner that its lease is over.
     Revoke(JobId, Epoch),
-    /// The phase's sealed session is not needed any more.
-    DropSession(Phase),
     /// Plan and workspace are not needed any more.
     DropPlan,
 }
@@ -237,9 +235,7 @@ fn ended(mut next: Run, state: RunState, reason: Option<String>, mut effects: Ve
     for phase in Phase::ALL {
         let job = next.job_mut(phase);
         job.lease = None;
-        if job.evidence.take().is_some() {
-            effects.push(Effect::DropSession(phase));
-        }
+        job.evidence = None;
     }
     if next.planned.is_some() {
         effects.push(Effect::DropPlan);
@@ -332,7 +328,7 @@ fn granted(run: &Run, phase: Phase, runner: RunnerId, log_base: u64, now: Timest
     let job = next.job_mut(phase);
     let lease = Lease::after(job.epoch, runner, log_base, now);
     job.epoch = lease.epoch;
-    job.runner = Some(runner);
+    job.remember(runner, lease.epoch);
     job.lease = Some(lease);
     done(next, vec![])
 }
@@ -428,9 +424,7 @@ fn denied(run: &Run, (phase, epoch): (Phase, Epoch), denial: Denial, now: Timest
     let mut effects = vec![Effect::Revoke(run.job_id(phase), epoch)];
     let job = next.job_mut(phase);
     job.lease = None;
-    if job.evidence.take().is_some() {
-        effects.push(Effect::DropSession(phase));
-    }
+    job.evidence = None;
     job.authenticated = None;
     match phase {
         Phase::Plan => {
@@ -518,9 +512,7 @@ fn plan_ended(
         return ended(next, RunState::Planned, reason, vec![]);
     }
     let mut effects = vec![];
-    if next.plan.evidence.take().is_some() {
-        effects.push(Effect::DropSession(Phase::Plan));
-    }
+    next.plan.evidence = None;
     if run.request.policy.max(current).requires_code(Phase::Apply) {
         next.state = RunState::AwaitingApplyMfa;
     } else if run.request.auto_apply {

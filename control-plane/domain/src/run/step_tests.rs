@@ -208,7 +208,8 @@ fn an_expired_session_sends_a_plan_back_and_gives_up_its_turn() {
     };
     assert_eq!(next.state, RunState::AwaitingPlanMfa);
     assert_eq!(environment, Change::Free);
-    assert!(effects.contains(&Effect::DropSession(Phase::Plan)));
+    assert!(effects.contains(&Effect::GiveTurn));
+    assert_eq!(next.plan.evidence, None);
     assert!(next.reason.is_some_and(|reason| reason.contains("300 s")));
 }
 

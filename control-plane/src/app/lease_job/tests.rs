@@ -6,12 +6,12 @@ use latchkey_domain::run::{FailureKind, Run, RunState};
 use latchkey_proto::v1::Reason;
 
 use super::{Held, LeaseRef};
-use crate::app::artifacts::{ArtifactHeader, Made, Needed};
+use crate::app::artifacts::{Made, Needed};
 use crate::app::environments::SettingsChange;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::start_job::Start;
-use crate::auth::{RunnerIdentity, sha256};
+use crate::auth::RunnerIdentity;
 use crate::store::keys;
 
 async fn queued() -> (Fixture, Run) {
@@ -34,19 +34,6 @@ async fn applying() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
 
 fn failed() -> JobResult {
     JobResult::Failed { kind: FailureKind::Errored, reason: "exit code 1".into() }
-}
-
-async fn upload(
-    fixture: &Fixture,
-    runner: &RunnerIdentity,
-    lease: LeaseRef,
-    kind: Made,
-    data: &[u8],
-) -> crate::error::Result<()> {
-    let header = ArtifactHeader { lease, kind, digest: sha256(data), size: data.len() as u64 };
-    let mut upload = fixture.app.upload_artifact(runner, header).await?;
-    upload.write(data).await?;
-    upload.finish().await
 }
 
 fn state(lineage: &str, serial: u64) -> Vec<u8> {
@@ -127,7 +114,7 @@ async fn a_lost_runner_that_returns_goes_on_and_ends_its_run() {
     let (fixture, run, runner, lease) = applying().await;
     fixture.app.expire(lease.job, lease.epoch).await.unwrap();
     assert_eq!(fixture.app.take_up(&runner, lease).await.unwrap(), Held::Keep);
-    upload(&fixture, &runner, lease, Made::State, &state("l", 1)).await.unwrap();
+    fixture.upload(&runner, lease, Made::State, &state("l", 1)).await.unwrap();
     let result = JobResult::Applied { outputs: None };
     fixture.app.finish_job(&runner, lease, 0, result).await.unwrap();
     assert_eq!(fixture.run(&run).await.state, RunState::Applied);
@@ -155,10 +142,10 @@ async fn a_result_before_its_log_is_refused() {
 #[tokio::test]
 async fn a_state_that_does_not_continue_the_last_is_refused() {
     let (fixture, _, runner, lease) = applying().await;
-    upload(&fixture, &runner, lease, Made::State, &state("l", 3)).await.unwrap();
-    upload(&fixture, &runner, lease, Made::State, &state("l", 4)).await.unwrap();
+    fixture.upload(&runner, lease, Made::State, &state("l", 3)).await.unwrap();
+    fixture.upload(&runner, lease, Made::State, &state("l", 4)).await.unwrap();
     for bad in [state("l", 2), state("other", 9)] {
-        let error = upload(&fixture, &runner, lease, Made::State, &bad).await.unwrap_err();
+        let error = fixture.upload(&runner, lease, Made::State, &bad).await.unwrap_err();
         assert_eq!(error.reason(), Reason::WrongState);
     }
     let view =
@@ -171,11 +158,11 @@ async fn what_an_old_lease_brings_goes_to_quarantine_and_a_strangers_nowhere() {
     let (fixture, run) = queued().await;
     let (runner, old, _) = fixture.start(&run, Phase::Plan).await;
     fixture.app.expire(old.job, old.epoch).await.unwrap();
-    upload(&fixture, &runner, old, Made::Workspace, b"late").await.unwrap();
+    fixture.upload(&runner, old, Made::Workspace, b"late").await.unwrap();
     let kept = crate::store::list(&*fixture.store, keys::quarantine_of(run.id)).await.unwrap();
     assert_eq!(kept.len(), 1);
     let forged = LeaseRef { epoch: Epoch::new(99), ..old };
-    let error = upload(&fixture, &runner, forged, Made::Workspace, b"x").await.unwrap_err();
+    let error = fixture.upload(&runner, forged, Made::Workspace, b"x").await.unwrap_err();
     assert_eq!(error.reason(), Reason::LeaseLost);
 }
 
@@ -243,4 +230,74 @@ async fn keys_that_aws_refuses_end_the_run_with_the_reason() {
     let run = fixture.run(&run).await;
     assert_eq!(run.state, RunState::Errored);
     assert!(run.reason.unwrap().contains("AWS_SECRET_ACCESS_KEY"));
+}
+
+#[tokio::test]
+async fn a_cancel_that_the_runner_could_not_hear_is_told_when_it_returns() {
+    let (fixture, run, runner, lease) = applying().await;
+    fixture.app.cancel_run(&fixture.owner, run.id).await.unwrap();
+    assert_eq!(fixture.app.take_up(&runner, lease).await.unwrap(), Held::KeepCanceled);
+}
+
+#[tokio::test]
+async fn a_grant_that_loses_leaves_no_word_in_the_winners_log() {
+    let (fixture, run) = queued().await;
+    let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
+    let appender = fixture.app.append_log(&runner, lease).await.unwrap();
+    appender.append(0, b"line\n".to_vec()).await.unwrap();
+    let stranger = RunnerId::from_bytes([77; 16]);
+    fixture.app.grant(lease.job, stranger).await.unwrap_err();
+    assert_eq!(appender.append(5, b"next\n".to_vec()).await.unwrap(), 10);
+}
+
+#[tokio::test]
+async fn no_session_outlives_its_phase() {
+    let (fixture, run) = queued().await;
+    let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
+    let key = keys::session(run.id, Phase::Plan);
+    assert!(fixture.store.fetch(&key).await.unwrap().is_some());
+    fixture.app.finish_job(&runner, lease, 0, failed()).await.unwrap();
+    assert!(fixture.store.fetch(&key).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_plan_names_only_what_its_lease_has_uploaded() {
+    let (fixture, run) = queued().await;
+    let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
+    // Known to the control plane, but not made by this job.
+    let foreign = fixture.app.blobs.put(runner.organization, b"a state").await.unwrap();
+    let changes = fixture.upload(&runner, lease, Made::Changes, b"{}").await.unwrap();
+    let result = JobResult::Planned {
+        digests: latchkey_domain::run::PlanDigests {
+            plan: changes,
+            workspace: foreign,
+            lock_file: None,
+            changes,
+        },
+        applyable: true,
+        counts: latchkey_domain::run::Counts::default(),
+        terraform_version: "1.11.4".into(),
+    };
+    let error = fixture.app.finish_job(&runner, lease, 0, result).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::FieldInvalid);
+}
+
+#[tokio::test]
+async fn a_workspace_is_deleted_when_its_run_has_ended() {
+    let (fixture, run, runner, lease) = applying().await;
+    let digest = fixture.run(&run).await.planned.unwrap().digests.workspace;
+    let result = JobResult::Applied { outputs: None };
+    fixture.app.finish_job(&runner, lease, 0, result).await.unwrap();
+    fixture.app.collect_garbage().await.unwrap();
+    assert!(!fixture.app.blobs.exists(runner.organization, digest).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_service_token_cannot_ask_for_an_apply_that_no_owner_set() {
+    let (fixture, _) = queued().await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let (token, _) = app.create_service_token(owner, ORGANIZATION, "ci", None).await.unwrap();
+    let ci = app.caller(&token).await.unwrap();
+    assert!(!fixture.queue_automatic(&ci, "a").await.unwrap().request.auto_apply);
+    assert!(fixture.queue_automatic(owner, "b").await.unwrap().request.auto_apply);
 }

@@ -104,7 +104,7 @@ struct JobRecord {
     queued_at: Option<Millis>,
     started_at: Option<Millis>,
     ended_at: Option<Millis>,
-    runner: Option<Text<RunnerId>>,
+    holders: Vec<(u64, Text<RunnerId>)>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -285,7 +285,11 @@ impl From<&Job> for JobRecord {
             queued_at: job.queued_at.map(Millis::from),
             started_at: job.started_at.map(Millis::from),
             ended_at: job.ended_at.map(Millis::from),
-            runner: job.runner.map(Text),
+            holders: job
+                .holders
+                .iter()
+                .map(|(epoch, runner)| (epoch.get(), Text(*runner)))
+                .collect(),
         }
     }
 }
@@ -310,7 +314,11 @@ impl From<JobRecord> for Job {
             queued_at: record.queued_at.map(Into::into),
             started_at: record.started_at.map(Into::into),
             ended_at: record.ended_at.map(Into::into),
-            runner: record.runner.map(|runner| runner.0),
+            holders: record
+                .holders
+                .into_iter()
+                .map(|(epoch, runner)| (Epoch::new(epoch), runner.0))
+                .collect(),
         }
     }
 }
@@ -438,7 +446,7 @@ mod tests {
             queued_at: Some(at),
             started_at: Some(at),
             ended_at: Some(at),
-            runner: Some(RunnerId::from_bytes(id(5))),
+            holders: vec![(Epoch::new(7), RunnerId::from_bytes(id(5)))],
         };
         run.planned = Some(Planned {
             digests: PlanDigests {
