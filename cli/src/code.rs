@@ -98,7 +98,6 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::DeviceBusy
         | Reason::CodeRejected
         | Reason::DeviceRejected
-        | Reason::DeviceLimited
         | Reason::KeyRejected
         | Reason::SecretRejected
         | Reason::ClockSkew

@@ -334,7 +334,7 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
             }
         },
         Reason::CodeUsed => "wait for the next code of your device".to_owned(),
-        Reason::DeviceBusy | Reason::DeviceLimited => match of("retry_at") {
+        Reason::DeviceBusy => match of("retry_at") {
             at if at.is_empty() => "wait some minutes, then use a new code".to_owned(),
             at => format!("wait until {at}, then use a new code"),
         },

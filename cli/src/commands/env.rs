@@ -38,6 +38,13 @@ pub(crate) enum Env {
         #[command(flatten)]
         settings: Settings,
     },
+    /// Starts runs again after you have dealt with the remains of a run; owners only
+    Unfreeze {
+        environment: String,
+        /// The run that froze it, as `env show` names it
+        #[arg(long)]
+        run: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -133,6 +140,17 @@ impl Env {
                     .call(|| {
                         let (mut service, request) = (client.environments(), request.clone());
                         async move { service.update_environment(request).await }
+                    })
+                    .await?
+                    .environment
+            }
+            Env::Unfreeze { environment, run } => {
+                let request =
+                    v1::UnfreezeEnvironmentRequest { organization, environment, run_id: run };
+                client
+                    .call(|| {
+                        let (mut service, request) = (client.environments(), request.clone());
+                        async move { service.unfreeze_environment(request).await }
                     })
                     .await?
                     .environment

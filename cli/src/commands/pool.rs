@@ -58,8 +58,14 @@ impl Pool {
                     pool: name.clone(),
                     lifetime,
                     uses: uses.unwrap_or(0),
+                    request_id: Uuid::new_v4().to_string(),
                 };
-                let answer = client.once(client.pools().create_pool_token(request).await)?;
+                let answer = client
+                    .call(|| {
+                        let (mut service, request) = (client.pools(), request.clone());
+                        async move { service.create_pool_token(request).await }
+                    })
+                    .await?;
                 let expires = answer.expire_time;
                 let expire_time = time(expires.as_ref());
                 let view = TokenView { name, token: answer.token, expire_time };

@@ -1,6 +1,7 @@
 //! `service-token`: tokens for programs, which queue runs and never submit codes.
 
 use clap::Subcommand;
+use uuid::Uuid;
 
 use latchkey_proto::v1;
 
@@ -28,10 +29,19 @@ impl ServiceToken {
         let organization = session.organization()?;
         match self {
             ServiceToken::Create { name, lifetime } => {
-                let request =
-                    v1::CreateServiceTokenRequest { organization, name: name.clone(), lifetime };
+                let request = v1::CreateServiceTokenRequest {
+                    organization,
+                    name: name.clone(),
+                    lifetime,
+                    request_id: Uuid::new_v4().to_string(),
+                };
                 let client = &session.client;
-                let answer = client.once(client.accounts().create_service_token(request).await)?;
+                let answer = client
+                    .call(|| {
+                        let (mut service, request) = (client.accounts(), request.clone());
+                        async move { service.create_service_token(request).await }
+                    })
+                    .await?;
                 let expires = answer.expire_time;
                 let expire_time = time(expires.as_ref());
                 let view = TokenView { name, token: answer.token, expire_time };

@@ -1,6 +1,7 @@
 //! `user`: people.
 
 use clap::{Subcommand, ValueEnum};
+use uuid::Uuid;
 
 use latchkey_proto::v1;
 
@@ -48,9 +49,15 @@ impl User {
                     organization,
                     user: name.clone(),
                     role: v1::Role::from(role).into(),
+                    request_id: Uuid::new_v4().to_string(),
                 };
                 let client = &session.client;
-                let answer = client.once(client.accounts().create_user(request).await)?;
+                let answer = client
+                    .call(|| {
+                        let (mut service, request) = (client.accounts(), request.clone());
+                        async move { service.create_user(request).await }
+                    })
+                    .await?;
                 let view = TokenView { name, token: answer.token, expire_time: None };
                 context.output.data(&view, |view| format!("{}\n", view.token))?;
                 if !context.output.is_json() {

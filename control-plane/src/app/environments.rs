@@ -6,6 +6,8 @@ use std::time::Duration;
 use latchkey_domain::environment::Hold;
 use latchkey_domain::id::{EnvironmentId, OrganizationId, PoolId, RunId, UserId};
 use latchkey_domain::policy::MfaPolicy;
+use latchkey_domain::run::RunState;
+use latchkey_proto::v1::Reason;
 use serde_json::Value;
 
 use super::{App, Page, PageRequest, check_name, check_request_id};
@@ -158,6 +160,47 @@ impl App {
         if next.settings.pool != value.settings.pool {
             self.offer_again(&next).await?;
         }
+        self.environment_view(next, standing.organization_name).await
+    }
+
+    /// Lets an environment start runs again after a person has dealt with what a run left.
+    pub async fn unfreeze_environment(
+        self: &Arc<Self>,
+        caller: &Caller,
+        organization: &str,
+        name: &str,
+        run: RunId,
+    ) -> Result<EnvironmentView> {
+        let standing = self.standing(caller, organization, Right::Own).await?;
+        let found = self.environment_named(standing.organization, name).await?;
+        let frozen = found.value.hold.frozen.as_ref();
+        if frozen.is_none() {
+            return self.environment_view(found.value, standing.organization_name).await;
+        }
+        if frozen.is_some_and(|frozen| frozen.run != run) {
+            let message = "another run froze the environment; `latchkey env show` names it";
+            return Err(Error::field("run_id", message));
+        }
+        if self.run(run).await?.value.state == RunState::Lost {
+            let message = "the run is lost but not given up: its runner may still be applying. \
+                           Cancel the run first";
+            return Err(Error::refused(Reason::WrongState, message));
+        }
+        let mut next = found.value;
+        next.hold.frozen = None;
+        let draft = self
+            .draft(
+                standing.organization,
+                caller.audit_name(),
+                "unfreeze_environment",
+                format!("environment {name}"),
+            )
+            .with("run", run.to_string());
+        let record = encode(&EnvironmentRecord::from(&next));
+        let batch = Batch::new().put(found.key, Expect::At(found.version), record).audit(draft);
+        self.store.commit(batch).await?;
+        self.give_turns(standing.organization, next.id).await?;
+        let next = self.environment(standing.organization, next.id).await?.value;
         self.environment_view(next, standing.organization_name).await
     }
 

@@ -11,14 +11,15 @@ use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
 
-use super::{App, check_name};
-use crate::auth::{Caller, NewToken, Right, token_digest};
+use super::environments::request_owner;
+use super::{App, check_name, check_request_id};
+use crate::auth::{Caller, NewToken, Right, sha256, token_digest};
 use crate::error::{Error, Result};
 use crate::store::record::people::{
     Bearer, Bootstrap, Membership, Organization, Role, ServiceToken, Token, User,
 };
 use crate::store::record::{Loaded, Text, encode};
-use crate::store::{Batch, CommitError, Expect, keys};
+use crate::store::{Batch, CommitError, Expect, Key, keys};
 
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
 const LONGEST_LIFETIME: Duration = Duration::from_secs(366 * 86_400);
@@ -83,7 +84,8 @@ impl App {
             aws_accounts: vec![],
             created_at: now.into(),
         };
-        let (batch, token) = self.new_user(Batch::new(), id, user, Role::Owner)?;
+        let token = NewToken::generate("lk_")?;
+        let batch = self.new_user(Batch::new(), id, user, Role::Owner, &token);
         let batch = batch
             .put(stored.key, Expect::At(stored.version), encode(&spent))
             .put(keys::organization(id), Expect::Absent, encode(&record))
@@ -93,7 +95,7 @@ impl App {
             CommitError::Conflict { .. } => rejected(),
             CommitError::Store(_) => error.into(),
         })?;
-        Ok(token)
+        Ok(token.secret)
     }
 
     fn new_user(
@@ -102,20 +104,46 @@ impl App {
         organization: OrganizationId,
         name: &str,
         role: Role,
-    ) -> Result<(Batch, SecretString)> {
+        token: &NewToken,
+    ) -> Batch {
         let id = UserId::from_uuid(self.new_id());
-        let token = NewToken::generate("lk_")?;
         let bearer = Bearer::User { id: Text(id), name: name.to_owned() };
         let record = Token { bearer, expires_at: None };
         let user = User { id: Text(id), name: name.to_owned(), created_at: self.now().into() };
         let membership = encode(&Membership { role });
-        let batch = batch
+        batch
             .put(keys::user(id), Expect::Absent, encode(&user))
             .put(keys::user_by_name(name), Expect::Absent, encode(&Text(id)))
             .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
             .put(keys::membership(organization, id), Expect::Absent, membership.clone())
-            .put(keys::membership_by_user(id, organization), Expect::Absent, membership);
-        Ok((batch, token.secret))
+            .put(keys::membership_by_user(id, organization), Expect::Absent, membership)
+    }
+
+    /// Makes the token that answers a request: always the same for the same request, so that a
+    /// repeat after a lost answer is answered, though only its digest is stored.
+    pub(super) fn token_for(
+        &self,
+        caller: &Caller,
+        prefix: &str,
+        organization: OrganizationId,
+        what: &str,
+        request_id: &str,
+    ) -> NewToken {
+        let intent = format!("{}:{organization}:{what}:{request_id}", request_owner(caller));
+        NewToken::of(prefix, &self.master.digest(b"token for a request", intent.as_bytes()))
+    }
+
+    /// Commits a batch that makes a token, or finds that the same request has made it before.
+    pub(super) async fn commit_token(&self, batch: Batch, stored: Key, what: &str) -> Result<()> {
+        match self.commit_named(batch, what).await {
+            Err(error) if error.reason() == Reason::NameTaken => {
+                match self.store.fetch(&stored).await? {
+                    Some(_) => Ok(()),
+                    None => Err(error),
+                }
+            }
+            committed => committed,
+        }
     }
 
     /// Makes a user of an organization. Users' names are unique in the whole control plane.
@@ -125,10 +153,15 @@ impl App {
         organization: &str,
         name: &str,
         role: Role,
+        request_id: &str,
     ) -> Result<SecretString> {
         let standing = self.standing(caller, organization, Right::Own).await?;
         check_name("user", name)?;
-        let (batch, token) = self.new_user(Batch::new(), standing.organization, name, role)?;
+        check_request_id(request_id)?;
+        let organization = standing.organization;
+        let what = format!("user {name}");
+        let token = self.token_for(caller, "lk_", organization, &what, request_id);
+        let batch = self.new_user(Batch::new(), organization, name, role, &token);
         let role = match role {
             Role::Member => "member",
             Role::Owner => "owner",
@@ -142,8 +175,8 @@ impl App {
             )
             .with("role", role),
         );
-        self.commit_named(batch, "user").await?;
-        Ok(token)
+        self.commit_token(batch, keys::token(token.digest.as_bytes()), "user").await?;
+        Ok(token.secret)
     }
 
     pub async fn create_service_token(
@@ -152,19 +185,22 @@ impl App {
         organization: &str,
         name: &str,
         lifetime: Option<Duration>,
+        request_id: &str,
     ) -> Result<(SecretString, Timestamp)> {
         let standing = self.standing(caller, organization, Right::Own).await?;
         check_name("name", name)?;
+        check_request_id(request_id)?;
         let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
         if lifetime.is_zero() || lifetime > LONGEST_LIFETIME {
             return Err(Error::field("lifetime", "a service token lives up to 366 days"));
         }
         let organization = standing.organization;
-        // Names are unique because the id is derived from the name.
-        let id = ServiceTokenId::from_uuid(uuid::Uuid::new_v8(
-            crate::auth::sha256(name.as_bytes()).as_bytes()[..16].try_into().expect("16 of 32"),
-        ));
-        let token = NewToken::generate("lks_")?;
+        // Names are unique within an organization because the id is derived from both.
+        let named = sha256(format!("{organization}:{name}").as_bytes());
+        let (id, _) = named.as_bytes().split_first_chunk::<16>().expect("a digest has 32 bytes");
+        let id = ServiceTokenId::from_uuid(uuid::Uuid::new_v8(*id));
+        let what = format!("service token {name}");
+        let token = self.token_for(caller, "lks_", organization, &what, request_id);
         let expires_at = self.now() + lifetime;
         let bearer = Bearer::Service {
             id: Text(id),
@@ -183,8 +219,11 @@ impl App {
             .put(keys::service_token(organization, id), Expect::Absent, encode(&service))
             .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
             .audit(self.draft(organization, caller.audit_name(), "create_service_token", subject));
-        self.commit_named(batch, "service token").await?;
-        Ok((token.secret, expires_at))
+        let stored = keys::token(token.digest.as_bytes());
+        self.commit_token(batch, stored.clone(), "service token").await?;
+        let stored: Option<Loaded<Token>> = self.fetch(stored).await?;
+        let expires_at = stored.and_then(|token| token.value.expires_at).map(Timestamp::from);
+        Ok((token.secret, expires_at.unwrap_or(self.now() + lifetime)))
     }
 
     /// Commits a batch in which a conflict means that the name is taken.

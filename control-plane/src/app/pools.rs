@@ -9,7 +9,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::environments::request_owner;
 use super::{App, Page, PageRequest, check_name, check_request_id};
-use crate::auth::{Caller, NewToken, Right, RunnerIdentity, token_digest};
+use crate::auth::{Caller, Right, RunnerIdentity, token_digest};
 use crate::authority::Issued;
 use crate::dispatch::Connected;
 use crate::error::{Error, Result};
@@ -96,8 +96,10 @@ impl App {
         pool: &str,
         lifetime: Option<Duration>,
         uses: u32,
+        request_id: &str,
     ) -> Result<(SecretString, Timestamp)> {
         let standing = self.standing(caller, organization, Right::Own).await?;
+        check_request_id(request_id)?;
         let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
         if lifetime.is_zero() || lifetime > LONGEST_LIFETIME {
             return Err(Error::field("lifetime", "a pool token lives up to 30 days"));
@@ -111,7 +113,8 @@ impl App {
             .fetch(keys::pool_by_name(organization, pool))
             .await?
             .ok_or_else(|| Error::not_found("pool"))?;
-        let token = NewToken::generate("lkp_")?;
+        let what = format!("pool {pool}");
+        let token = self.token_for(caller, "lkp_", organization, &what, request_id);
         let expires_at = self.now() + lifetime;
         let record = PoolToken {
             pool: id.value,
@@ -126,7 +129,10 @@ impl App {
         let batch = Batch::new()
             .put(keys::pool_token(token.digest.as_bytes()), Expect::Absent, encode(&record))
             .audit(draft);
-        self.store.commit(batch).await?;
+        let stored = keys::pool_token(token.digest.as_bytes());
+        self.commit_token(batch, stored.clone(), "pool token").await?;
+        let stored: Option<Loaded<PoolToken>> = self.fetch(stored).await?;
+        let expires_at = stored.map_or(expires_at, |token| token.value.expires_at.into());
         let fingerprint = self.authority.fingerprint();
         let shown = format!("{}.{fingerprint}", token.secret.expose_secret());
         Ok((shown.into(), expires_at))

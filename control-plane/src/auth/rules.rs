@@ -36,6 +36,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("EnvironmentService", "GetEnvironment", within(Right::Read)),
     ("EnvironmentService", "ListEnvironments", within(Right::Read)),
     ("EnvironmentService", "UpdateEnvironment", within(Right::Own)),
+    ("EnvironmentService", "UnfreezeEnvironment", within(Right::Own)),
     ("VariableService", "SetVariable", within(Right::Decide)),
     ("VariableService", "ListVariables", within(Right::Read)),
     ("VariableService", "DeleteVariable", within(Right::Decide)),

@@ -52,8 +52,10 @@ impl AccountService for Service {
                 return Err(Error::field("role", "say MEMBER or OWNER").into());
             }
         };
-        let token =
-            self.app.create_user(&caller, &request.organization, &request.user, role).await?;
+        let token = self
+            .app
+            .create_user(&caller, &request.organization, &request.user, role, &request.request_id)
+            .await?;
         Ok(Response::new(v1::CreateUserResponse { token: token.expose_secret().to_owned() }))
     }
 
@@ -66,7 +68,13 @@ impl AccountService for Service {
         let lifetime = convert::duration("lifetime", request.lifetime)?;
         let (token, expires_at) = self
             .app
-            .create_service_token(&caller, &request.organization, &request.name, lifetime)
+            .create_service_token(
+                &caller,
+                &request.organization,
+                &request.name,
+                lifetime,
+                &request.request_id,
+            )
             .await?;
         Ok(Response::new(v1::CreateServiceTokenResponse {
             token: token.expose_secret().to_owned(),

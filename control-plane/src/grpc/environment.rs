@@ -6,6 +6,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Service, caller, convert};
 use crate::app::environments::SettingsChange;
+use crate::app::parse_run_id;
 use crate::error::Error;
 
 #[tonic::async_trait]
@@ -82,6 +83,19 @@ impl EnvironmentService for Service {
             .await?;
         let environment = Some(convert::environment(view));
         Ok(Response::new(v1::UpdateEnvironmentResponse { environment }))
+    }
+
+    async fn unfreeze_environment(
+        &self,
+        request: Request<v1::UnfreezeEnvironmentRequest>,
+    ) -> Result<Response<v1::UnfreezeEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::UnfreezeEnvironmentRequest { organization, environment, run_id } =
+            request.into_inner();
+        let run = parse_run_id(&run_id)?;
+        let view = self.app.unfreeze_environment(&caller, &organization, &environment, run).await?;
+        let environment = Some(convert::environment(view));
+        Ok(Response::new(v1::UnfreezeEnvironmentResponse { environment }))
     }
 }
 

@@ -26,11 +26,19 @@ impl PoolService for Service {
         request: Request<v1::CreatePoolTokenRequest>,
     ) -> Result<Response<v1::CreatePoolTokenResponse>, Status> {
         let caller = caller(&request)?;
-        let v1::CreatePoolTokenRequest { organization, pool, lifetime, uses } =
-            request.into_inner();
-        let lifetime = convert::duration("lifetime", lifetime)?;
-        let (token, expires_at) =
-            self.app.create_pool_token(&caller, &organization, &pool, lifetime, uses).await?;
+        let request = request.into_inner();
+        let lifetime = convert::duration("lifetime", request.lifetime)?;
+        let (token, expires_at) = self
+            .app
+            .create_pool_token(
+                &caller,
+                &request.organization,
+                &request.pool,
+                lifetime,
+                request.uses,
+                &request.request_id,
+            )
+            .await?;
         Ok(Response::new(v1::CreatePoolTokenResponse {
             token: token.expose_secret().to_owned(),
             expire_time: Some(convert::timestamp(expires_at)),

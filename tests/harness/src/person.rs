@@ -144,6 +144,7 @@ impl Person {
             organization: self.organization.clone(),
             user: user.to_owned(),
             role: role.into(),
+            request_id: unique(),
         };
         let token = self.accounts().create_user(request).await?.into_inner().token;
         Self::with_token(plane, &self.organization, user, &token)
@@ -159,6 +160,7 @@ impl Person {
             organization: self.organization.clone(),
             name: name.to_owned(),
             lifetime: None,
+            request_id: unique(),
         };
         let token = self.accounts().create_service_token(request).await?.into_inner().token;
         Self::with_token(plane, &self.organization, name, &token)
@@ -199,6 +201,7 @@ impl Person {
             pool: pool.to_owned(),
             lifetime: None,
             uses: 1,
+            request_id: unique(),
         };
         let answer = self.pools().create_pool_token(request).await;
         Ok(answer.context("failed to make a pool token")?.into_inner().token)

@@ -245,7 +245,8 @@ async fn a_code_for_a_run_that_does_not_wait_is_refused_unspent() {
 async fn a_service_token_queues_but_never_decides() {
     let (fixture, _) = waiting().await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (token, _) = app.create_service_token(owner, ORGANIZATION, "ci", None).await.unwrap();
+    let (token, _) =
+        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
     let ci = app.caller(&token).await.unwrap();
     let run = fixture.try_queue(&ci, "by-ci").await.unwrap();
     let error = fixture.submit_as(&ci, &run, &fixture.code(), "one").await.unwrap_err();
@@ -260,7 +261,10 @@ async fn a_service_token_queues_but_never_decides() {
 async fn a_stranger_is_told_that_the_run_does_not_exist() {
     let (fixture, run) = waiting().await;
     let app = &fixture.app;
-    let token = app.create_user(&fixture.owner, ORGANIZATION, "bob", Role::Member).await.unwrap();
+    let token = app
+        .create_user(&fixture.owner, ORGANIZATION, "bob", Role::Member, "make-bob")
+        .await
+        .unwrap();
     let bob = app.caller(&token).await.unwrap();
     fixture.submit_as(&bob, &run, "000000", "member").await.unwrap_err();
     let stranger = crate::auth::Caller::User {

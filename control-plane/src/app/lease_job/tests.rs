@@ -296,8 +296,25 @@ async fn a_workspace_is_deleted_when_its_run_has_ended() {
 async fn a_service_token_cannot_ask_for_an_apply_that_no_owner_set() {
     let (fixture, _) = queued().await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (token, _) = app.create_service_token(owner, ORGANIZATION, "ci", None).await.unwrap();
+    let (token, _) =
+        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
     let ci = app.caller(&token).await.unwrap();
     assert!(!fixture.queue_automatic(&ci, "a").await.unwrap().request.auto_apply);
     assert!(fixture.queue_automatic(owner, "b").await.unwrap().request.auto_apply);
+}
+
+#[tokio::test]
+async fn an_owner_unfreezes_an_environment_once_its_lost_run_is_given_up() {
+    let (fixture, run, _, lease) = applying().await;
+    fixture.app.expire(lease.job, lease.epoch).await.unwrap();
+    let next = fixture.queue("next").await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let unfreeze = || app.unfreeze_environment(owner, ORGANIZATION, ENVIRONMENT, run.id);
+    assert_eq!(unfreeze().await.unwrap_err().reason(), Reason::WrongState);
+    let given_up = app.cancel_run(owner, run.id).await.unwrap();
+    assert_eq!(given_up.state, RunState::Errored);
+    assert_eq!(fixture.run(&next).await.state, RunState::Pending);
+    unfreeze().await.unwrap();
+    assert_eq!(fixture.run(&next).await.state, RunState::PlanQueued);
+    unfreeze().await.unwrap();
 }
