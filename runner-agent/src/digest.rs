@@ -38,11 +38,3 @@ pub(crate) fn of_file(path: &Path) -> io::Result<String> {
         }
     }
 }
-
-/// Answers the empty string for an absent file, as `ApprovedPlan.lock_file_digest` wants it.
-pub(crate) fn of_optional_file(path: &Path) -> io::Result<String> {
-    match of_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        other => other,
-    }
-}

@@ -7,7 +7,9 @@
 //! lease.json, spec.json, settings.json   accepted: written before the directory has its name
 //! starting                               about to ask for `Go`
 //! exec                                   the point of no return: terraform may have run
-//! process                                pid and start time of the running terraform
+//! endpoints.json, state-lock             how terraform reaches its supervisor: for a successor
+//! process, interrupted                   pid and start time of the running terraform; whether it
+//!                                        was asked to stop
 //! raw, log, checkpoint                   what terraform wrote; the canonical log; their relation
 //! state/base, state/NNNN                 the state at the lease; every state written since
 //! work/                                  the configuration, or the restored workspace
@@ -181,6 +183,16 @@ impl JobDirectory {
         let to = self.join(name);
         fs::rename(self.join(&format!("{name}.new")), &to).map_err(io_error("name", &to))?;
         sync_directory(to.parent().unwrap_or(&self.path))
+    }
+
+    /// Writes a record, whole or not at all, that need not survive power loss.
+    pub(crate) fn note(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let draft = self.join(&format!("{name}.new"));
+        create_private(&draft)
+            .and_then(|mut file| file.write_all(bytes))
+            .map_err(io_error("write", &draft))?;
+        let to = self.join(name);
+        fs::rename(&draft, &to).map_err(io_error("name", &to))
     }
 
     pub(crate) fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T, Error> {

@@ -22,6 +22,7 @@ mod random;
 mod root_module;
 mod ship;
 mod supervisor;
+mod untrusted;
 mod workspace;
 
 use std::ffi::OsString;

@@ -8,8 +8,7 @@
 //!
 //! It has a session of its own and holds the secrets of the job in memory only. The agent talks
 //! to it through a socket in the job directory (`control`) and may come and go. A supervisor
-//! that finds `exec` has a dead predecessor: it waits for terraform's end, brings the log up to
-//! it, and reports that the outcome is not known.
+//! that finds `exec` has a dead predecessor (`succession`).
 
 mod apply;
 pub(crate) mod control;
@@ -22,6 +21,7 @@ mod mask;
 mod plan;
 mod plan_changes;
 mod state_endpoint;
+mod succession;
 mod terraform;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -34,10 +34,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use latchkey_proto::v1;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::Mode;
-use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, pidfd_open, setrlimit, setsid, umask};
+use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -47,13 +45,17 @@ use self::environment::{CredentialsAccess, Sources, StateAccess};
 use self::log::Log;
 use self::mask::Masker;
 use self::state_endpoint::StateEndpoint;
-use self::terraform::{Cancel, ProcessRecord, Terraform};
+use self::succession::Endpoints;
+use self::terraform::{Cancel, Terraform};
 use self::variables::Variables;
 use crate::job::{Failure, JobResult, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, Settings, create_private};
 
 /// How long to wait for `Go`; the control plane may have to come back first.
 const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
+
+/// What terraform shows to get its credentials.
+const TOKEN_FILE: &str = "credentials-token";
 
 /// What the supervisor prints when it listens.
 pub(crate) const READY: &str = "supervisor ready";
@@ -150,6 +152,7 @@ struct Running {
     log: Log,
     terraform: Terraform,
     variables: Variables,
+    endpoints: Endpoints,
     /// Whether `terraform apply` may have been started.
     applying: bool,
 }
@@ -186,6 +189,25 @@ impl Supervisor {
 
     async fn go(mut self, go: v1::Go) -> Result<(), Error> {
         self.stage(Stage::Preparing);
+        let Err(error) = self.work(go).await else { return Ok(()) };
+        tracing::error!(error = &error as &dyn std::error::Error, "failed to begin the job");
+        // Without a result the job would be given out again, to fail in the same way.
+        let reason = sentence(&error);
+        let result = JobResult::failed(Failure::Errored, reason.as_str());
+        match self.log(Masker::default()) {
+            Ok(log) => {
+                log.own("diagnostic", "error", &reason, serde_json::Value::Null);
+                self.finish(&log, &result).await
+            }
+            Err(_) => {
+                self.end(0, &result).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Fails only before anything of terraform's has run, and before there is a log.
+    async fn work(&mut self, go: v1::Go) -> Result<(), Error> {
         let session = go.credentials.map(Session::from_wire);
         let mut masker = Masker::default();
         session.iter().flat_map(Session::secrets).for_each(|secret| masker.add(&secret));
@@ -200,19 +222,9 @@ impl Supervisor {
         };
         variables.sensitive.iter().for_each(|secret| masker.add(secret));
 
-        let states = self.status.clone();
-        let (states_to, mut written) = watch::channel(0);
-        let state = StateEndpoint::start(&self.directory, self.lease.phase, states_to)
-            .await
-            .map_err(Error::Endpoint)?;
-        tokio::spawn(async move {
-            while written.changed().await.is_ok() {
-                let newest = *written.borrow_and_update();
-                states.send_modify(|status| status.states = status.states.max(newest));
-            }
-        });
+        let state = self.serve_state(state_endpoint::Access::new()).await?;
         masker.add(state.password());
-        let token_file = self.directory.join("credentials-token");
+        let token_file = self.directory.join(TOKEN_FILE);
         let credentials = match session {
             Some(session) => Some(
                 CredentialsEndpoint::start(session, &token_file).await.map_err(Error::Endpoint)?,
@@ -221,8 +233,10 @@ impl Supervisor {
         };
         credentials.iter().for_each(|endpoint| masker.add(endpoint.token()));
 
-        let log = self.log(masker)?;
         let (cancel_to, cancel) = watch::channel(Cancel::No);
+        // Whoever stops the host signals terraform too; it must find its endpoints to the end.
+        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Isolate)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Isolate)?;
         let terraform = Terraform {
             program: self.settings.terraform.clone(),
             root: self.directory.root(&self.spec),
@@ -230,6 +244,7 @@ impl Supervisor {
             environment: self.environment(&variables, &state, credentials.as_ref(), &token_file)?,
             cancel,
         };
+        let log = self.log(masker)?;
         let mut running = Running {
             directory: self.directory.clone(),
             lease: self.lease.clone(),
@@ -239,6 +254,7 @@ impl Supervisor {
             log: log.clone(),
             terraform,
             variables,
+            endpoints: Endpoints::of(&state, credentials.as_ref()),
             applying: false,
         };
         let job = async {
@@ -248,9 +264,6 @@ impl Supervisor {
             }
         };
         tokio::pin!(job);
-        // Whoever stops the host signals terraform too; it must find its endpoints to the end.
-        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Isolate)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Isolate)?;
         let mut given_up = false;
         let result = loop {
             let order = tokio::select! {
@@ -300,7 +313,7 @@ impl Supervisor {
                 let executed = self.status.borrow().stage() >= Stage::Executing;
                 let unknown = executed && self.lease.phase == Phase::Apply;
                 let kind = if unknown { Failure::EndedUnknown } else { Failure::Errored };
-                let reason = format!("the runner failed to {error}");
+                let reason = sentence(&error);
                 log.own("diagnostic", "error", &reason, serde_json::Value::Null);
                 JobResult::failed(kind, reason)
             }
@@ -308,108 +321,47 @@ impl Supervisor {
         self.finish(&log, &result).await
     }
 
-    /// Stands in for a supervisor that died while terraform may have lived.
-    async fn succeed_a_dead_one(mut self) -> Result<(), Error> {
-        self.status.send_modify(|status| {
-            status.set_stage(Stage::Executing);
-            status.wants_secrets = true;
-        });
-        let process = self.directory.read::<ProcessRecord>("process").ok();
-        // The secrets to mask died with the predecessor: they are asked for before the log goes
-        // on.
-        let mut go = None;
-        if let Some(process) = process {
-            go = self.wait_for_the_end_of(process).await?;
-        }
-        if go.is_none() {
-            go = self.wait_for_secrets().await;
-        }
-        self.status.send_modify(|status| status.wants_secrets = false);
-        let log = match go.map(|go| (go.credentials.map(Session::from_wire), go.variables)) {
-            Some((session, variables)) => {
-                let mut masker = Masker::default();
-                session.iter().flat_map(Session::secrets).for_each(|secret| masker.add(&secret));
-                let sensitive = variables::sort(variables).unwrap_or_default().sensitive;
-                sensitive.iter().for_each(|secret| masker.add(secret));
-                self.log(masker)?
-            }
-            None => {
-                let log = self.log(Masker::default())?;
-                log.leave_out_the_rest();
-                log
-            }
-        };
-        let reason = "the supervisor was lost; terraform has ended, but how is not known";
-        log.own("diagnostic", "error", reason, serde_json::Value::Null);
-        let errored = self.directory.root(&self.spec).join("errored.tfstate");
-        if let Ok(state) = std::fs::read(errored) {
-            self.directory.record_bytes("errored.tfstate", &state)?;
-        }
-        // A plan changes nothing: it can simply be repeated.
-        let kind = match self.lease.phase {
-            Phase::Plan => Failure::Errored,
-            Phase::Apply => Failure::EndedUnknown,
-        };
-        self.finish(&log, &JobResult::failed(kind, reason)).await
-    }
-
-    /// Answers the `Go` that arrived meanwhile.
-    async fn wait_for_the_end_of(
-        &mut self,
-        process: ProcessRecord,
-    ) -> Result<Option<v1::Go>, Error> {
-        let Some(pid) = Pid::from_raw(process.pid) else { return Ok(None) };
-        let handle = pidfd_open(pid, PidfdFlags::empty());
-        // Checked after the handle is held: the number cannot be given away any more.
-        let (Ok(handle), true) = (handle, process.is_alive()) else { return Ok(None) };
-        let mut ended = tokio::task::spawn_blocking(move || {
-            let mut wait = [PollFd::new(&handle, PollFlags::IN)];
-            while poll(&mut wait, None) == Err(Errno::INTR) {}
-        });
-        let mut answer = None;
-        loop {
-            tokio::select! {
-                waited = &mut ended => {
-                    waited.map_err(Error::Task)?;
-                    return Ok(answer);
-                }
-                Some(order) = self.orders.recv() => match order {
-                    Order::Cancel(true) => terraform::stop(Some(pid), Cancel::Forced),
-                    Order::Cancel(false) => terraform::stop(Some(pid), Cancel::Graceful),
-                    Order::Go(go) => {
-                        self.status.send_modify(|status| status.wants_secrets = false);
-                        answer = Some(go);
-                    }
-                    Order::Withdraw(_) | Order::GiveUp(_) | Order::Refuse(_) => {}
-                },
-            }
-        }
-    }
-
-    async fn wait_for_secrets(&mut self) -> Option<v1::Go> {
-        let deadline = tokio::time::sleep(LONGEST_WAIT);
-        tokio::pin!(deadline);
-        loop {
-            tokio::select! {
-                order = self.orders.recv() => match order {
-                    Some(Order::Go(go)) => return Some(go),
-                    // Nobody will send them any more.
-                    Some(Order::GiveUp(_) | Order::Withdraw(_)) | None => return None,
-                    Some(Order::Cancel(_) | Order::Refuse(_)) => {}
-                },
-                () = &mut deadline => return None,
-            }
-        }
-    }
-
+    /// Writes how the job ended, however long the disk is full, and tells it.
     async fn finish(&self, log: &Log, result: &JobResult) -> Result<(), Error> {
-        let length = log.drain().await?.length;
-        self.directory.record("result.json", result)?;
+        let length = match log.drain().await {
+            Ok(drained) => drained.length,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "failed to end the log");
+                self.status.borrow().log_length
+            }
+        };
+        self.end(length, result).await;
+        Ok(())
+    }
+
+    async fn end(&self, log_length: u64, result: &JobResult) {
+        while let Err(error) = self.directory.record("result.json", result) {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "failed to write the result; it is tried again"
+            );
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
         self.status.send_modify(|status| {
-            status.log_length = length;
+            status.log_length = log_length;
             status.set_stage(Stage::Ended);
         });
-        Ok(())
+    }
+
+    async fn serve_state(&self, access: state_endpoint::Access) -> Result<StateEndpoint, Error> {
+        let states = self.status.clone();
+        let (states_to, mut written) = watch::channel(0);
+        let phase = self.lease.phase;
+        let state = StateEndpoint::start(&self.directory, phase, states_to, access)
+            .await
+            .map_err(Error::Endpoint)?;
+        tokio::spawn(async move {
+            while written.changed().await.is_ok() {
+                let newest = *written.borrow_and_update();
+                states.send_modify(|status| status.states = status.states.max(newest));
+            }
+        });
+        Ok(state)
     }
 
     fn log(&self, masker: Masker) -> Result<Log, Error> {
@@ -449,10 +401,7 @@ impl Supervisor {
                 .filter_map(|name| Some((name.clone(), std::env::var_os(name)?)))
                 .collect(),
             user: &variables.environment,
-            state: Some(StateAccess {
-                address: state.address().to_owned(),
-                password: state.password(),
-            }),
+            state: Some(StateAccess { address: state.address(), password: state.password() }),
             credentials: credentials
                 .map(|endpoint| CredentialsAccess { uri: endpoint.uri(), token_file }),
         }))
@@ -462,8 +411,20 @@ impl Supervisor {
 impl Running {
     /// Passes the point of no return: durable before it is told, told before terraform runs.
     fn executing(&self) -> Result<(), Error> {
+        // A successor is needed from here on.
+        self.directory.record("endpoints.json", &self.endpoints)?;
         self.directory.record("exec", &self.lease)?;
         self.status.send_modify(|status| status.set_stage(Stage::Executing));
         Ok(())
     }
+}
+
+fn sentence(error: &Error) -> String {
+    let mut text = format!("the runner failed to {error}");
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
 }

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::job::{Digests, Failure, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, private_directory};
 use crate::ship::{self, Fetched, Shipper};
-use crate::{digest, extract, root_module};
+use crate::{digest, extract, root_module, untrusted};
 
 /// How preparing ended.
 pub(super) enum Prepared {
@@ -185,7 +185,7 @@ fn workspace(
         return Err(Refusal::NotApproved("saved plan"));
     }
     let lock_file = directory.root(spec).join(".terraform.lock.hcl");
-    let lock_file = digest::of_optional_file(&lock_file).map_err(Refusal::Read)?;
+    let lock_file = untrusted::digest(&lock_file).map_err(Refusal::Read)?;
     if lock_file != approved.lock_file {
         return Err(Refusal::NotApproved("lock file"));
     }

@@ -1,7 +1,8 @@
 //! The apply phase: compare with what was approved, then apply exactly that.
 
 use std::fs;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -10,6 +11,7 @@ use super::terraform::Ended;
 use super::{Error, Running};
 use crate::job::{Failure, JobResult, Spec};
 use crate::job_directory::JobDirectory;
+use crate::untrusted;
 
 /// The control plane keeps them in the run's record.
 const LARGEST_OUTPUTS: usize = 24 * 1024;
@@ -18,10 +20,63 @@ const LARGEST_OUTPUTS: usize = 24 * 1024;
 #[error("apply the plan: its changes are not those that were approved; plan again")]
 struct NotApproved;
 
+#[derive(Debug, thiserror::Error)]
+#[error("remove an old errored.tfstate")]
+struct Stale {
+    #[source]
+    source: io::Error,
+}
+
+const ERRORED_STATE: &str = "errored.tfstate";
+
+/// What became of a state that terraform could not deliver.
+#[derive(Debug)]
+pub(super) enum ErroredState {
+    Absent,
+    /// It is in the job directory, to be brought.
+    Kept,
+    Unreadable(io::Error),
+}
+
+/// Takes `errored.tfstate` out of terraform's directory, if there is one.
+pub(super) async fn keep_errored_state(
+    directory: &JobDirectory,
+    root: &Path,
+) -> Result<ErroredState, Error> {
+    let (directory, errored) = (directory.clone(), root.join(ERRORED_STATE));
+    let keep = move || match untrusted::read(&errored) {
+        Ok(None) => Ok(ErroredState::Absent),
+        Ok(Some(state)) => {
+            directory.record_bytes(ERRORED_STATE, &state).map(|()| ErroredState::Kept)
+        }
+        Err(error) => Ok(ErroredState::Unreadable(error)),
+    };
+    Ok(tokio::task::spawn_blocking(keep).await.map_err(Error::Task)??)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 impl Running {
     pub(super) async fn apply(&mut self) -> Result<JobResult, Error> {
-        let names_providers = fs::read_to_string(lock_file(&self.directory, &self.spec))
-            .is_ok_and(|text| text.lines().any(|line| line.starts_with("provider ")));
+        let lock_file = lock_file(&self.directory, &self.spec);
+        let read = move || untrusted::read(&lock_file);
+        let lock_file = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(Error::Task)?
+            .map_err(Error::Digest)?
+            .unwrap_or_default();
+        let lock_file = String::from_utf8_lossy(&lock_file);
+        let names_providers = lock_file.lines().any(|line| line.starts_with("provider "));
         // The sealed workspace has everything but the providers.
         if names_providers && let Some(failed) = self.init(&["-lockfile=readonly"]).await? {
             return Ok(failed);
@@ -40,6 +95,11 @@ impl Running {
             return Ok(self.failed("terraform apply", Ended::NeverStarted));
         }
 
+        // One that came with the configuration would be taken for this apply's.
+        let stale = self.terraform.root.join(ERRORED_STATE);
+        if let Err(source) = remove(&stale) {
+            return Ok(self.refused(Failure::Errored, &Stale { source }));
+        }
         self.applying = true;
         self.apply_step();
         // The point of no return: after this, the job is never started again.
@@ -53,17 +113,24 @@ impl Running {
         let ended = self.terraform.run(&arguments, var_file.as_ref()).await?;
         let drained = self.log.drain().await?;
 
-        let errored = self.terraform.root.join("errored.tfstate");
-        if let Ok(state) = fs::read(&errored) {
-            self.directory.record_bytes("errored.tfstate", &state)?;
-            return Ok(JobResult::Failed {
-                kind: Failure::StateUndelivered,
-                reason: "terraform could not write its state and saved errored.tfstate".into(),
-                exit_code: match ended {
-                    Ended::Exited(code) => Some(code),
-                    Ended::Killed(_) | Ended::NeverStarted => None,
-                },
-            });
+        let errored = keep_errored_state(&self.directory, &self.terraform.root).await?;
+        let undelivered = match errored {
+            ErroredState::Absent => None,
+            ErroredState::Kept => {
+                let reason = "terraform could not write its state and saved errored.tfstate";
+                Some((Failure::StateUndelivered, reason.to_owned()))
+            }
+            ErroredState::Unreadable(error) => {
+                let reason = format!("errored.tfstate is there and cannot be read: {error}");
+                Some((Failure::EndedUnknown, reason))
+            }
+        };
+        if let Some((kind, reason)) = undelivered {
+            let exit_code = match ended {
+                Ended::Exited(code) => Some(code),
+                Ended::Killed(_) | Ended::NeverStarted => None,
+            };
+            return Ok(JobResult::Failed { kind, reason, exit_code });
         }
         match ended {
             Ended::Exited(0) => {

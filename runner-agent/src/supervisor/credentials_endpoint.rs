@@ -63,6 +63,8 @@ impl Session {
 
 #[derive(Debug)]
 enum Holding {
+    /// A successor has none until the control plane has sent one.
+    Awaited,
     Session(Session),
     Withdrawn,
 }
@@ -86,12 +88,22 @@ impl CredentialsEndpoint {
         let token = SecretString::from(random::token());
         // No newline: the SDK refuses it.
         create_private(token_file)?.write_all(token.expose_secret().as_bytes())?;
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        let shared = Arc::new(Shared {
-            address: listener.local_addr()?,
-            token,
-            holding: Mutex::new(Holding::Session(session)),
-        });
+        Self::serve(0, token, Holding::Session(session)).await
+    }
+
+    /// Goes on for a dead predecessor, on its port and with the token in the file.
+    pub(super) async fn take_over(port: u16, token_file: &Path) -> io::Result<Self> {
+        let token = SecretString::from(std::fs::read_to_string(token_file)?);
+        if token.expose_secret().is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the token is empty"));
+        }
+        Self::serve(port, token, Holding::Awaited).await
+    }
+
+    async fn serve(port: u16, token: SecretString, holding: Holding) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared { address, token, holding: Mutex::new(holding) });
         let router =
             Router::new().route("/credentials", get(answer)).with_state(Arc::clone(&shared));
         tokio::spawn(async move {
@@ -104,6 +116,10 @@ impl CredentialsEndpoint {
 
     pub(super) fn uri(&self) -> String {
         format!("http://{}/credentials", self.shared.address)
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.shared.address.port()
     }
 
     pub(super) fn token(&self) -> &SecretString {
@@ -135,6 +151,12 @@ async fn answer(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Respon
     let now = clock::now();
     let holding = shared.holding.lock().unwrap_or_else(PoisonError::into_inner);
     match &*holding {
+        // The SDK asks again.
+        Holding::Awaited => refuse(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "Awaited",
+            "the supervisor was replaced and waits for the credentials of this run",
+        ),
         Holding::Withdrawn => refuse(
             StatusCode::FORBIDDEN,
             "Withdrawn",
@@ -211,6 +233,15 @@ mod tests {
         assert_eq!(ask(&[("Host", &host), ("Authorization", "wrong")]).await.0, 401);
         assert_eq!(ask(&[("Host", "evil.example"), auth]).await.0, 403);
         assert_eq!(ask(&[("Host", &host), ("Origin", "http://x"), auth]).await.0, 403);
+
+        let successor = CredentialsEndpoint::take_over(0, &file).await.unwrap();
+        let its_host = successor.shared.address.to_string();
+        let ask_it = async || {
+            request(&its_host, "GET", "/credentials", &[("Host", &its_host), auth], b"").await
+        };
+        assert_eq!(ask_it().await.0, 503);
+        successor.replace(session("AKIA9", later));
+        assert_eq!(ask_it().await.0, 200);
 
         endpoint.replace(session("AKIA2", later));
         let (_, body) = ask(&[("Host", &host), auth]).await;

@@ -10,7 +10,7 @@ use super::plan_changes::{self, Changes};
 use super::terraform::{Cancel, Ended};
 use super::{Error, Running};
 use crate::job::{Digests, Failure, JobResult, Kind};
-use crate::{digest, workspace};
+use crate::{digest, untrusted, workspace};
 
 impl Running {
     /// Plans and seals what an apply will need.
@@ -55,7 +55,10 @@ impl Running {
         if *self.terraform.cancel.borrow() != Cancel::No {
             return Ok(self.failed("terraform plan", Ended::NeverStarted));
         }
-        let lock_file = digest::of_optional_file(&lock_file(&self.directory, &self.spec))
+        let lock_file = lock_file(&self.directory, &self.spec);
+        let lock_file = tokio::task::spawn_blocking(move || untrusted::digest(&lock_file))
+            .await
+            .map_err(Error::Task)?
             .map_err(Error::Digest)?;
         let counts = changes.counts;
         Ok(JobResult::Plan {

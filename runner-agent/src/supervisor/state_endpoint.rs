@@ -5,7 +5,7 @@
 //! the agent sends it up. GET answers the newest state written, else the one of the lease.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
@@ -34,8 +34,25 @@ const LARGEST: usize = 256 << 20;
 #[derive(Debug)]
 pub(super) struct StateEndpoint {
     shared: Arc<Shared>,
-    address: String,
+    address: SocketAddr,
 }
+
+/// Where the state is served, and to whom.
+#[derive(Debug)]
+pub(super) struct Access {
+    /// 0 for any.
+    pub(super) port: u16,
+    pub(super) password: SecretString,
+}
+
+impl Access {
+    pub(super) fn new() -> Self {
+        Self { port: 0, password: random::token().into() }
+    }
+}
+
+/// Keeps the lock for a successor.
+const LOCK: &str = "state-lock";
 
 #[derive(Debug)]
 struct Shared {
@@ -82,24 +99,26 @@ struct LockInfo {
 }
 
 impl StateEndpoint {
-    /// Starts serving; the number of the newest state is told as it becomes durable.
+    /// Starts serving, or goes on for a dead predecessor; the number of the newest state is told as it becomes durable.
     pub(super) async fn start(
         directory: &JobDirectory,
         phase: Phase,
         written: watch::Sender<u64>,
+        access: Access,
     ) -> io::Result<Self> {
         let current = current(directory)?;
         written.send_replace(current.as_ref().map_or(0, |current| current.sequence));
         let shared = Arc::new(Shared {
             directory: directory.clone(),
             phase,
-            password: random::token().into(),
-            inner: Mutex::new(Inner { lock: None, current }),
+            password: access.password,
+            inner: Mutex::new(Inner { lock: kept_lock(directory)?, current }),
             writing: tokio::sync::Mutex::new(()),
             written,
         });
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        let address = format!("http://{}/state", listener.local_addr()?);
+        // With SO_REUSEADDR: connections of the predecessor's do not keep it out.
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, access.port)).await?;
+        let address = listener.local_addr()?;
         let router = Router::new().fallback(answer).with_state(Arc::clone(&shared));
         tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
@@ -109,12 +128,27 @@ impl StateEndpoint {
         Ok(Self { shared, address })
     }
 
-    pub(super) fn address(&self) -> &str {
-        &self.address
+    pub(super) fn address(&self) -> String {
+        format!("http://{}/state", self.address)
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.address.port()
     }
 
     pub(super) fn password(&self) -> &SecretString {
         &self.shared.password
+    }
+}
+
+fn kept_lock(directory: &JobDirectory) -> io::Result<Option<Lock>> {
+    match std::fs::read(directory.join(LOCK)) {
+        Ok(info) => {
+            let LockInfo { id } = serde_json::from_slice(&info)?;
+            Ok(Some(Lock { id, info }))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -200,6 +234,10 @@ impl Shared {
         match &inner.lock {
             Some(held) if held.id != id => (StatusCode::LOCKED, held.info.clone()).into_response(),
             Some(_) | None => {
+                // Synced by nobody: with a reboot, terraform is gone as well.
+                if let Err(error) = self.directory.note(LOCK, &info) {
+                    return failed(&error);
+                }
                 inner.lock = Some(Lock { id, info });
                 StatusCode::OK.into_response()
             }
@@ -214,6 +252,8 @@ impl Shared {
                 (StatusCode::CONFLICT, "another lock is held").into_response()
             }
             Some(_) | None => {
+                // At worst a successor finds a lock of the same terraform's.
+                let _ = std::fs::remove_file(self.directory.join(LOCK));
                 inner.lock = None;
                 StatusCode::OK.into_response()
             }
@@ -297,7 +337,8 @@ mod tests {
                 std::fs::write(directory.join("state/base"), base).unwrap();
             }
             let (written_to, written) = watch::channel(0);
-            let endpoint = StateEndpoint::start(&directory, phase, written_to).await.unwrap();
+            let endpoint =
+                StateEndpoint::start(&directory, phase, written_to, Access::new()).await.unwrap();
             Self { _jobs: jobs, directory, endpoint, written }
         }
 
@@ -315,12 +356,11 @@ mod tests {
         ) -> (u16, String) {
             let login =
                 STANDARD.encode(format!("{USER}:{}", self.endpoint.password().expose_secret()));
-            let host = self.endpoint.address().strip_prefix("http://").unwrap();
-            let host = host.strip_suffix("/state").unwrap();
+            let host = self.endpoint.address.to_string();
             let auth = format!("Basic {login}");
-            let headers = [("Host", host), ("Authorization", &auth), ("Content-MD5", sum)];
+            let headers = [("Host", host.as_str()), ("Authorization", &auth), ("Content-MD5", sum)];
             let path = format!("/state{query}");
-            let (status, body) = request(host, method, &path, &headers, body.as_bytes()).await;
+            let (status, body) = request(&host, method, &path, &headers, body.as_bytes()).await;
             (status, String::from_utf8(body).unwrap())
         }
     }
@@ -349,6 +389,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_successor_goes_on_with_the_same_lock_password_and_state() {
+        let client = Client::start(Phase::Apply, None).await;
+        assert_eq!(client.ask("LOCK", "", r#"{"ID":"a"}"#).await.0, 200);
+        assert_eq!(client.ask("POST", "?ID=a", &state(1, "x")).await.0, 200);
+        let access = Access { port: 0, password: client.endpoint.password().clone() };
+        let written = watch::channel(0).0;
+        let endpoint =
+            StateEndpoint::start(&client.directory, Phase::Apply, written, access).await.unwrap();
+        let client = Client { endpoint, ..client };
+        assert_eq!(client.ask("LOCK", "", r#"{"ID":"b"}"#).await.0, 423);
+        assert_eq!(client.ask("GET", "", "").await, (200, state(1, "x")));
+        assert_eq!(client.ask("POST", "?ID=a", &state(2, "x")).await.0, 200);
+        assert_eq!(client.directory.states().unwrap(), [1, 2]);
+        assert_eq!(client.ask("UNLOCK", "", r#"{"ID":"a"}"#).await.0, 200);
+        assert!(!client.directory.join(LOCK).exists());
+    }
+
+    #[tokio::test]
     async fn a_foreign_or_damaged_state_is_refused() {
         let client = Client::start(Phase::Apply, Some(&state(7, "x"))).await;
         assert_eq!(client.ask("GET", "", "").await, (200, state(7, "x")));
@@ -370,8 +428,7 @@ mod tests {
     #[tokio::test]
     async fn without_the_password_nothing_is_answered() {
         let client = Client::start(Phase::Plan, Some(&state(7, "canary"))).await;
-        let host = client.endpoint.address().strip_prefix("http://").unwrap();
-        let host = host.strip_suffix("/state").unwrap();
+        let host = &client.endpoint.address.to_string();
         for header in
             [("X", "y"), ("Authorization", "Basic bGF0Y2hrZXk6eA=="), ("Authorization", "x")]
         {

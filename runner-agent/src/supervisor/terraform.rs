@@ -9,10 +9,12 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -22,6 +24,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
+use crate::job::Lease;
 use crate::job_directory::JobDirectory;
 
 /// How far a person went in stopping the job.
@@ -74,7 +77,54 @@ impl ProcessRecord {
     pub(super) fn is_alive(self) -> bool {
         Self::of(self.pid) == Some(self)
     }
+
+    /// Looks for a terraform of the job whose record was not written any more.
+    pub(super) fn find(directory: &JobDirectory, program: &Path, lease: &Lease) -> Option<Self> {
+        let below = fs::canonicalize(directory.path()).ok()?;
+        let marks = [
+            format!("LATCHKEY_RUN_ID={}", lease.run_id),
+            format!("LATCHKEY_PHASE={}", lease.phase.name()),
+        ];
+        let numbers = fs::read_dir("/proc").ok()?.flatten();
+        let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let is_ours = |pid: &i32| {
+            let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            let has = |bytes: &[u8], text: &[u8]| bytes.split(|byte| *byte == 0).any(|w| w == text);
+            let environ = read("environ");
+            // Its plugins and programs have the environment too: they are no group's leader, or
+            // not this program, which a script's interpreter names second.
+            let arguments = read("cmdline");
+            let mut first = arguments.split(|byte| *byte == 0).take(2);
+            marks.iter().all(|mark| has(&environ, mark.as_bytes()))
+                && first.any(|argument| argument == program.as_os_str().as_bytes())
+                && fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|d| d.starts_with(&below))
+                && group_of(*pid) == Some(*pid)
+        };
+        pids.filter(is_ours).find_map(Self::of)
+    }
 }
+
+fn group_of(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat[stat.rfind(')')? + 2..].split(' ').nth(2)?.parse().ok()
+}
+
+/// The name of the record of the running process.
+pub(super) const PROCESS: &str = "process";
+
+/// Says that SIGINT was sent: a successor must not send another.
+pub(super) const INTERRUPTED: &str = "interrupted";
+
+pub(super) fn note_interrupted(directory: &JobDirectory) {
+    if let Err(error) = directory.note(INTERRUPTED, b"") {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(error, "failed to note that terraform was interrupted");
+    }
+}
+
+/// How long terraform may take to install its handler of SIGINT when nothing shows that it has:
+/// before, the signal would kill it.
+const DEAF: Duration = Duration::from_millis(500);
 
 /// Everything the commands of one job have in common.
 #[derive(Debug, Clone)]
@@ -103,6 +153,7 @@ impl Terraform {
             .mode(0o600)
             .open(self.directory.join("raw"))
             .map_err(failed)?;
+        let printed = raw.metadata().map_err(failed)?.len();
         let mut command = self.command(arguments);
         command.stdin(if var_file.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(raw.try_clone().map_err(failed)?).stderr(raw);
@@ -114,7 +165,7 @@ impl Terraform {
                 let _ = stdin.write_all(file.expose_secret().as_bytes()).await;
             });
         }
-        self.watch(child).await
+        self.watch(child, Some(printed)).await
     }
 
     /// Runs a short reading command and answers what it prints on stdout and stderr.
@@ -144,7 +195,7 @@ impl Terraform {
                 None => Ok(0),
             }
         };
-        let (ended, read_out, read_err) = tokio::join!(self.watch(child), read_out, read_err);
+        let (ended, read_out, read_err) = tokio::join!(self.watch(child, None), read_out, read_err);
         read_out.and(read_err).map_err(Error::Wait)?;
         Ok((ended?, out, err))
     }
@@ -156,23 +207,47 @@ impl Terraform {
         command
     }
 
-    async fn watch(&self, mut child: Child) -> Result<Ended, Error> {
+    /// Waits until terraform has printed something into `raw`, or long enough.
+    async fn listening(&self, printed: Option<u64>) {
+        let raw = self.directory.join("raw");
+        let prints = async {
+            loop {
+                let now = fs::metadata(&raw).map_or(0, |metadata| metadata.len());
+                if printed.is_some_and(|printed| now > printed) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let _ = tokio::time::timeout(DEAF, prints).await;
+    }
+
+    async fn watch(&self, mut child: Child, printed: Option<u64>) -> Result<Ended, Error> {
         let pid = child.id().and_then(|id| i32::try_from(id).ok());
         if let Some(record) = pid.and_then(ProcessRecord::of) {
             // Only for a successor on this host: a reboot ends the process anyway.
             let record = serde_json::to_vec(&record).unwrap_or_default();
-            if let Err(error) = fs::write(self.directory.join("process"), record) {
-                tracing::warn!(%error, "failed to note terraform's process");
+            if let Err(error) = self.directory.note(PROCESS, &record) {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "failed to note terraform's process");
             }
         }
         let group = pid.and_then(Pid::from_raw);
         let mut cancel = self.cancel.clone();
         let mut sent = Cancel::No;
+        // SIGKILL is heard by everybody.
+        let mut heard = Cancel::Graceful;
+        let listening = self.listening(printed);
+        tokio::pin!(listening);
         let status = loop {
             tokio::select! {
                 status = child.wait() => break status.map_err(Error::Wait)?,
-                () = changed(&mut cancel, sent) => {
+                () = &mut listening, if heard != Cancel::No => heard = Cancel::No,
+                () = changed(&mut cancel, sent.max(heard)) => {
                     sent = *cancel.borrow();
+                    if sent == Cancel::Graceful {
+                        note_interrupted(&self.directory);
+                    }
                     stop(group, sent);
                 }
             }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::control::{OrderFrame, connect, receive, send};
+use super::terraform::ProcessRecord;
 use super::*;
 use crate::Program;
 use crate::engine::Engine;
@@ -62,7 +63,7 @@ impl Driven {
         let process = spawn(&directory);
         let stream = attach(&directory).await;
         let mut driven = Self { jobs, directory, process, stream, status: Status::default() };
-        driven.wait("it to wait for Go", |status| status.stage() == Stage::Waiting).await;
+        driven.wait("the first status", |_| true).await;
         driven
     }
 
@@ -374,35 +375,159 @@ async fn an_agent_that_comes_back_finds_everything() {
     }
 }
 
-#[tokio::test]
-async fn a_dead_supervisor_is_succeeded_while_terraform_lives() {
+/// What a dead supervisor may leave of the record of terraform's process.
+async fn succeed(spoil: impl FnOnce(&JobDirectory)) {
     let mut apply = slow_apply(SLOW).await;
     let before = apply.log();
     let told = apply.status.log_length as usize;
     apply.process.kill().unwrap();
     apply.process.wait().unwrap();
-    // A state that nobody has heard of yet.
-    let earlier = r#"{"version":4,"serial":0,"lineage":"earlier"}"#;
-    std::fs::write(apply.directory.join("state/0001"), earlier).unwrap();
+    spoil(&apply.directory);
     apply.process = spawn(&apply.directory);
     let directory = apply.directory.clone();
     apply.stream = attach(&directory).await;
-    apply.wait("the first status", |_| true).await;
-    assert!(apply.status.states >= 1, "{:?}", apply.status);
-    if !apply.status.wants_secrets {
-        apply.wait("the question for secrets", |status| status.wants_secrets).await;
-    }
+    apply.wait("the question for secrets", |status| status.wants_secrets).await;
     apply.order(Order::Go(v1::Go::default())).await;
+    // The log goes on at once, not with terraform's end.
+    apply.log_has("the-second").await;
     let result = apply.ended().await;
     let log = apply.log();
-    let unknown = matches!(
-        result,
-        JobResult::Failed { kind: Failure::EndedUnknown | Failure::StateUndelivered, .. }
+    assert!(
+        matches!(result, JobResult::Failed { kind: Failure::EndedUnknown, .. }),
+        "{result:?}\n{log}"
     );
-    assert!(unknown, "{result:?}\n{log}");
     assert!(log.starts_with(&before[..told]), "told bytes have changed");
-    assert_eq!(log.matches("local-exec): begun\"").count(), 1, "{log}");
-    assert_eq!(log.matches("local-exec): done\"").count(), 1, "{log}");
+    for text in ["begun", "done", "the-second"] {
+        assert_eq!(log.matches(&format!("local-exec): {text}\"")).count(), 1, "{log}");
+    }
+    // Terraform found the state where it was before.
+    let newest = *directory.states().unwrap().last().unwrap();
+    assert_eq!(apply.status.states, newest);
+    let state = std::fs::read_to_string(directory.join(&JobDirectory::state_name(newest))).unwrap();
+    assert!(state.contains("terraform_data"), "{state}");
+    assert!(!directory.join("errored.tfstate").exists());
+    assert!(log.contains("Apply complete"), "{log}");
+    // It gave its lock back, too.
+    assert!(!directory.join("state-lock").exists());
+}
+
+#[tokio::test]
+async fn a_dead_supervisor_is_succeeded_while_terraform_lives() {
+    succeed(|_| {}).await;
+}
+
+#[tokio::test]
+async fn a_successor_knows_the_states_that_nobody_has_heard_of() {
+    let mut apply = Driven::start(Phase::Apply, samples::spec(), |directory| {
+        let state = r#"{"version":4,"serial":3,"lineage":"l"}"#;
+        std::fs::write(directory.join("state/0003"), state).unwrap();
+        directory.record("exec", &directory.lease().unwrap()).unwrap();
+    })
+    .await;
+    assert_eq!(apply.status.states, 3);
+    apply.order(Order::GiveUp(true)).await;
+    apply.ended().await;
+    assert_eq!(apply.status.states, 3);
+}
+
+#[tokio::test]
+async fn terraform_is_found_without_the_record_of_its_process() {
+    succeed(|directory| std::fs::remove_file(directory.join("process")).unwrap()).await;
+    succeed(|directory| {
+        let earlier = ProcessRecord { pid: i32::MAX, start_time: 1 };
+        directory.record("process", &earlier).unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_successor_that_gets_no_secrets_leaves_the_rest_of_the_log_out() {
+    let mut apply = slow_apply(SLOW).await;
+    apply.process.kill().unwrap();
+    apply.process.wait().unwrap();
+    apply.process = spawn(&apply.directory);
+    apply.stream = attach(&apply.directory).await;
+    apply.wait("the question for secrets", |status| status.wants_secrets).await;
+    // The lease is over: nobody will send them. That comes while terraform runs.
+    apply.order(Order::GiveUp(true)).await;
+    let result = apply.ended().await;
+    assert!(matches!(result, JobResult::Failed { kind: Failure::EndedUnknown, .. }), "{result:?}");
+    let log = apply.log();
+    assert!(log.contains("left out") && !log.contains("the-second"), "{log}");
+}
+
+#[tokio::test]
+async fn an_old_errored_state_does_not_spoil_a_good_apply() {
+    let text = "resource \"terraform_data\" \"x\" {}";
+    let mut plan = Driven::start(Phase::Plan, samples::spec(), |directory| {
+        configuration(text)(directory);
+        std::fs::write(directory.join("work/errored.tfstate"), "{}").unwrap();
+    })
+    .await;
+    plan.order(go(Vec::new())).await;
+    let result = plan.ended().await;
+    let JobResult::Plan { digests, .. } = result else { panic!("{result:?}\n{}", plan.log()) };
+    let mut apply =
+        Driven::start(Phase::Apply, apply_spec(digests), restore(&plan.directory)).await;
+    apply.order(go(Vec::new())).await;
+    let result = apply.ended().await;
+    assert!(matches!(result, JobResult::Apply { .. }), "{result:?}\n{}", apply.log());
+}
+
+#[tokio::test]
+async fn a_pipe_in_place_of_an_errored_state_hangs_nothing() {
+    let text = SLOW.replace("sleep 2", "mkfifo errored.tfstate");
+    let mut apply = slow_apply(&text).await;
+    let result = apply.ended().await;
+    let JobResult::Failed { kind: Failure::EndedUnknown, reason, .. } = &result else {
+        panic!("{result:?}");
+    };
+    assert!(reason.contains("cannot be read"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_job_that_cannot_begin_has_a_result() {
+    let mut plan = Driven::start(Phase::Plan, samples::spec(), |directory| {
+        configuration(MAIN)(directory);
+        std::fs::create_dir(directory.join("credentials-token")).unwrap();
+    })
+    .await;
+    plan.order(go(variables())).await;
+    let result = plan.ended().await;
+    let JobResult::Failed { kind: Failure::Errored, reason, .. } = &result else {
+        panic!("{result:?}");
+    };
+    assert!(reason.contains("failed to serve terraform"), "{reason}");
+    assert!(plan.log().contains("failed to serve terraform"));
+}
+
+#[tokio::test]
+async fn a_cancel_just_after_the_start_is_not_a_kill() {
+    for _ in 0..3 {
+        let (plan, digests) = planned().await;
+        let restored = restore(&plan.directory);
+        let mut apply = Driven::start(Phase::Apply, apply_spec(digests), restored).await;
+        apply.order(go(variables())).await;
+        apply.wait("exec", |status| status.stage() >= Stage::Executing).await;
+        let directory = apply.directory.clone();
+        let applies = || {
+            let process = directory.read::<ProcessRecord>("process").unwrap();
+            let command = std::fs::read(format!("/proc/{}/cmdline", process.pid));
+            String::from_utf8_lossy(&command.unwrap_or_default()).contains("apply")
+        };
+        let started = async {
+            while !applies() && directory.stage() != job_directory::Stage::Ended {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(LIMIT, started).await.expect("terraform starts");
+        apply.order(Order::Cancel(false)).await;
+        let result = apply.ended().await;
+        match result {
+            JobResult::Failed { kind: Failure::Canceled, .. } | JobResult::Apply { .. } => {}
+            other => panic!("{other:?}\n{}", apply.log()),
+        }
+    }
 }
 
 #[tokio::test]
