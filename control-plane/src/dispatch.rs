@@ -13,14 +13,37 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use latchkey_domain::id::{Epoch, JobId, PoolId, RunnerId};
+use latchkey_domain::id::{Epoch, Generation, JobId, PoolId, RunnerId};
+use latchkey_domain::time::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::app::App;
-use crate::app::lease_job::{JobSpec, LeaseRef};
 use crate::auth::RunnerIdentity;
+use crate::error::Result;
+use crate::job::{JobSpec, LeaseRef};
+use crate::store::BoxFuture;
 
 pub use self::actor::ConnectionId;
+
+/// What dispatch asks of the use cases: to decide for good.
+pub trait Leases: Send + Sync + 'static {
+    /// Grants an open job to a runner. `None` when somebody else was faster or the job is not
+    /// open any more.
+    fn grant(
+        self: Arc<Self>,
+        job: JobId,
+        runner: RunnerId,
+    ) -> BoxFuture<'static, Result<Option<(LeaseRef, JobSpec)>>>;
+
+    /// Ends a lease whose runner was silent for a whole term.
+    fn expire(self: Arc<Self>, job: JobId, epoch: Epoch) -> BoxFuture<'static, Result<()>>;
+
+    /// Lists a job again, if it is still open.
+    fn offer_if_open(self: Arc<Self>, job: JobId) -> BoxFuture<'static, Result<()>>;
+
+    fn generation(&self) -> Generation;
+
+    fn now(&self) -> Timestamp;
+}
 
 /// How many messages may wait for the actor before senders wait too.
 const QUEUE: usize = 1024;
@@ -54,7 +77,7 @@ pub struct Connected {
     pub slots: u32,
     pub engines: Vec<(String, String)>,
     pub held: Vec<JobId>,
-    pub last_seen: latchkey_domain::time::Timestamp,
+    pub last_seen: Timestamp,
 }
 
 impl Connected {
@@ -185,8 +208,8 @@ pub fn channel() -> (Handle, Inbox) {
 
 impl Inbox {
     /// Runs the actor until the process ends. `term` is the life of a lease without a heartbeat.
-    pub async fn run(self, app: Arc<App>, term: Duration) {
-        actor::Actor::new(app, self.own, term).run(self.messages).await;
+    pub async fn run(self, leases: Arc<dyn Leases>, term: Duration) {
+        actor::Actor::new(leases, self.own, term).run(self.messages).await;
     }
 }
 

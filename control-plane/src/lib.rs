@@ -25,6 +25,7 @@ pub mod dispatch;
 mod durable;
 pub mod error;
 pub mod grpc;
+pub mod job;
 pub mod reaper;
 pub mod run_log;
 pub mod runtime;

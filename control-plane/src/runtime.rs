@@ -28,6 +28,7 @@ use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
 use crate::config::{Args, Config, PeopleTransport};
+use crate::dispatch::Leases;
 use crate::durable;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
@@ -84,7 +85,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("listen for runners on {}", config.runners_address))?;
     let (people_address, runners_address) = (people.local_addr()?, runners.local_addr()?);
 
-    let dispatching = tokio::spawn(inbox.run(Arc::clone(&app), config.lease_term));
+    let leases: Arc<dyn Leases> = Arc::clone(&app) as Arc<dyn Leases>;
+    let dispatching = tokio::spawn(inbox.run(leases, config.lease_term));
     app.give_all_turns().await.context("give turns")?;
     app.collect_garbage().await.context("delete what nothing needs")?;
     // Last, since from here on the terms of standing leases run.

@@ -12,9 +12,10 @@ use latchkey_proto::v1::Reason;
 use super::App;
 use super::artifacts::{LARGEST_CHANGES, Made};
 use super::configurations::blob_error;
-use super::lease_job::{LeaseRef, lease_lost};
+use super::lease_job::lease_lost;
 use crate::auth::{RunnerIdentity, sha256};
 use crate::error::{Error, Result};
+use crate::job::LeaseRef;
 
 pub(super) const LONGEST_REASON: usize = 1024;
 const LONGEST_VERSION: usize = 64;

@@ -4,41 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use latchkey_domain::id::{Digest, Epoch, Generation, JobId, RunnerId};
+use latchkey_domain::id::{Epoch, Generation, JobId, RunnerId};
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Event, PlanDigests, Run, RunKind, RunState};
+use latchkey_domain::run::{Event, Run, RunState};
+use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 
 use super::App;
 use super::transition::Subject;
 use crate::auth::RunnerIdentity;
+use crate::dispatch::Leases;
 use crate::error::{Error, Result};
-
-/// Names one lease, as frames do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LeaseRef {
-    pub job: JobId,
-    pub epoch: Epoch,
-    pub generation: Generation,
-}
-
-/// All that preparing a job needs. No secret.
-#[derive(Clone, Debug)]
-pub struct JobSpec {
-    pub organization: String,
-    pub environment: String,
-    pub kind: RunKind,
-    pub archive: Digest,
-    pub working_directory: String,
-    pub target: Vec<String>,
-    pub replace: Vec<String>,
-    pub has_state: bool,
-    pub terraform_version: String,
-    pub approved: Option<PlanDigests>,
-    pub queued_by: String,
-    pub message: String,
-    pub region: String,
-}
+use crate::job::{JobSpec, LeaseRef};
+use crate::store::BoxFuture;
 
 /// What is to become of a job that a runner says it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,6 +221,38 @@ impl App {
             }
         }
         Ok(())
+    }
+}
+
+impl Leases for App {
+    fn grant(
+        self: Arc<Self>,
+        job: JobId,
+        runner: RunnerId,
+    ) -> BoxFuture<'static, Result<Option<(LeaseRef, JobSpec)>>> {
+        Box::pin(async move {
+            match App::grant(&self, job, runner).await {
+                Ok(granted) => Ok(Some(granted)),
+                Err(error) if error.reason() == Reason::WrongState => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    fn expire(self: Arc<Self>, job: JobId, epoch: Epoch) -> BoxFuture<'static, Result<()>> {
+        Box::pin(async move { App::expire(&self, job, epoch).await })
+    }
+
+    fn offer_if_open(self: Arc<Self>, job: JobId) -> BoxFuture<'static, Result<()>> {
+        Box::pin(async move { App::offer_if_open(&self, job).await })
+    }
+
+    fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    fn now(&self) -> Timestamp {
+        App::now(self)
     }
 }
 

@@ -14,9 +14,10 @@ use latchkey_proto::v1::Reason;
 use tokio::sync::mpsc;
 
 use super::App;
-use super::lease_job::{LeaseRef, lease_lost};
+use super::lease_job::lease_lost;
 use crate::auth::{Caller, Right, RunnerIdentity};
 use crate::error::{Error, Result};
+use crate::job::LeaseRef;
 use crate::run_log::{AppendError, State};
 
 /// The most that one message carries.

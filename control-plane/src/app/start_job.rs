@@ -14,11 +14,12 @@ use latchkey_proto::v1::Reason;
 
 use super::App;
 use super::finish_job::{LONGEST_REASON, printable};
-use super::lease_job::{LeaseRef, lease_lost};
+use super::lease_job::lease_lost;
 use super::transition::{Decision, Subject};
 use super::variables::JobVariable;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
+use crate::job::LeaseRef;
 use crate::store::record::authentication::Session;
 use crate::store::record::encode;
 use crate::store::record::environment::{PlainCredentials, Settings};

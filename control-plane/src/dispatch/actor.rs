@@ -5,14 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_domain::id::{Epoch, JobId, PoolId, RunnerId};
-use latchkey_proto::v1::Reason;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Connected, Introduction, Message, Place, ToRunner};
-use crate::app::App;
-use crate::app::lease_job::LeaseRef;
+use super::{Connected, Introduction, Leases, Message, Place, ToRunner};
 use crate::auth::RunnerIdentity;
+use crate::job::{JobSpec, LeaseRef};
 
 /// How long before a grant that failed, other than by a lost race, is tried again.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -25,7 +23,7 @@ const REST: Duration = Duration::from_secs(5);
 pub struct ConnectionId(u64);
 
 pub(super) struct Actor {
-    app: Arc<App>,
+    decider: Arc<dyn Leases>,
     /// For the answers of tasks that the actor starts.
     own: mpsc::Sender<Message>,
     term: Duration,
@@ -67,9 +65,13 @@ struct Watched {
 }
 
 impl Actor {
-    pub(super) fn new(app: Arc<App>, own: mpsc::Sender<Message>, term: Duration) -> Self {
+    pub(super) fn new(
+        decider: Arc<dyn Leases>,
+        own: mpsc::Sender<Message>,
+        term: Duration,
+    ) -> Self {
         Self {
-            app,
+            decider,
             own,
             term,
             open: HashMap::new(),
@@ -165,7 +167,7 @@ impl Actor {
     }
 
     fn lease_ref(&self, job: JobId, epoch: Epoch) -> LeaseRef {
-        LeaseRef { job, epoch, generation: self.app.generation }
+        LeaseRef { job, epoch, generation: self.decider.generation() }
     }
 
     fn withdraw(&mut self, job: JobId) {
@@ -190,7 +192,7 @@ impl Actor {
             slots: introduction.slots,
             engines: introduction.engines,
             frames,
-            last_seen: self.app.now(),
+            last_seen: self.decider.now(),
             rests_until: Instant::now(),
         };
         if let Some(earlier) = self.runners.insert(runner.id, connection) {
@@ -213,7 +215,7 @@ impl Actor {
 
     fn renew(&mut self, runner: RunnerId, held: Vec<LeaseRef>) -> Vec<LeaseRef> {
         if let Some(connection) = self.runners.get_mut(&runner) {
-            connection.last_seen = self.app.now();
+            connection.last_seen = self.decider.now();
         }
         let deadline = Instant::now() + self.term;
         held.into_iter()
@@ -258,25 +260,19 @@ impl Actor {
             let Some((job, place, runner)) = next else { return };
             self.withdraw(job);
             self.granting.insert(job, runner);
-            let (app, own) = (Arc::clone(&self.app), self.own.clone());
+            let (decider, own) = (Arc::clone(&self.decider), self.own.clone());
             tokio::spawn(async move {
-                let mut raced = false;
-                let lease = match app.grant(job, runner).await {
-                    Ok((lease, spec)) => Some((lease, Box::new(spec))),
-                    Err(error) => {
-                        raced = error.reason() == Reason::WrongState;
-                        if !raced {
-                            tracing::warn!(%job, runner_id = %runner, error = %error,
-                                "a job was not granted");
-                        }
-                        None
-                    }
-                };
-                let failed = lease.is_none() && !raced;
+                let granted = Arc::clone(&decider).grant(job, runner).await;
+                let failed = granted.is_err();
+                let lease = granted.unwrap_or_else(|error| {
+                    tracing::warn!(%job, runner_id = %runner, error = %error, "not granted");
+                    None
+                });
+                let lease = lease.map(|(lease, spec)| (lease, Box::new(spec)));
                 let _ = own.send(Message::Granted { job, place, runner, lease }).await;
                 if failed {
                     tokio::time::sleep(RETRY_PAUSE).await;
-                    if let Err(error) = app.offer_if_open(job).await {
+                    if let Err(error) = decider.offer_if_open(job).await {
                         tracing::warn!(%job, error = %error, "left to the reaper");
                     }
                 }
@@ -307,7 +303,7 @@ impl Actor {
         job: JobId,
         pool: PoolId,
         runner: RunnerId,
-        lease: Option<(LeaseRef, Box<crate::app::lease_job::JobSpec>)>,
+        lease: Option<(LeaseRef, Box<JobSpec>)>,
     ) {
         self.granting.remove(&job);
         let Some((lease, spec)) = lease else {
@@ -340,11 +336,11 @@ impl Actor {
             }
             // Asked again after another term, should the store not answer.
             watched.deadline = now + self.term;
-            let (app, own) = (Arc::clone(&self.app), self.own.clone());
+            let (decider, own) = (Arc::clone(&self.decider), self.own.clone());
             let (job, epoch) = (*job, watched.epoch);
             tracing::warn!(%job, epoch = epoch.get(), "a runner was silent for a whole term");
             tokio::spawn(async move {
-                let settled = match app.expire(job, epoch).await {
+                let settled = match decider.expire(job, epoch).await {
                     Ok(()) => true,
                     Err(error) => {
                         tracing::error!(%job, error = %error, "a lease did not expire");

@@ -11,9 +11,9 @@ use serde_json::Value;
 
 use crate::app::PageRequest;
 use crate::app::environments::EnvironmentView;
-use crate::app::lease_job::{JobSpec, LeaseRef};
 use crate::app::view_runs::{Detail, Lock, RunView};
 use crate::error::{Error, Result};
+use crate::job::{JobSpec, LeaseRef};
 use crate::store::record::environment::PlainCredentials;
 
 /// The most changes that one answer lists, and the most bytes that they take.

@@ -20,12 +20,13 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{Answers, Service, convert, next_part};
 use crate::app::artifacts::{ArtifactHeader, Made, Needed};
 use crate::app::finish_job::JobResult;
-use crate::app::lease_job::{Held, LeaseRef};
+use crate::app::lease_job::Held;
 use crate::app::parse_digest;
 use crate::app::start_job::{Go, Start};
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
 use crate::error::Error;
+use crate::job::LeaseRef;
 use crate::store::record::variable::Category;
 
 /// The most that one runner may say it holds.

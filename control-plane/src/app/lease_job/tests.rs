@@ -5,13 +5,14 @@ use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{FailureKind, Run, RunState};
 use latchkey_proto::v1::Reason;
 
-use super::{Held, LeaseRef};
+use super::Held;
 use crate::app::artifacts::{Made, Needed};
 use crate::app::environments::SettingsChange;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
+use crate::job::LeaseRef;
 use crate::store::keys;
 
 async fn queued() -> (Fixture, Run) {
