@@ -126,6 +126,7 @@ pub(crate) async fn serve(config: Config, stopped: watch::Receiver<bool>) -> Res
             terraform_version: engine.version.clone(),
             pass_env: config.pass_env.clone(),
             terraform_cli_config: config.terraform_cli_config.clone(),
+            longest_log: config.longest_log,
         },
         engine,
         client,

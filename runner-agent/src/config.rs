@@ -8,6 +8,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tonic::transport::Uri;
 
 use crate::Program;
+use crate::job_directory::longest_log;
 use crate::supervisor::environment::may_be_passed;
 
 /// Runs Terraform jobs of a Latchkey control plane on this host.
@@ -54,6 +55,10 @@ pub(crate) struct Run {
     /// The terraform CLI configuration for jobs (mirrors, registries' tokens).
     #[arg(long, env = "LATCHKEY_RUNNER_TERRAFORM_CLI_CONFIG", value_name = "FILE")]
     terraform_cli_config: Option<PathBuf>,
+    /// How many bytes of terraform's output a job's log takes; the rest is left out.
+    #[arg(long, env = "LATCHKEY_RUNNER_LONGEST_LOG", default_value_t = longest_log(),
+          value_parser = clap::value_parser!(u64).range(1 << 20..), value_name = "BYTES")]
+    longest_log: u64,
     /// Exits after one job.
     #[arg(long)]
     once: bool,
@@ -90,6 +95,7 @@ pub(crate) struct Config {
     pub(crate) terraform: Option<PathBuf>,
     pub(crate) pass_env: Vec<String>,
     pub(crate) terraform_cli_config: Option<PathBuf>,
+    pub(crate) longest_log: u64,
     pub(crate) lifetime: Lifetime,
     pub(crate) program: Program,
 }
@@ -162,6 +168,7 @@ impl Config {
             terraform: run.terraform.map(absolute).transpose()?,
             pass_env: run.pass_env,
             terraform_cli_config: run.terraform_cli_config.map(absolute).transpose()?,
+            longest_log: run.longest_log,
             lifetime: if run.once { Lifetime::OneJob } else { Lifetime::UntilStopped },
             program,
         })

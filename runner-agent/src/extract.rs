@@ -273,7 +273,8 @@ pub(crate) fn link_stays_inside(depth: usize, target: &Path) -> bool {
     up <= depth && (went_down || up > 0)
 }
 
-fn checked_path(raw: &[u8]) -> Result<PathBuf, Problem> {
+/// Answers a name as it may stand in an archive.
+pub(crate) fn checked_path(raw: &[u8]) -> Result<PathBuf, Problem> {
     if raw.len() > LONGEST_PATH {
         return Err(Problem::TooLong);
     }

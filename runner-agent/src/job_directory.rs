@@ -74,6 +74,14 @@ pub(crate) struct Settings {
     pub(crate) terraform_version: String,
     pub(crate) pass_env: Vec<String>,
     pub(crate) terraform_cli_config: Option<PathBuf>,
+    /// In bytes: how much of terraform's output the log takes.
+    #[serde(default = "longest_log")]
+    pub(crate) longest_log: u64,
+}
+
+/// What a control plane takes.
+pub(crate) fn longest_log() -> u64 {
+    256 << 20
 }
 
 #[derive(Debug, Clone)]
@@ -393,6 +401,7 @@ pub(crate) mod tests {
             terraform_version: "1.0.0".into(),
             pass_env: Vec::new(),
             terraform_cli_config: None,
+            longest_log: longest_log(),
         }
     }
 

@@ -373,7 +373,7 @@ impl Supervisor {
                 status.send_modify(|status| status.log_length = status.log_length.max(length));
             }
         });
-        Ok(Log::start(&self.directory, masker, told)?)
+        Ok(Log::start(&self.directory, masker, told, self.settings.longest_log)?)
     }
 
     fn stage(&self, stage: Stage) {

@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -16,7 +17,7 @@ use rustix::fs::OFlags;
 use tar::{Builder, EntryType, Header};
 
 use crate::digest::Digester;
-use crate::extract::{self, link_stays_inside};
+use crate::extract::{self, Problem, checked_path, link_stays_inside};
 use crate::job_directory::create_private;
 
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +28,23 @@ pub(crate) enum Error {
         #[source]
         source: io::Error,
     },
+    #[error("seal the workspace: {path:?} {problem}")]
+    Refused { path: PathBuf, problem: Problem },
     #[error("seal the workspace: it has more than {entries} files or {bytes} bytes")]
     TooLarge { entries: usize, bytes: u64 },
 }
 
-/// Seals `<directory>/work` and `<directory>/plan.bin` into `to`, and answers the digest.
-pub(crate) fn pack(directory: &Path, working_directory: &Path, to: &Path) -> Result<String, Error> {
+/// What became an archive.
+#[derive(Debug)]
+pub(crate) struct Packed {
+    pub(crate) digest: String,
+    /// Links that lead outside, and what is neither file nor directory: the apply will not have
+    /// them.
+    pub(crate) left_out: Vec<PathBuf>,
+}
+
+/// Seals `<directory>/work` and `<directory>/plan.bin` into `to`.
+pub(crate) fn pack(directory: &Path, working_directory: &Path, to: &Path) -> Result<Packed, Error> {
     let at = |path: &Path| {
         let path = path.to_owned();
         move |source| Error::Pack { path, source }
@@ -46,14 +58,16 @@ pub(crate) fn pack(directory: &Path, working_directory: &Path, to: &Path) -> Res
         leave_out: Path::new("work").join(working_directory).join(".terraform/providers"),
         entries: 0,
         bytes: 0,
+        left_out: Vec::new(),
     };
     packer.add(Path::new("plan.bin"))?;
     packer.add(Path::new("work"))?;
+    let left_out = std::mem::take(&mut packer.left_out);
     let finish = || {
         let mut digesting = packer.builder.into_inner()?.finish()?;
         digesting.inner.flush()?;
         digesting.inner.get_ref().sync_all()?;
-        Ok(digesting.digester.finish())
+        Ok(Packed { digest: digesting.digester.finish(), left_out })
     };
     finish().map_err(at(to))
 }
@@ -64,6 +78,7 @@ struct Packer<W: Write> {
     leave_out: PathBuf,
     entries: usize,
     bytes: u64,
+    left_out: Vec<PathBuf>,
 }
 
 impl<W: Write> Packer<W> {
@@ -74,6 +89,12 @@ impl<W: Write> Packer<W> {
         let full = self.base.join(path);
         let failed = |source| Error::Pack { path: full.clone(), source };
         let metadata = fs::symlink_metadata(&full).map_err(failed)?;
+        let taken = metadata.is_dir() || metadata.is_file() || metadata.is_symlink();
+        if taken {
+            // What the apply would refuse, the plan refuses.
+            checked_path(path.as_os_str().as_bytes())
+                .map_err(|problem| Error::Refused { path: path.to_owned(), problem })?;
+        }
         let mut header = Header::new_gnu();
         header.set_mtime(0);
         header.set_size(0);
@@ -95,10 +116,12 @@ impl<W: Write> Packer<W> {
             let target = fs::read_link(&full).map_err(failed)?;
             // One level less than the path has: a link must not leave `work` either.
             let depth = path.components().count().saturating_sub(2);
-            if link_stays_inside(depth, &target) {
+            if target.to_str().is_some() && link_stays_inside(depth, &target) {
                 self.count(0)?;
                 header.set_entry_type(EntryType::Symlink);
                 self.builder.append_link(&mut header, path, &target).map_err(failed)?;
+            } else {
+                self.left_out.push(path.to_owned());
             }
         } else if metadata.is_file() {
             let file = File::options()
@@ -111,6 +134,8 @@ impl<W: Write> Packer<W> {
             header.set_entry_type(EntryType::Regular);
             header.set_size(size);
             self.builder.append_data(&mut header, path, file).map_err(failed)?;
+        } else {
+            self.left_out.push(path.to_owned());
         }
         Ok(())
     }
@@ -146,6 +171,7 @@ impl<W: Write> Write for Digesting<W> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -171,8 +197,10 @@ mod tests {
     fn a_workspace_is_restored_as_it_was_without_providers_and_outer_links() {
         let dir = filled();
         let archive = dir.path().join("workspace.tar.gz");
-        let digest = pack(dir.path(), Path::new("envs/prod"), &archive).unwrap();
-        assert_eq!(digest, digest::of_file(&archive).unwrap());
+        let packed = pack(dir.path(), Path::new("envs/prod"), &archive).unwrap();
+        assert_eq!(packed.digest, digest::of_file(&archive).unwrap());
+        let left_out = ["absolute", "outside"].map(|name| Path::new("work/envs/prod").join(name));
+        assert_eq!(packed.left_out, left_out);
 
         let into = tempfile::tempdir().unwrap();
         extract::extract(File::open(&archive).unwrap(), into.path(), extract::WORKSPACE).unwrap();
@@ -190,10 +218,23 @@ mod tests {
     fn the_same_directory_has_the_same_digest() {
         let (a, b) = (filled(), filled());
         let seal = |dir: &tempfile::TempDir| {
-            pack(dir.path(), Path::new("envs/prod"), &dir.path().join("w")).unwrap()
+            pack(dir.path(), Path::new("envs/prod"), &dir.path().join("w")).unwrap().digest
         };
         assert_eq!(seal(&a), seal(&b));
         fs::write(a.path().join("work/envs/prod/main.tf"), "b").unwrap();
         assert_ne!(seal(&a), seal(&b));
+    }
+
+    #[test]
+    fn what_an_apply_would_refuse_is_not_packed() {
+        let deep = "d/".repeat(70);
+        let long = format!("{0}/{0}/{0}/{0}/{0}", "x".repeat(250));
+        let bad = OsStr::from_bytes(b"bad-\xff");
+        for name in [OsStr::new(&deep), OsStr::new(&long), bad] {
+            let dir = filled();
+            fs::create_dir_all(dir.path().join("work").join(name)).unwrap();
+            let packed = pack(dir.path(), Path::new(""), &dir.path().join("w"));
+            assert!(matches!(packed, Err(Error::Refused { .. })), "{packed:?}");
+        }
     }
 }

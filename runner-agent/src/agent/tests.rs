@@ -157,6 +157,7 @@ impl Plane {
             terraform: None,
             pass_env: Vec::new(),
             terraform_cli_config: None,
+            longest_log: 256 << 20,
             lifetime: Lifetime::UntilStopped,
             program: program(),
         }

@@ -7,6 +7,9 @@
 //! bytes never change and no byte of `raw` is lost or used twice. What lies far enough behind
 //! the checkpoint is punched out of `raw`, which stays small however much terraform prints.
 //!
+//! What terraform prints beyond the cap is read and left out, and one line says so; a part of the
+//! cap is kept for lines of ours, which tell how the job ended.
+//!
 //! A full disk stops this thread's progress, not terraform's: it cuts back to the checkpoint and
 //! tries again with the next tick.
 
@@ -78,8 +81,9 @@ impl Log {
         directory: &JobDirectory,
         masker: Masker,
         told: watch::Sender<u64>,
+        cap: u64,
     ) -> Result<Self, Error> {
-        let mut writer = Writer::open(directory, masker, told).map_err(Error::Open)?;
+        let mut writer = Writer::open(directory, masker, told, cap).map_err(Error::Open)?;
         let (commands, inbox) = sync_channel(64);
         thread::Builder::new()
             .name("log".into())
@@ -168,6 +172,11 @@ struct Writer {
     punched: u64,
     masker: Masker,
     outputs: Option<Value>,
+    cap: u64,
+    /// Whether terraform's output is being left out.
+    capped: bool,
+    /// Whether the line that says so is durable.
+    gap_is_told: bool,
     told: watch::Sender<u64>,
 }
 
@@ -176,6 +185,7 @@ impl Writer {
         directory: &JobDirectory,
         masker: Masker,
         told: watch::Sender<u64>,
+        cap: u64,
     ) -> io::Result<Self> {
         let private = |name: &str| {
             let mut options = OpenOptions::new();
@@ -204,6 +214,9 @@ impl Writer {
             punched: at.raw,
             masker,
             outputs: None,
+            cap,
+            capped: false,
+            gap_is_told: false,
             told,
         })
     }
@@ -259,6 +272,7 @@ impl Writer {
             Err(error) => {
                 tracing::warn!(%error, "failed to write the log; it is tried again");
                 let _ = self.log.set_len(self.at.log);
+                self.capped = self.gap_is_told;
                 self.read_to = self.at.raw;
                 self.held.clear();
                 self.in_cut_line = false;
@@ -289,7 +303,11 @@ impl Writer {
             let raw = self.read_to - self.held.len() as u64;
             if ended {
                 for line in &self.own {
+                    let before = out.len();
                     line::own(line, &self.masker, &mut out);
+                    if self.at.log + out.len() as u64 > self.cap {
+                        out.truncate(before);
+                    }
                 }
             }
             self.commit(raw, &out)?;
@@ -315,14 +333,39 @@ impl Writer {
             while cut > 1 && rest[cut] & 0xc0 == 0x80 {
                 cut -= 1;
             }
+            let before = out.len();
             line::piece(&rest[..cut], self.in_cut_line, &self.masker, clock::now(), out);
+            self.hold_to_the_cap(before, out);
             self.in_cut_line = true;
             rest = &rest[cut..];
         }
         self.held = rest.to_vec();
     }
 
+    /// Keeps terraform's lines since `before` within the cap, less what is kept for ours.
+    fn hold_to_the_cap(&mut self, before: usize, out: &mut Vec<u8>) {
+        let limit = self.cap - (self.cap / 16).min(BLOCK as u64);
+        if !self.capped && self.at.log + out.len() as u64 <= limit {
+            return;
+        }
+        out.truncate(before);
+        if !self.capped {
+            self.capped = true;
+            let message = format!(
+                "the log has reached {limit} bytes: what terraform prints from here on is left out"
+            );
+            let more = serde_json::json!({"limit": limit});
+            line::own(&own_line("gap", "warn", &message, more), &self.masker, out);
+        }
+    }
+
     fn line(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        let before = out.len();
+        self.uncapped_line(bytes, out);
+        self.hold_to_the_cap(before, out);
+    }
+
+    fn uncapped_line(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
         if std::mem::take(&mut self.in_cut_line) {
             line::piece(bytes, true, &self.masker, clock::now(), out);
         } else if let Some(outputs) = line::canonical(bytes, &self.masker, clock::now(), out) {
@@ -340,6 +383,7 @@ impl Writer {
         let to = Position { raw, log: self.at.log + out.len() as u64 };
         self.checkpoint.write(to)?;
         self.at = to;
+        self.gap_is_told = self.capped;
         self.told.send_replace(to.log);
         self.punch();
         Ok(())
@@ -374,6 +418,14 @@ mod tests {
         (jobs, directory)
     }
 
+    fn start(
+        directory: &JobDirectory,
+        masker: Masker,
+        told: watch::Sender<u64>,
+    ) -> Result<Log, Error> {
+        Log::start(directory, masker, told, 256 << 20)
+    }
+
     fn append(directory: &JobDirectory, bytes: &[u8]) {
         let path = directory.join("raw");
         OpenOptions::new().append(true).create(true).open(path).unwrap().write_all(bytes).unwrap();
@@ -393,7 +445,7 @@ mod tests {
     async fn lines_are_held_until_they_end_and_ours_go_behind() {
         let (_jobs, directory) = directory();
         let (told, mut length) = watch::channel(0);
-        let log = Log::start(&directory, Masker::default(), told).unwrap();
+        let log = start(&directory, Masker::default(), told).unwrap();
         append(&directory, b"one\ntw");
         log.own("phase", "info", "between", Value::Null);
         let ours_is_in = |_: &u64| messages(&directory).contains(&"between".to_owned());
@@ -408,7 +460,7 @@ mod tests {
     async fn a_successor_goes_on_at_the_checkpoint() {
         let (_jobs, directory) = directory();
         let (length_to, mut length) = watch::channel(0);
-        let first = Log::start(&directory, Masker::default(), length_to).unwrap();
+        let first = start(&directory, Masker::default(), length_to).unwrap();
         append(&directory, b"one\n");
         let told = first.drain().await.unwrap().length;
         drop(first);
@@ -420,7 +472,7 @@ mod tests {
         log.write_all(b"half a li").unwrap();
         append(&directory, b"two\n");
         let before = std::fs::read(&path).unwrap()[..told as usize].to_vec();
-        let second = Log::start(&directory, Masker::default(), watch::channel(0).0).unwrap();
+        let second = start(&directory, Masker::default(), watch::channel(0).0).unwrap();
         second.drain().await.unwrap();
         assert_eq!(messages(&directory), ["one", "two"]);
         assert!(std::fs::read(&path).unwrap().starts_with(&before));
@@ -429,7 +481,7 @@ mod tests {
     #[tokio::test]
     async fn a_flood_leaves_raw_small_and_the_log_whole() {
         let (_jobs, directory) = directory();
-        let log = Log::start(&directory, Masker::default(), watch::channel(0).0).unwrap();
+        let log = start(&directory, Masker::default(), watch::channel(0).0).unwrap();
         for n in 0..40 {
             let text: String =
                 (0..1000).map(|m| format!("{n}-{m} {}\n", "x".repeat(100))).collect();
@@ -444,11 +496,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn beyond_the_cap_only_our_lines_are_taken_and_raw_is_read_on() {
+        let (_jobs, directory) = directory();
+        let cap = 1 << 20;
+        let told = watch::channel(0).0;
+        let log = Log::start(&directory, Masker::default(), told, cap).unwrap();
+        for _ in 0..20 {
+            append(&directory, format!("{}\n", "x".repeat(100)).repeat(1000).as_bytes());
+        }
+        append(&directory, "y".repeat(3 << 20).as_bytes());
+        let outputs =
+            r#"{"@level":"info","@message":"o","@module":"t","type":"outputs","outputs":{}}"#;
+        append(&directory, format!("\n{outputs}\n").as_bytes());
+        log.drain().await.unwrap();
+        log.own("diagnostic", "error", "how it ended", Value::Null);
+        let drained = log.drain().await.unwrap();
+        assert!(drained.length <= cap && drained.length > cap / 2, "{}", drained.length);
+        assert!(drained.outputs.is_some());
+        let text = std::fs::read_to_string(directory.join("log")).unwrap();
+        assert_eq!(text.matches(r#""type":"gap""#).count(), 1);
+        let found = messages(&directory);
+        assert!(found[found.len() - 2].contains("left out"), "{:?}", found[found.len() - 2]);
+        assert_eq!(found[found.len() - 1], "how it ended");
+    }
+
+    #[tokio::test]
     async fn a_line_without_end_is_cut_and_its_secrets_are_masked() {
         let (_jobs, directory) = directory();
         let mut masker = Masker::default();
         masker.add(&SecretString::from("canary-canary"));
-        let log = Log::start(&directory, masker, watch::channel(0).0).unwrap();
+        let log = start(&directory, masker, watch::channel(0).0).unwrap();
         let text = "canary-canary ".repeat(200_000);
         append(&directory, text.as_bytes());
         log.drain().await.unwrap();

@@ -1,6 +1,7 @@
 //! The plan phase: init, plan, show, seal.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -48,10 +49,14 @@ impl Running {
         };
         self.directory.record_bytes("changes.json", &changes.bytes)?;
 
-        let (workspace, plan) = match sealed.await.map_err(Error::Task)? {
+        let (packed, plan) = match sealed.await.map_err(Error::Task)? {
             Ok(digests) => digests,
             Err(error) => return Ok(self.refused(Failure::Errored, &error)),
         };
+        if !packed.left_out.is_empty() {
+            self.log.own_text("console", &left_out(&packed.left_out));
+        }
+        let workspace = packed.digest;
         if *self.terraform.cancel.borrow() != Cancel::No {
             return Ok(self.failed("terraform plan", Ended::NeverStarted));
         }
@@ -200,6 +205,19 @@ impl Running {
         self.log.own("diagnostic", "error", &reason, Value::Null);
         JobResult::failed(kind, reason)
     }
+}
+
+/// Says what the apply will not find. A few names tell enough.
+fn left_out(paths: &[PathBuf]) -> String {
+    const SHOWN: usize = 20;
+    let mut text = String::from("links that lead outside, sockets and devices are not sealed:\n");
+    for path in paths.iter().take(SHOWN) {
+        text += &format!("  {}\n", path.display());
+    }
+    if let Some(more) = paths.len().checked_sub(SHOWN).filter(|more| *more > 0) {
+        text += &format!("  and {more} more\n");
+    }
+    text
 }
 
 pub(super) fn show_json(directory: &crate::job_directory::JobDirectory) -> Vec<OsString> {
