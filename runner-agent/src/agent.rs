@@ -24,6 +24,7 @@ use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use self::job::{Event, Inbox, Job, Origin, Rest, Told};
@@ -41,6 +42,10 @@ use crate::ship::Shipper;
 
 /// A `Go` with many variables is larger than tonic's default.
 const LARGEST_FRAME: usize = 16 << 20;
+
+/// How long a connection lives before the next failure counts as the first: one that is welcomed
+/// and dropped, again and again, must not be dialled without pause.
+const STABLE: Duration = Duration::from_secs(30);
 
 /// How long to let unasked jobs leave at the end.
 const FLUSH: Duration = Duration::from_secs(3);
@@ -239,7 +244,7 @@ impl Agent {
                 ?wait,
                 "lost the control plane"
             );
-            let until = tokio::time::Instant::now() + wait;
+            let until = Instant::now() + wait;
             let turn = loop {
                 tokio::select! {
                     () = tokio::time::sleep_until(until) => break None,
@@ -272,16 +277,29 @@ impl Agent {
             opened = opening => opened?,
             _ = stopped.wait_for(|stopped| *stopped) => return Ok(Turn::Stopped),
         };
-        backoff.reset();
         tracing::info!(runner_id = %welcome.runner_id, generation = welcome.generation, "welcomed");
         if self.config.lifetime == Lifetime::UntilStopped {
             self.intake = Intake::Open;
         }
-        self.welcomed(&welcome)?;
+        let since = Instant::now();
+        let ended = self.talk(stopped, &mut connection, &welcome).await;
+        if since.elapsed() >= STABLE {
+            backoff.reset();
+        }
+        ended
+    }
+
+    async fn talk(
+        &mut self,
+        stopped: &mut watch::Receiver<bool>,
+        connection: &mut Connection,
+        welcome: &v1::Welcome,
+    ) -> Result<Turn, lease::Error> {
+        self.welcomed(welcome)?;
         loop {
             tokio::select! {
                 incoming = connection.next() => match incoming? {
-                    Incoming::Frame(frame) => self.frame(*frame, &connection)?,
+                    Incoming::Frame(frame) => self.frame(*frame, connection)?,
                     Incoming::Heartbeat => {
                         let held = self.held();
                         connection.send(Request::Heartbeat(v1::Heartbeat { held }))?;

@@ -54,10 +54,14 @@ impl Engine {
             .map_err(|source| Error::Start { path: path.clone(), source })?;
         let answer: VersionAnswer = serde_json::from_slice(&output.stdout)
             .map_err(|_| Error::Version { path: path.clone() })?;
-        let is_tofu = path.file_name().is_some_and(|name| name.to_string_lossy().contains("tofu"));
-        let name = if is_tofu { "tofu" } else { "terraform" };
+        let name = if is_tofu(&path) { "tofu" } else { "terraform" };
         Ok(Self { path, name, version: answer.terraform_version })
     }
+}
+
+/// Tells OpenTofu by the name of its program.
+pub(crate) fn is_tofu(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().contains("tofu"))
 }
 
 fn on_path(name: &str) -> Option<PathBuf> {

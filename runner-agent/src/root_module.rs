@@ -16,7 +16,11 @@ use std::path::{Path, PathBuf};
 use hcl::{Block, Body, Expression};
 use serde_json::Value;
 
+use crate::engine::is_tofu;
+
 pub(crate) const OVERRIDE_FILE: &str = "zz_latchkey_override.tf";
+/// OpenTofu reads this one instead of the other, whoever wrote it.
+const OVERRIDE_FILE_OF_TOFU: &str = "zz_latchkey_override.tofu";
 const OVERRIDE: &str = "terraform {\n  backend \"http\" {}\n}\n";
 
 #[derive(Debug, thiserror::Error)]
@@ -56,11 +60,14 @@ pub(crate) enum StateHome {
 }
 
 /// Judges the root module and adds the override file where it belongs.
-pub(crate) fn prepare(root: &Path) -> Result<StateHome, Error> {
+pub(crate) fn prepare(root: &Path, engine: &Path) -> Result<StateHome, Error> {
     let home = judge(&read(root)?)?;
     if home == StateHome::Latchkey {
-        let path = root.join(OVERRIDE_FILE);
-        fs::write(&path, OVERRIDE).map_err(|source| Error::Read { path, source })?;
+        let of_tofu = is_tofu(engine).then_some(OVERRIDE_FILE_OF_TOFU);
+        for name in [Some(OVERRIDE_FILE), of_tofu].into_iter().flatten() {
+            let path = root.join(name);
+            fs::write(&path, OVERRIDE).map_err(|source| Error::Read { path, source })?;
+        }
     }
     Ok(home)
 }
@@ -202,14 +209,14 @@ fn persistence(kind: &str, path: Option<&str>) -> Persistence {
 /// the usual way is still seen.
 fn guessed_backends(text: &str) -> Vec<Backend> {
     let mut found = Vec::new();
-    for line in text.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words.as_slice() {
-            ["backend", kind, "{" | "{}", ..] => {
-                let kind = kind.trim_matches('"').to_owned();
-                found.push(Backend::Named(kind, Persistence::Lasting));
+    let text = without_comments(text).replace('{', " { ").replace('"', " \" ");
+    let words: Vec<&str> = text.split_whitespace().collect();
+    for at in 0..words.len() {
+        match &words[at..] {
+            ["backend", "\"", kind, "\"", "{", ..] | ["backend", kind, "{", ..] => {
+                found.push(Backend::Named((*kind).to_owned(), Persistence::Lasting));
             }
-            ["cloud", "{" | "{}", ..] => found.push(Backend::Cloud),
+            ["cloud", "{", ..] => found.push(Backend::Cloud),
             _ => {}
         }
     }
@@ -255,7 +262,7 @@ mod tests {
         for (name, text) in files {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        let found = prepare(dir.path());
+        let found = prepare(dir.path(), Path::new("/bin/terraform"));
         assert_eq!(
             dir.path().join(OVERRIDE_FILE).exists(),
             matches!(found, Ok(StateHome::Latchkey)),
@@ -287,7 +294,21 @@ mod tests {
         check(&[("a.tf", ""), ("b.tf", "terraform {\n backend \"s3\" {}\n}")], own("s3"));
         // Terraform explains broken files better than we could.
         check(&[("m.tf", "resource {{{")], Ok(Latchkey));
-        check(&[("m.tf", "terraform {\n  backend \"s3\" {\n")], own("s3"));
+        for backend in ["backend \"s3\" {", "backend \"s3\"{", "backend s3{"] {
+            check(&[("m.tf", &format!("terraform {{\n  {backend}\n"))], own("s3"));
+            check(&[("m.tf", &format!("terraform {{ {backend}"))], own("s3"));
+        }
+    }
+
+    #[test]
+    fn the_override_of_tofu_cannot_be_taken_by_a_file_of_the_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("main.tf"), "").unwrap();
+        fs::write(dir.path().join(OVERRIDE_FILE_OF_TOFU), "# nothing").unwrap();
+        prepare(dir.path(), Path::new("/usr/bin/tofu")).unwrap();
+        for name in [OVERRIDE_FILE, OVERRIDE_FILE_OF_TOFU] {
+            assert_eq!(fs::read_to_string(dir.path().join(name)).unwrap(), OVERRIDE);
+        }
     }
 
     #[test]

@@ -35,7 +35,9 @@ use std::time::Duration;
 
 use latchkey_proto::v1;
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, setsid, umask,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -97,6 +99,9 @@ fn isolate() -> io::Result<()> {
     umask(Mode::from_raw_mode(0o077));
     // A core would hold the session credentials.
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    // So would a debugger, and whatever terraform runs has our user. What we start is dumpable
+    // again.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! The agent's end of a supervisor: starting one, attaching to one, noticing its death.
 
+use std::env;
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,7 +14,7 @@ use tokio::process::{ChildStdout, Command};
 use tokio::sync::{mpsc, watch};
 
 use crate::Program;
-use crate::job_directory::JobDirectory;
+use crate::job_directory::{self, JobDirectory};
 use crate::supervisor::READY;
 use crate::supervisor::control::{self, Order, OrderFrame, Status};
 
@@ -24,6 +26,8 @@ pub(crate) enum Error {
     Start(#[source] io::Error),
     #[error("attach to the supervisor")]
     Attach(#[source] io::Error),
+    #[error(transparent)]
+    Directory(#[from] job_directory::Error),
     #[error("attach to the supervisor: it did not answer in time")]
     Silent,
 }
@@ -39,8 +43,15 @@ pub(crate) struct Link {
     pub(crate) status: watch::Receiver<Status>,
 }
 
+/// What a supervisor gets of our environment besides what jobs get.
+const OWN: &[&str] = &["PATH", "HOME", "LATCHKEY_RUNNER_LOG"];
+
 /// Starts a supervisor. Nothing here ends it with us: it makes a session of its own.
 pub(crate) fn start(program: &Program, directory: &JobDirectory) -> Result<Started, Error> {
+    let passed = directory.settings()?.pass_env;
+    let passed = OWN.iter().copied().chain(passed.iter().map(String::as_str));
+    let environment: Vec<(&str, OsString)> =
+        passed.filter_map(|name| Some((name, env::var_os(name)?))).collect();
     let complaints = OpenOptions::new()
         .append(true)
         .create(true)
@@ -51,6 +62,9 @@ pub(crate) fn start(program: &Program, directory: &JobDirectory) -> Result<Start
         .args(&program.prefix)
         .arg("supervise")
         .arg(directory.path())
+        // It serves the jobs of others: what else we were given is not for it.
+        .env_clear()
+        .envs(environment)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(complaints)

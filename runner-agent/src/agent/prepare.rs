@@ -111,10 +111,11 @@ pub(super) async fn prepare(
             return Ok(Prepared::Refused(Failure::Errored, reason));
         }
     };
+    let engine = directory.settings()?.terraform;
     let directory = directory.clone();
     let spec = spec.clone();
     let unpack = move || match &spec.approved {
-        None => configuration(&directory, &spec, &archive, &found),
+        None => configuration(&directory, &engine, &spec, &archive, &found),
         Some(approved) => workspace(&directory, &spec, approved, &archive, &found),
     };
     let judged = tokio::task::spawn_blocking(unpack).await.map_err(Error::Task)?;
@@ -139,6 +140,7 @@ pub(super) async fn prepare(
 
 fn configuration(
     directory: &JobDirectory,
+    engine: &Path,
     spec: &Spec,
     archive: &Path,
     found: &str,
@@ -153,7 +155,7 @@ fn configuration(
     if !root.is_dir() {
         return Err(Refusal::WorkingDirectory(spec.working_directory.clone()));
     }
-    root_module::prepare(&root)?;
+    root_module::prepare(&root, engine)?;
     Ok(())
 }
 

@@ -511,6 +511,22 @@ fn jobs_left(work_dir: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(work_dir.join("jobs")).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
+/// Empty where the host keeps it from us.
+fn names_in_the_environment_of_the_supervisor(directory: &Path) -> Vec<String> {
+    let tail = format!("supervise\0{}\0", directory.display());
+    let mut processes = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let supervisor = processes
+        .find(|process| {
+            let command = std::fs::read(process.join("cmdline")).unwrap_or_default();
+            command.ends_with(tail.as_bytes())
+        })
+        .expect("the supervisor lives");
+    let environment = std::fs::read(supervisor.join("environ")).unwrap_or_default();
+    let environment = String::from_utf8_lossy(&environment).into_owned();
+    let pairs = environment.split('\0').filter_map(|pair| pair.split_once('='));
+    pairs.map(|(name, _)| name.to_owned()).collect()
+}
+
 const MAIN: &str = r#"
 resource "terraform_data" "x" {
   input = "value"
@@ -584,7 +600,11 @@ async fn an_agent_that_is_replaced_in_mid_apply_brings_the_job_home() {
         })
         .await;
     agent.stop().await.unwrap();
-    assert_eq!(jobs_left(work_dir.path()).len(), 1);
+    let jobs = jobs_left(work_dir.path());
+    assert_eq!(jobs.len(), 1);
+    for name in names_in_the_environment_of_the_supervisor(&jobs[0]) {
+        assert!(["PATH", "HOME", "LATCHKEY_RUNNER_LOG"].contains(&name.as_str()), "{name}");
+    }
 
     // The second one has no token: it uses the identity of the first.
     let config = Config { pool_token: None, ..plane.config(work_dir.path()) };

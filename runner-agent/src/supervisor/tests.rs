@@ -154,7 +154,7 @@ fn configuration(text: &str) -> impl FnOnce(&JobDirectory) {
     let text = text.to_owned();
     move |directory| {
         std::fs::write(directory.join("work/main.tf"), text).unwrap();
-        crate::root_module::prepare(&directory.join("work")).unwrap();
+        crate::root_module::prepare(&directory.join("work"), Path::new("terraform")).unwrap();
     }
 }
 
@@ -582,7 +582,7 @@ async fn kinds_targets_and_working_directories_reach_terraform() {
         std::fs::create_dir_all(&root).unwrap();
         std::fs::write(root.join("m.tf"), "resource \"terraform_data\" \"x\" {}").unwrap();
         std::fs::write(directory.join("state/base"), state).unwrap();
-        crate::root_module::prepare(&root).unwrap();
+        crate::root_module::prepare(&root, Path::new("terraform")).unwrap();
     })
     .await;
     plan.order(Order::Go(v1::Go::default())).await;
