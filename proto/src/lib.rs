@@ -4,6 +4,7 @@
 //! carry a secret have a `Debug` that hides it.
 
 mod redacted;
+pub mod reserved;
 
 /// The generated package.
 pub mod v1 {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use latchkey_domain::id::{EnvironmentId, OrganizationId, RunId};
+use latchkey_proto::reserved::is_reserved;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
@@ -337,46 +338,6 @@ fn checked_triple(mut variable: NewVariable) -> Result<NewVariable> {
     variable.sensitive = true;
     variable.hcl = false;
     Ok(variable)
-}
-
-/// Tells whether an environment variable would change whose credentials, which state or which
-/// terraform a job uses.
-pub fn is_reserved(name: &str) -> bool {
-    const NAMES: &[&str] = &[
-        "AWS_ACCESS_KEY",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_CONFIG_FILE",
-        "AWS_CREDENTIAL_EXPIRATION",
-        "AWS_DEFAULT_PROFILE",
-        "AWS_EC2_METADATA_DISABLED",
-        "AWS_PROFILE",
-        "AWS_SDK_LOAD_CONFIG",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SECRET_KEY",
-        "AWS_SECURITY_TOKEN",
-        "AWS_SESSION_TOKEN",
-        "AWS_SHARED_CREDENTIALS_FILE",
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "HOME",
-        "PATH",
-        "TF_DATA_DIR",
-        "TF_REATTACH_PROVIDERS",
-        "TF_WORKSPACE",
-    ];
-    const PREFIXES: &[&str] = &[
-        "AWS_CONTAINER_",
-        "AWS_EC2_METADATA_",
-        "AWS_ENDPOINT_URL",
-        "AWS_MFA_",
-        "AWS_ROLE_",
-        "LATCHKEY_",
-        "LD_",
-        "TF_CLI_",
-        "TF_HTTP_",
-        "TF_LOG",
-    ];
-    let name = name.to_ascii_uppercase();
-    NAMES.contains(&name.as_str()) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
 #[cfg(test)]
