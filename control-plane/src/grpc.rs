@@ -95,7 +95,6 @@ pub fn server() -> Server {
         .http2_max_header_list_size(16 * 1024)
         .http2_max_pending_accept_reset_streams(Some(64))
         .concurrency_limit_per_connection(256)
-        .tcp_nodelay(true)
 }
 
 /// The caller that the layer proved.

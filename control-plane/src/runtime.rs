@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use anyhow::Context;
 use clap::Parser;
 use latchkey_domain::id::Generation;
 use secrecy::ExposeSecret;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tonic::transport::server::TcpIncoming;
@@ -40,6 +41,9 @@ use crate::{dispatch, grpc, reaper};
 
 /// How long open requests may take to end once the process was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// Connections that may wait to be accepted; the kernel caps it by `somaxconn`.
+const BACKLOG: u32 = 4096;
 
 /// Runs the control plane until a signal stops it.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -77,11 +81,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .context("print the one-time secret")?;
     }
 
-    let people = TcpListener::bind(config.people_address)
-        .await
+    let people = bind(config.people_address)
         .with_context(|| format!("listen for people on {}", config.people_address))?;
-    let runners = TcpListener::bind(config.runners_address)
-        .await
+    let runners = bind(config.runners_address)
         .with_context(|| format!("listen for runners on {}", config.runners_address))?;
     let (people_address, runners_address) = (people.local_addr()?, runners.local_addr()?);
 
@@ -196,7 +198,7 @@ async fn listen(
     let people = people_server
         .layer(grpc::PeopleLayer { app: Arc::clone(&app) })
         .add_routes(grpc::people(Arc::clone(&app)).await)
-        .serve_with_incoming_shutdown(TcpIncoming::from(people), until(stopped.clone()));
+        .serve_with_incoming_shutdown(incoming(people), until(stopped.clone()));
 
     // Optional, because Enroll is how a runner gets its certificate; the layer demands it of
     // every other call.
@@ -206,11 +208,29 @@ async fn listen(
         .tls_config(tls)?
         .layer(grpc::RunnersLayer { app: Arc::clone(&app) })
         .add_routes(grpc::runners(app))
-        .serve_with_incoming_shutdown(TcpIncoming::from(runners), until(stopped));
+        .serve_with_incoming_shutdown(incoming(runners), until(stopped));
 
     let (people, runners) = tokio::join!(people, runners);
     people.context("serve people")?;
     runners.context("serve runners")
+}
+
+/// Binds with room for as many as come back at once after a restart.
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    // As std's own listeners do, so that a restart takes the port back at once.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Without `nodelay`, small frames wait for the peer's delayed acknowledgement: 40 ms each. The
+/// server's own setting does not reach connections that are handed to it.
+fn incoming(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 async fn until(mut stopped: watch::Receiver<()>) {

@@ -142,9 +142,6 @@ impl App {
         }
         tracing::info!(run_id = %id, state = %next.state, "a run was queued");
         self.perform(&next, &subject.environment.value, effects);
-        if next.state == RunState::Pending {
-            self.give_turn_soon(&next);
-        }
         Ok(Queued::Made(Box::new(next)))
     }
 }

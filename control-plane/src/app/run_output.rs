@@ -60,6 +60,13 @@ pub struct Appender {
     gate: Arc<Gate>,
 }
 
+/// Bytes of a log and where they belong.
+#[derive(Debug)]
+pub struct Piece {
+    pub offset: u64,
+    pub data: Vec<u8>,
+}
+
 /// A part of a log.
 #[derive(Debug)]
 pub struct LogPart {
@@ -167,11 +174,17 @@ impl App {
 }
 
 impl Appender {
-    /// Appends at an offset of the lease's own log and answers its durable length.
-    pub async fn append(&self, offset: u64, data: Vec<u8>) -> Result<u64> {
-        if data.len() > CHUNK {
+    /// Appends pieces that continue each other, at offsets of the lease's own log, and answers
+    /// its durable length. All of them are made durable together.
+    pub async fn append(&self, pieces: Vec<Piece>) -> Result<u64> {
+        if pieces.iter().any(|piece| piece.data.len() > CHUNK) {
             return Err(Error::field("data", "an append has up to 256 KiB"));
         }
+        let mut pieces = pieces.into_iter();
+        let Some(Piece { offset, mut data }) = pieces.next() else {
+            return Err(Error::field("data", "there is nothing to append"));
+        };
+        pieces.for_each(|piece| data.extend_from_slice(&piece.data));
         let _locked = self.gate.lock.lock().await;
         if self.gate.epoch.load(Ordering::SeqCst) != self.lease.epoch.get() {
             return Err(lease_lost());

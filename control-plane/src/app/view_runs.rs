@@ -45,7 +45,7 @@ pub struct RunView {
 /// How much of a run is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detail {
-    /// One of many: without outputs and changes.
+    /// One of many: without outputs, changes and the lengths of logs.
     Line,
     Whole,
 }
@@ -89,6 +89,8 @@ impl App {
     async fn view_without_changes(&self, run: Run, organization: &str) -> Result<RunView> {
         let mut view = self.view(run, organization, &mut HashMap::new()).await?;
         view.detail = Detail::Whole;
+        view.plan_log_length = self.log_length(view.run.id, Phase::Plan).await?;
+        view.apply_log_length = self.log_length(view.run.id, Phase::Apply).await?;
         view.queue_position = self.queue_position(&view.run).await?;
         if view.run.reason.is_none() {
             view.run.reason = self.what_it_waits_for(&view.run).await?;
@@ -176,8 +178,8 @@ impl App {
             lock: lock(&run, current),
             organization: organization.to_owned(),
             environment,
-            plan_log_length: self.log_length(run.id, Phase::Plan).await?,
-            apply_log_length: self.log_length(run.id, Phase::Apply).await?,
+            plan_log_length: 0,
+            apply_log_length: 0,
             queue_position: 0,
             detail: Detail::Line,
             changes: None,

@@ -22,6 +22,7 @@ use crate::app::artifacts::{ArtifactHeader, Made, Needed};
 use crate::app::finish_job::JobResult;
 use crate::app::lease_job::Held;
 use crate::app::parse_digest;
+use crate::app::run_output::Piece;
 use crate::app::start_job::{Go, Start};
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
@@ -38,6 +39,9 @@ const HEARTBEATS_PER_TERM: u32 = 3;
 
 /// How many frames of one runner may be being answered.
 const MOST_AT_ONCE: usize = 64;
+
+/// How many appends of one stream may share a sync.
+const MOST_IN_ONE_SYNC: usize = 16;
 
 #[tonic::async_trait]
 impl RunnerService for Service {
@@ -155,17 +159,38 @@ impl RunnerService for Service {
                 let Some(mut chunk) = chunks.message().await? else { return Ok(()) };
                 let lease = convert::lease(chunk.lease.take())?;
                 let appender = app.append_log(&runner, lease).await?;
-                loop {
-                    let durable_length = appender.append(chunk.offset, chunk.data).await?;
-                    let answer = v1::AppendLogResponse { durable_length };
-                    if sender.send(Ok(answer)).await.is_err() {
-                        return Ok(());
+                let (ahead, mut arrived) = mpsc::channel(16);
+                let reading = async move {
+                    let mut next = Some(chunk);
+                    while let Some(chunk) = next {
+                        if ahead.send(chunk).await.is_err() {
+                            break;
+                        }
+                        next = chunks.message().await?;
                     }
-                    match chunks.message().await? {
-                        Some(next) => chunk = next,
-                        None => return Ok(()),
+                    Ok::<(), Status>(())
+                };
+                let appending = async {
+                    let mut held = None;
+                    loop {
+                        let first = match held.take() {
+                            Some(chunk) => Some(chunk),
+                            None => arrived.recv().await,
+                        };
+                        let Some(first) = first else { return Ok::<(), Status>(()) };
+                        let (run, after) = contiguous(first, &mut arrived);
+                        held = after;
+                        let count = run.len();
+                        let durable_length = appender.append(run).await?;
+                        for _ in 0..count {
+                            let answer = v1::AppendLogResponse { durable_length };
+                            if sender.send(Ok(answer)).await.is_err() {
+                                return Ok(());
+                            }
+                        }
                     }
-                }
+                };
+                tokio::try_join!(reading, appending).map(drop)
             };
             if let Err(status) = append.await {
                 let _: Result<(), _> = sender.send(Err::<_, Status>(status)).await;
@@ -385,6 +410,25 @@ impl Service {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Takes what has arrived behind a chunk and continues it, so that all of it shares one sync.
+/// Answers it with the first chunk that does not, if there is one.
+fn contiguous(
+    first: v1::AppendLogRequest,
+    arrived: &mut mpsc::Receiver<v1::AppendLogRequest>,
+) -> (Vec<Piece>, Option<v1::AppendLogRequest>) {
+    let mut end = first.offset.saturating_add(first.data.len() as u64);
+    let mut run = vec![Piece { offset: first.offset, data: first.data }];
+    while run.len() < MOST_IN_ONE_SYNC {
+        let Ok(next) = arrived.try_recv() else { break };
+        if next.offset != end {
+            return (run, Some(next));
+        }
+        end = end.saturating_add(next.data.len() as u64);
+        run.push(Piece { offset: next.offset, data: next.data });
+    }
+    (run, None)
 }
 
 fn identity<T>(request: &Request<T>) -> Result<RunnerIdentity, Status> {

@@ -25,6 +25,7 @@
 mod open;
 mod writer;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -69,13 +70,22 @@ pub struct Sled {
 /// What readers and the writer share.
 struct Shared {
     database: ::sled::Db,
-    /// The version of the last batch that was applied. Written by the writer, around each batch;
-    /// whoever holds it for reading sees no batch in part.
-    applied: RwLock<u64>,
+    /// Written by the writer, around each group; whoever holds it for reading sees no batch in
+    /// part.
+    applied: RwLock<Applied>,
     progress: watch::Sender<Progress>,
     publisher: Publisher,
     /// Held, not used: it keeps other processes out. Last, so that sled closes first.
     _lock: File,
+}
+
+/// What has been applied, though it may not be durable yet.
+#[derive(Debug)]
+struct Applied {
+    /// The version of the last batch.
+    version: u64,
+    /// The keys that the last group removed. Those of groups before it are gone durably.
+    removed: BTreeSet<Key>,
 }
 
 /// What is known to survive a power loss. Changed by the writer alone.
@@ -102,7 +112,7 @@ impl Sled {
         let last = open::prepare(&opened, disk.as_mut(), &options.directory)?;
         let shared = Arc::new(Shared {
             database: opened.database,
-            applied: RwLock::new(last),
+            applied: RwLock::new(Applied { version: last, removed: BTreeSet::new() }),
             progress: watch::Sender::new(Progress { durable: last, failed: None }),
             publisher: Publisher::new(),
             _lock: opened.lock,
@@ -138,13 +148,18 @@ impl fmt::Debug for Sled {
 
 impl Shared {
     /// Reads while no batch is half applied; returns what was read with the version that must be
-    /// durable before it may be told.
+    /// durable before it may be told: that of the newest record in it, or of the last group, if
+    /// that has removed what would have been in it.
     fn read<T>(
         &self,
         read: impl FnOnce() -> Result<T, StoreError>,
+        newest: impl FnOnce(&T) -> u64,
+        misses: impl FnOnce(&BTreeSet<Key>) -> bool,
     ) -> Result<(T, u64), StoreError> {
         let applied = self.applied.read().unwrap_or_else(PoisonError::into_inner);
-        Ok((read()?, *applied))
+        let found = read()?;
+        let needed = if misses(&applied.removed) { applied.version } else { newest(&found) };
+        Ok((found, needed))
     }
 
     /// Waits until all batches up to `version` are durable.
@@ -221,10 +236,11 @@ impl Store for Sled {
 
     fn fetch<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Versioned>, StoreError>> {
         Box::pin(async move {
-            let (found, applied) = self.shared.read(|| self.shared.fetch_applied(key))?;
-            // A record that is there was durable with its own version; one that isn't may have
-            // been removed by the last batch.
-            let needed = found.as_ref().map_or(applied, |found| found.version.get());
+            let (found, needed) = self.shared.read(
+                || self.shared.fetch_applied(key),
+                |found| found.as_ref().map_or(0, |found| found.version.get()),
+                |removed| removed.contains(key),
+            )?;
             self.shared.durable(needed).await?;
             Ok(found)
         })
@@ -232,8 +248,12 @@ impl Store for Sled {
 
     fn scan(&self, scan: Scan) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>> {
         Box::pin(async move {
-            let (page, applied) = self.shared.read(|| self.shared.scan_applied(&scan))?;
-            self.shared.durable(applied).await?;
+            let (page, needed) = self.shared.read(
+                || self.shared.scan_applied(&scan),
+                |page| page.iter().map(|(_, found)| found.version.get()).max().unwrap_or(0),
+                |removed| removed.iter().any(|key| scan.prefix.covers(key)),
+            )?;
+            self.shared.durable(needed).await?;
             Ok(page)
         })
     }

@@ -10,6 +10,7 @@ use crate::app::artifacts::{Made, Needed};
 use crate::app::environments::SettingsChange;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::run_output::{Appender, Piece};
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
 use crate::job::LeaseRef;
@@ -31,6 +32,10 @@ async fn applying() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
     let (runner, lease, start) = fixture.start(&run, Phase::Apply).await;
     assert!(matches!(start, Start::Go(_)));
     (fixture, run, runner, lease)
+}
+
+async fn append(appender: &Appender, offset: u64, data: &[u8]) -> crate::error::Result<u64> {
+    appender.append(vec![Piece { offset, data: data.to_vec() }]).await
 }
 
 fn failed() -> JobResult {
@@ -64,16 +69,13 @@ async fn a_silent_plan_is_leased_again_and_the_old_lease_changes_nothing() {
     let (runner, old, _) = fixture.start(&run, Phase::Plan).await;
     let app = &fixture.app;
     let appender = app.append_log(&runner, old).await.unwrap();
-    assert_eq!(appender.append(0, b"first try\n".to_vec()).await.unwrap(), 10);
+    assert_eq!(append(&appender, 0, b"first try\n").await.unwrap(), 10);
     app.expire(old.job, old.epoch).await.unwrap();
 
     let other = RunnerIdentity { id: RunnerId::from_bytes([77; 16]), ..runner.clone() };
     let (new, _) = app.grant(old.job, other.id).await.unwrap();
     assert_eq!(new.epoch, old.epoch.next());
-    assert_eq!(
-        appender.append(10, b"late\n".to_vec()).await.unwrap_err().reason(),
-        Reason::LeaseLost
-    );
+    assert_eq!(append(&appender, 10, b"late\n").await.unwrap_err().reason(), Reason::LeaseLost);
     for error in [
         app.start_job(&runner, old).await.unwrap_err(),
         app.finish_job(&runner, old, 10, failed()).await.unwrap_err(),
@@ -87,7 +89,7 @@ async fn a_silent_plan_is_leased_again_and_the_old_lease_changes_nothing() {
     // The new lease's log begins at its own offset 0, behind what was there.
     app.start_job(&other, new).await.unwrap();
     let appender = app.append_log(&other, new).await.unwrap();
-    assert_eq!(appender.append(0, b"second try\n".to_vec()).await.unwrap(), 11);
+    assert_eq!(append(&appender, 0, b"second try\n").await.unwrap(), 11);
     let length = app.log_length(run.id, Phase::Plan).await.unwrap();
     let log = app.logs.read(run.id, Phase::Plan, 0, 4096).await.unwrap();
     let log = String::from_utf8(log).unwrap();
@@ -245,10 +247,10 @@ async fn a_grant_that_loses_leaves_no_word_in_the_winners_log() {
     let (fixture, run) = queued().await;
     let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
     let appender = fixture.app.append_log(&runner, lease).await.unwrap();
-    appender.append(0, b"line\n".to_vec()).await.unwrap();
+    append(&appender, 0, b"line\n").await.unwrap();
     let stranger = RunnerId::from_bytes([77; 16]);
     fixture.app.grant(lease.job, stranger).await.unwrap_err();
-    assert_eq!(appender.append(5, b"next\n".to_vec()).await.unwrap(), 10);
+    assert_eq!(append(&appender, 5, b"next\n").await.unwrap(), 10);
 }
 
 #[tokio::test]

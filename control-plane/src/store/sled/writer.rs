@@ -11,7 +11,7 @@
 //! without having written anything), so nothing is answered but the failure, and the next start
 //! recovers.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
@@ -25,7 +25,7 @@ use super::super::feed::Change;
 use super::super::plan::{changes, plan};
 use super::super::{Batch, CommitError, Key, StoreError, Version, Versioned};
 use super::open::{self, LAST, note};
-use super::{Shared, join};
+use super::{Applied, Shared, join};
 use crate::durable;
 
 /// Bounds of one group: enough to share a sync among all callers, little enough to answer soon.
@@ -122,7 +122,7 @@ pub(super) fn run(shared: &Shared, mut disk: Box<dyn Disk>, mut queue: mpsc::Rec
 }
 
 fn write(shared: &Shared, disk: &mut dyn Disk, queue: &mut mpsc::Receiver<Job>) {
-    let mut last = *shared.applied.read().unwrap_or_else(PoisonError::into_inner);
+    let mut last = shared.applied.read().unwrap_or_else(PoisonError::into_inner).version;
     while let Some(first) = queue.blocking_recv() {
         let mut group = Group::new(last);
         let done = group
@@ -205,18 +205,22 @@ impl Group {
             return Ok(());
         }
         let mut batch = ::sled::Batch::default();
+        let mut removed = BTreeSet::new();
         for (key, record) in std::mem::take(&mut self.pending) {
             match record {
                 Some(record) => {
                     batch.insert(key.as_bytes(), join(record.version.0, &record.value));
                 }
-                None => batch.remove(key.as_bytes()),
+                None => {
+                    batch.remove(key.as_bytes());
+                    removed.insert(key);
+                }
             }
         }
         batch.insert(LAST, self.last.to_be_bytes().as_slice());
         let mut applied = shared.applied.write().unwrap_or_else(PoisonError::into_inner);
         shared.database.apply_batch(batch).map_err(|error| format!("apply a batch: {error}"))?;
-        *applied = self.last;
+        *applied = Applied { version: self.last, removed };
         Ok(())
     }
 
