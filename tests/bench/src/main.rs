@@ -5,10 +5,20 @@
 //! a small program that does only the physics: one fsync, one round trip, one copy. The ratio of
 //! the two is what a budget is about; absolute times are the machine's.
 
+mod bare;
+mod bed;
+mod clock;
+mod observed;
+mod physics;
 mod programs;
 mod row;
 mod rows;
+mod sample;
+mod simulated_runner;
+mod simulated_runners;
+mod stub;
 mod table;
+mod timed_runs;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -44,13 +54,11 @@ fn main() -> ExitCode {
     }
     let args = Args::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let measured = runtime
-        .map_err(anyhow::Error::from)
-        .and_then(|runtime| {
-            let measured = runtime.block_on(measure(&args));
-            runtime.shutdown_timeout(Duration::from_secs(5));
-            measured
-        });
+    let measured = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let measured = runtime.block_on(measure(&args));
+        runtime.shutdown_timeout(Duration::from_secs(5));
+        measured
+    });
     match measured {
         Ok(Verdict::Kept) => ExitCode::SUCCESS,
         Ok(Verdict::Missed) => ExitCode::FAILURE,

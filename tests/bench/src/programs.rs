@@ -1,16 +1,23 @@
 //! The programs under measurement, within this executable: it runs them when its first argument
-//! names one.
+//! names one, or under the name of the stub.
 
 use std::process::ExitCode;
 
 use latchkey_harness::Programs;
 
-const NAMES: [&str; 6] =
-    ["control-plane", "runner", "aws-simulator", "cli", "tethered", "terraform-stub"];
+use crate::{bare, stub};
+
+const NAMES: [&str; 5] = ["control-plane", "runner", "aws-simulator", "cli", "tethered"];
 
 /// Runs a program of Latchkey, if this process was started to be one.
 pub(crate) fn run_if_asked() -> Option<ExitCode> {
+    if let Some(code) = stub::run_if_named() {
+        return Some(code);
+    }
     let first = std::env::args().nth(1)?;
+    if first == bare::NAME {
+        return Some(bare::main());
+    }
     NAMES.contains(&first.as_str()).then(latchkey_dev::main)
 }
 
