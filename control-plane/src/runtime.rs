@@ -5,8 +5,9 @@
 //! only then do the terms of standing leases begin.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +50,12 @@ const BACKLOG: u32 = 4096;
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = Args::parse_from(args);
     let filter = EnvFilter::try_from_env("LATCHKEY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colour)
+        .with_writer(std::io::stderr)
+        .init();
     let served = Config::try_from(args).map_err(anyhow::Error::from).and_then(|config| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
@@ -134,6 +140,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
     let data = &config.data_dir;
     durable::create_private_directory(data).context("make the data directory")?;
     let options = sled::Options::new(data.join("store"));
+    refuse_in_part(data)?;
     let missing = match sled::exists(&options.directory) {
         true => IfMissing::Refuse,
         false => IfMissing::Create,
@@ -141,10 +148,11 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
     let master = Arc::new(MasterKey::open(&config.key_file, missing)?);
     let store: Arc<dyn Store> = Arc::new(Sled::open(&options)?);
     let clock: Arc<dyn Clock> = Arc::new(Wall);
-    let authority = Authority::open(&data.join("authority"), &master, Arc::clone(&clock))?;
     let blobs = Blobs::open(data.join("blobs"), Arc::clone(&master)).context("open the blobs")?;
     let logs =
         RunLogs::open(run_log::Options::new(data.join("logs"))).context("open the logs of runs")?;
+    // Last: that it is there says that all others were made.
+    let authority = Authority::open(&data.join("authority"), &master, Arc::clone(&clock))?;
     let generation = generation(&*store).await.context("read the generation")?;
     let (handle, inbox) = dispatch::channel();
     let app = App {
@@ -163,6 +171,28 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
     };
     Ok((Arc::new(app), inbox))
+}
+
+/// Refuses a data directory that was whole once and of which a part is missing: a lost mount must
+/// not look like a first start.
+fn refuse_in_part(data: &Path) -> anyhow::Result<()> {
+    if !data.join("authority").join("ca.pem").exists() {
+        return Ok(());
+    }
+    for part in ["store", "blobs", "logs"] {
+        let path = data.join(part);
+        let is_there = std::fs::read_dir(&path).is_ok_and(|mut entries| match part {
+            "store" => entries.next().is_some(),
+            _ => true,
+        });
+        anyhow::ensure!(
+            is_there,
+            "find {} of a control plane that has run before; an empty one is never started in its \
+             place: restore the data directory from a backup",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// Reads the number of this history; the first start begins with the first.

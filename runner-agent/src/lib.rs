@@ -26,7 +26,7 @@ mod untrusted;
 mod workspace;
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -61,7 +61,12 @@ pub fn run(args: impl IntoIterator<Item = OsString>, program: Program) -> anyhow
     let filter =
         EnvFilter::try_from_env("LATCHKEY_RUNNER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A program that embeds this one may have its own.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).try_init();
+    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colour)
+        .with_writer(io::stderr)
+        .try_init();
     // Another part of the same process may have installed it; it is the same one everywhere.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     match arguments.command {

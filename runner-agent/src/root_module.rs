@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::engine::is_tofu;
 
+const OVERRIDE_STEM: &str = "zz_latchkey_override";
 pub(crate) const OVERRIDE_FILE: &str = "zz_latchkey_override.tf";
 /// OpenTofu reads this one instead of the other, whoever wrote it.
 const OVERRIDE_FILE_OF_TOFU: &str = "zz_latchkey_override.tofu";
@@ -70,6 +71,17 @@ pub(crate) fn prepare(root: &Path, engine: &Path) -> Result<StateHome, Error> {
         }
     }
     Ok(home)
+}
+
+/// Tells whether the override stands in for a `cloud` or `remote` block: the state that such a
+/// block names is not used.
+pub(crate) fn stands_in(root: &Path) -> bool {
+    let Ok(files) = read(root) else { return false };
+    let theirs = files.iter().filter(|file| !file.name.starts_with(OVERRIDE_STEM));
+    theirs.flat_map(backends).any(|backend| match backend {
+        Backend::Cloud => true,
+        Backend::Named(kind, _) => kind == "remote",
+    })
 }
 
 struct SourceFile {
@@ -347,5 +359,19 @@ mod tests {
             &[("x_override.tf", "resource \"a\" \"b\" {}"), ("m.tf", "")],
             Ok(StateHome::Latchkey),
         );
+    }
+
+    #[test]
+    fn a_cloud_block_that_is_stood_in_for_is_told() {
+        for (text, expect) in [
+            ("terraform {\n  cloud {\n    organization = \"x\"\n  }\n}\n", true),
+            ("terraform {\n  backend \"remote\" {}\n}\n", true),
+            ("resource \"terraform_data\" \"one\" {}\n", false),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            fs::write(root.path().join("main.tf"), text).unwrap();
+            prepare(root.path(), Path::new("terraform")).unwrap();
+            assert_eq!(stands_in(root.path()), expect, "{text}");
+        }
     }
 }

@@ -375,6 +375,12 @@ impl Run {
         }
     }
 
+    /// Tells whether this person has approved the plan, by a confirmation rather than a code.
+    pub fn was_confirmed_by(&self, person: &str) -> bool {
+        self.apply.authenticated.is_none()
+            && self.approval.as_ref().is_some_and(|approval| approval.by == person)
+    }
+
     /// Tells whether the run's kind ends after its plan and lets others pass.
     pub fn is_plan_only(&self) -> bool {
         self.request.kind == RunKind::PlanOnly

@@ -254,10 +254,35 @@ impl App {
                 let message = "AWS could not be reached; the code was not sent and is still good. \
                                Try again."
                     .to_owned();
-                (Reason::AwsUnreachable, message, None)
+                let refusal = (Reason::AwsUnreachable, message, None);
+                return self.record_refusal(record, &refusal, actor).await;
             }
         };
         self.refuse(record, refusal, actor).await
+    }
+
+    /// Closes a record without a word to the run: the code was not refused, or the run has moved
+    /// on.
+    async fn record_refusal(
+        &self,
+        mut record: Authentication,
+        (reason, message, aws_request_id): &(Reason, String, Option<String>),
+        actor: &str,
+    ) -> Result<()> {
+        record.outcome = Outcome::Refused {
+            reason: reason.name().to_owned(),
+            message: message.clone(),
+            aws_request_id: aws_request_id.clone(),
+            at: self.now().into(),
+        };
+        let run = self.run(record.run.0).await?.value;
+        let subject = format!("run {}", run.id);
+        let draft = self.draft(run.request.organization, actor, "refuse_code", subject);
+        let draft = details(&record)
+            .into_iter()
+            .fold(draft, |draft, (name, value)| draft.with(name, value));
+        self.store.commit(close(Batch::new(), &record).audit(draft)).await?;
+        Ok(())
     }
 
     /// Frees a code that was provably never sent. The attempt stays counted.
@@ -381,9 +406,10 @@ impl App {
     async fn refuse(
         self: &Arc<Self>,
         mut record: Authentication,
-        (reason, message, aws_request_id): (Reason, String, Option<String>),
+        refusal: (Reason, String, Option<String>),
         actor: &str,
     ) -> Result<()> {
+        let (reason, message, aws_request_id) = refusal.clone();
         let now = self.now();
         record.outcome = Outcome::Refused {
             reason: reason.name().to_owned(),
@@ -413,18 +439,7 @@ impl App {
             Ok(_) => Ok(()),
             Err(error) if is_refusal(error.reason()) => {
                 // The run waits no more; the record is closed all the same.
-                let run = self.run(record.run.0).await?.value;
-                let draft = self.draft(
-                    run.request.organization,
-                    actor,
-                    "refuse_code",
-                    format!("run {}", run.id),
-                );
-                let draft = details(&record)
-                    .into_iter()
-                    .fold(draft, |draft, (name, value)| draft.with(name, value));
-                self.store.commit(close(Batch::new(), &record).audit(draft)).await?;
-                Ok(())
+                self.record_refusal(record, &refusal, actor).await
             }
             Err(error) => Err(error),
         }

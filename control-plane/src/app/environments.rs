@@ -173,6 +173,9 @@ impl App {
     ) -> Result<EnvironmentView> {
         let standing = self.standing(caller, organization, Right::Own).await?;
         let found = self.environment_named(standing.organization, name).await?;
+        if self.run(run).await?.value.request.environment != found.value.id {
+            return Err(Error::not_found("run of this environment"));
+        }
         let frozen = found.value.hold.frozen.as_ref();
         if frozen.is_none() {
             return self.environment_view(found.value, standing.organization_name).await;

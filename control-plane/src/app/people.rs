@@ -232,7 +232,7 @@ impl App {
             Ok(_) => Ok(()),
             Err(CommitError::Conflict { .. }) => Err(Error::refused(
                 Reason::NameTaken,
-                format!("a {what} of this name exists; choose another"),
+                format!("the name is taken by another {what}; choose another"),
             )),
             Err(error @ CommitError::Store(_)) => Err(error.into()),
         }

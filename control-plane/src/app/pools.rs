@@ -21,7 +21,8 @@ const DEFAULT_LIFETIME: Duration = Duration::from_secs(15 * 60);
 const LONGEST_LIFETIME: Duration = Duration::from_secs(30 * 86_400);
 /// The token's record names every buyer.
 const MOST_USES: u32 = 500;
-const ATTEMPTS: usize = 32;
+/// Each lost race is another host's gain, so a token is fought for no longer than it has uses.
+const ATTEMPTS: u32 = MOST_USES + 1;
 
 fn rejected() -> Error {
     Error::refused(
@@ -258,3 +259,6 @@ impl App {
         Ok(Page { items, next })
     }
 }
+
+#[cfg(test)]
+mod tests;

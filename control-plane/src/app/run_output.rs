@@ -19,6 +19,7 @@ use crate::auth::{Caller, Right, RunnerIdentity};
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
 use crate::run_log::{AppendError, State};
+use crate::store::keys;
 
 /// The most that one message carries.
 pub const CHUNK: usize = 256 * 1024;
@@ -129,6 +130,8 @@ impl App {
         let mut progress = self.logs.follow(run, phase).await.map_err(Error::internal)?;
         let app = Arc::clone(self);
         let (sender, receiver) = mpsc::channel(4);
+        // A phase may end without its log ever growing: its run tells.
+        let mut moves = self.store.watch(keys::exactly(&keys::run(run)));
         tokio::spawn(async move {
             let mut offset = offset;
             loop {
@@ -158,8 +161,7 @@ impl App {
                 tokio::select! {
                     changed = progress.changed() => if changed.is_err() { return },
                     () = sender.closed() => return,
-                    // The phase may end without a log ever growing.
-                    () = tokio::time::sleep(std::time::Duration::from_secs(2)) => {}
+                    _ = moves.next() => {}
                 }
             }
         });

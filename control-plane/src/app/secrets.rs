@@ -93,7 +93,7 @@ impl App {
     ) -> Result<Triple> {
         let own = VariableScope::Personal(organization, user);
         let (scope, which) = match self.any_of_triple(own).await? {
-            true => (own, "your personal organization variables"),
+            true => (own, "your personal variables"),
             false => (VariableScope::Organization(organization), "the organization's variables"),
         };
         let mut values = vec![];

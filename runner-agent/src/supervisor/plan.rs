@@ -11,13 +11,18 @@ use super::plan_changes::{self, Changes};
 use super::terraform::{Cancel, Ended};
 use super::{Error, Running};
 use crate::job::{Digests, Failure, JobResult, Kind};
-use crate::{digest, untrusted, workspace};
+use crate::{digest, root_module, untrusted, workspace};
 
 impl Running {
     /// Plans and seals what an apply will need.
     pub(super) async fn plan(&mut self) -> Result<JobResult, Error> {
         // From here on terraform may have run.
         self.executing()?;
+        if root_module::stands_in(&self.terraform.root) {
+            let message = "the configuration's `cloud` or `remote` block is not used: Latchkey \
+                           keeps the state itself and begins with what it has, which may be none";
+            self.log.own("diagnostic", "warn", message, Value::Null);
+        }
         if let Some(failed) = self.init(&[]).await? {
             return Ok(failed);
         }

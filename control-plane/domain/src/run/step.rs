@@ -595,10 +595,16 @@ fn confirmed(run: &Run, by: String, seen: Digest, current: MfaPolicy, now: Times
         RunState::AwaitingPlanMfa | RunState::AwaitingApplyMfa => {
             Step::Refused(Refusal::MfaRequired)
         }
-        RunState::ApplyQueued | RunState::Applying | RunState::Applied | RunState::Lost => {
+        RunState::ApplyQueued | RunState::Applying | RunState::Applied | RunState::Lost
+            if run.was_confirmed_by(&by) =>
+        {
             Step::Unchanged
         }
-        RunState::Pending
+        RunState::ApplyQueued
+        | RunState::Applying
+        | RunState::Applied
+        | RunState::Lost
+        | RunState::Pending
         | RunState::PlanQueued
         | RunState::Planning
         | RunState::Planned

@@ -179,6 +179,21 @@ fn a_policy_tightened_while_a_person_reads_the_plan_demands_a_code() {
 }
 
 #[test]
+fn only_who_confirmed_may_repeat_it() {
+    let confirm = |by: &str| Event::Confirmed {
+        by: by.into(),
+        seen: planned(true).digest,
+        current: MfaPolicy::Never,
+    };
+    let run = go(&given("AwaitingConfirmation"), confirm("ada"));
+    assert_eq!(step(&run, confirm("ada"), START), Step::Unchanged);
+    assert_eq!(step(&run, confirm("bob"), START), Step::Refused(Refusal::WrongState));
+    // A code approved this one.
+    let run = given("Applied");
+    assert_eq!(step(&run, confirm("ada"), START), Step::Refused(Refusal::WrongState));
+}
+
+#[test]
 fn auto_apply_does_not_skip_the_code() {
     let mut run = given("Planning (released)");
     run.request.auto_apply = true;

@@ -176,6 +176,7 @@ async fn a_code_that_was_provably_not_sent_is_still_good() {
     };
     let error = cut_off.authenticate_run(&fixture.owner, submission).await.unwrap_err();
     assert_eq!(error.reason(), Reason::AwsUnreachable, "{error}");
+    assert_eq!(lock(&fixture, &run).await, Lock::CodeRequired, "nobody refused this code");
     fixture.submit(&run, &code, "again").await.unwrap();
 }
 
@@ -229,7 +230,7 @@ async fn a_persons_own_keys_come_before_the_organizations() {
     let scope = Scope::Personal;
     fixture.app.set_variable(&fixture.owner, ORGANIZATION, &scope, own).await.unwrap();
     let error = fixture.submit(&run, &fixture.code(), "one").await.unwrap_err();
-    assert!(error.message().contains("your personal organization variables"), "{error}");
+    assert!(error.message().contains("your personal variables"), "{error}");
 }
 
 #[tokio::test]
