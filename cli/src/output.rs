@@ -121,7 +121,9 @@ impl Output {
         self.note(&format!("{label} {}", failure.headline()));
         if let Failure::Refused(refusal) = failure {
             for (field, problem) in &refusal.fields {
-                if *problem != refusal.message {
+                if *problem == refusal.message {
+                    self.note(&format!("  field: {field}"));
+                } else {
                     self.note(&format!("  {field}: {problem}"));
                 }
             }

@@ -162,7 +162,9 @@ async fn a_second_control_plane_on_the_same_data_refuses_to_start() {
     // A database that is gone is never replaced by an empty one.
     stage.plane.kill().await.unwrap();
     let store = stage.plane.data_dir().join("store");
-    fs::remove_dir_all(store.join("sled")).unwrap();
-    let said = stage.plane.refused_start().await.unwrap();
-    assert!(said.contains("restore the data directory from a backup"), "{said}");
+    for lost in [store.join("sled"), store.clone(), stage.plane.data_dir().join("logs")] {
+        fs::remove_dir_all(&lost).unwrap();
+        let said = stage.plane.refused_start().await.unwrap();
+        assert!(said.contains("restore the data directory from a backup"), "{said}");
+    }
 }
