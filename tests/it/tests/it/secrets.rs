@@ -1,6 +1,7 @@
 //! Planted secrets are searched in everything that a whole story leaves behind, at TRACE.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use latchkey_harness::{Configuration, PlaneOptions, Stage, StageOptions, files_with};
 use latchkey_proto::v1::variable_scope::Scope;
@@ -44,6 +45,40 @@ resource "terraform_data" "leak" {{
     )
 }
 
+/// What the command line says, on both of its outputs, when a person looks at all there is.
+async fn said_by_the_cli(stage: &Stage, run_id: &str) -> String {
+    let config = stage.directory().join("cli.json");
+    let signed_in = serde_json::json!({
+        "address": stage.plane.people_url(),
+        "ca_pem": stage.plane.ca_pem().unwrap(),
+        "token": stage.owner.token(),
+        "organization": stage.owner.organization,
+    });
+    fs::write(&config, signed_in.to_string()).unwrap();
+    fs::set_permissions(&config, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut said = String::new();
+    for arguments in [
+        &["run", "show", run_id][..],
+        &["run", "show", run_id, "-o", "json"],
+        &["logs", run_id],
+        &["logs", run_id, "--raw"],
+        &["var", "list", "--environment", "web", "-o", "json"],
+        &["var", "list", "--organization-wide", "-o", "json"],
+        &["audit", "list", "-o", "json"],
+        &["whoami"],
+    ] {
+        let mut command = stage.programs().cli().command();
+        let output =
+            command.env("LATCHKEY_CONFIG", &config).args(arguments).output().await.unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        said.push_str(&String::from_utf8_lossy(&output.stdout));
+        said.push_str(&String::from_utf8_lossy(&output.stderr));
+    }
+    // The one place where the token belongs.
+    fs::remove_file(&config).unwrap();
+    said
+}
+
 /// The value of a field of the endpoint's JSON answer.
 fn field(answer: &str, name: &str) -> String {
     let body = &answer[answer.find('{').expect("a JSON body")..=answer.rfind('}').unwrap()];
@@ -85,6 +120,8 @@ async fn no_secret_is_left_anywhere() {
     let long_term = stage.aws.facts().secret_access_key.expose().to_owned();
     assert_ne!(secret, long_term, "a runner never holds a long-term key");
 
+    let said = said_by_the_cli(&stage, &run.run_id).await;
+    assert!(said.contains("Applied") && said.contains("leaked: "));
     for (what, planted) in [
         ("the session's secret key", secret.as_str()),
         ("the session token", token.as_str()),
@@ -93,8 +130,13 @@ async fn no_secret_is_left_anywhere() {
         ("the owner's token", ada.token()),
     ] {
         assert!(!log.contains(planted), "{what} is in the run's log");
+        assert!(!said.contains(planted), "the command line says {what}");
         let found = files_with(stage.directory(), planted.as_bytes()).unwrap();
         assert!(found.is_empty(), "{what} is in {found:?}");
+    }
+    for code in [&wrong, &plan_code, &apply_code] {
+        let whole = said.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == code);
+        assert!(!whole, "the command line says a token code");
     }
     // Six digits may stand anywhere by chance, as part of a longer number: only whole ones count.
     for (what, code) in [("wrong", &wrong), ("plan", &plan_code), ("apply", &apply_code)] {
