@@ -118,7 +118,6 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::PersonRequired
         | Reason::VariableReserved
         | Reason::ArchiveRefused
-        | Reason::EnvironmentFrozen
         | Reason::PoolTokenRejected
         | Reason::LeaseLost
         | Reason::LogOffset

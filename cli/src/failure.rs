@@ -359,10 +359,6 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
             "use a new code; this one may be spent".to_owned()
         }
         Reason::AwsUnreachable => "the code was not used; submit one again in a moment".to_owned(),
-        Reason::EnvironmentFrozen => match of("run_id") {
-            run if run.is_empty() => "a person must deal with the remains of the run".to_owned(),
-            run => format!("a person must deal with the remains: `latchkey run show {run}`"),
-        },
         Reason::PoolTokenRejected => "make another token: `latchkey pool token NAME`".to_owned(),
         Reason::ArchiveRefused => {
             "leave the entry out with a line in `.terraformignore`".to_owned()

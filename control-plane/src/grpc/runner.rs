@@ -489,7 +489,6 @@ impl Service {
             | Reason::ExchangeRefused
             | Reason::VariableReserved
             | Reason::ArchiveRefused
-            | Reason::EnvironmentFrozen
             | Reason::PoolTokenRejected
             | Reason::LogOffset
             | Reason::DigestMismatch => {

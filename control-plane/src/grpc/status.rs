@@ -39,7 +39,6 @@ const fn code(reason: Reason) -> Code {
         | Reason::Throttled
         | Reason::ExchangeUnknown
         | Reason::ExchangeRefused
-        | Reason::EnvironmentFrozen
         | Reason::LeaseLost
         | Reason::LogOffset => Code::FailedPrecondition,
         Reason::Unspecified | Reason::Internal => Code::Internal,

@@ -3,7 +3,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use latchkey_domain::id::{OrganizationId, RunId};
 use latchkey_domain::time::Timestamp;
@@ -366,34 +366,4 @@ async fn a_failed_sync_is_final() {
     // Told to nobody, but the acknowledged record must be there.
     assert_eq!(feed.next().await, Seen::Closed);
     assert_made(root.path()).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement: cargo test --release -p latchkey-control-plane commits_per_second -- --ignored --nocapture"]
-async fn commits_per_second() {
-    use std::io::Write as _;
-
-    for callers in [1_u32, 64, 256, 1024] {
-        let root = tempfile::tempdir().unwrap();
-        let store = Arc::new(open(root.path()));
-        let each = (500 + 100 * callers).min(100_000) / callers;
-        let begun = Instant::now();
-        let writers: Vec<_> = (0..callers)
-            .map(|caller| {
-                let store = Arc::clone(&store);
-                tokio::spawn(async move {
-                    for number in 0..each {
-                        let value = vec![7; 300];
-                        let key = run(caller * each + number);
-                        store.commit(Batch::new().put(key, Expect::Absent, value)).await.unwrap();
-                    }
-                })
-            })
-            .collect();
-        for writer in writers {
-            writer.await.unwrap();
-        }
-        let rate = f64::from(callers * each) / begun.elapsed().as_secs_f64();
-        writeln!(io::stderr(), "{callers} callers: {rate:.0} commits/s").unwrap();
-    }
 }

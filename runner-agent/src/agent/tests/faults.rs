@@ -1,0 +1,137 @@
+//! What an agent does when something is wrong: with the host, the lease, the state, the engine.
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_version_is_declined_and_a_wrong_ca_is_not_trusted() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let mut config = plane.config(work_dir.path());
+    config.pool_token = Some(PoolToken { secret: "lkp_secret".into(), fingerprint: [7; 32] });
+    let refused = Running::start(config).task.await.unwrap();
+    assert!(matches!(refused, Err(Error::Enroll(enroll::Error::WrongCa))), "{refused:?}");
+    assert!(plane.story().is_empty());
+
+    let mut config = plane.config(work_dir.path());
+    config.pool_token.as_mut().unwrap().secret = "lkp_other".into();
+    let refused = Running::start(config).task.await.unwrap();
+    assert!(matches!(refused, Err(Error::Enroll(enroll::Error::Refused(_)))), "{refused:?}");
+
+    let agent = Running::start(plane.config(work_dir.path()));
+    let job = v1::JobSpec { terraform_version: "0.1.0".into(), ..plan_job(&[]) };
+    plane.offer(v1::Phase::Plan, 1, job);
+    plane
+        .wait("the decline", |world| {
+            world.story.iter().any(|what| what.contains("decline: the run needs version 0.1.0"))
+        })
+        .await;
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_canceled_before_go_is_handed_back() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    plane.world().silent = true;
+    let agent = Running::start(plane.config(work_dir.path()));
+    let configuration = archive(&[("main.tf", MAIN), ("seconds", "0")]);
+    plane.put(v1::ArtifactKind::Configuration, configuration.clone());
+    plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
+    plane.wait("the question", |world| world.story.contains(&"starting".to_owned())).await;
+    plane.world().cancel = true;
+    plane.wait("the hand back", |world| world.story.contains(&"never started".to_owned())).await;
+    plane
+        .wait("the wipe", |world| {
+            world.story.last().is_some_and(|what| what == "heartbeat")
+                && jobs_left(work_dir.path()).is_empty()
+        })
+        .await;
+    assert!(plane.world().finished.is_none());
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_is_refused_is_brought_as_undelivered() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "0").await;
+    plane.world().refuses_state = true;
+    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
+    let finished = plane.finished().await;
+    let Some(v1::finished::Result::Failed(failed)) = finished.result else {
+        panic!("{finished:?}")
+    };
+    assert_eq!(failed.kind(), v1::JobFailure::StateUndelivered);
+    assert!(failed.reason.contains("does not continue"), "{}", failed.reason);
+    assert!(!plane.artifact(v1::ArtifactKind::ErroredState, 0).is_empty());
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_nobody_wants_is_kept_for_a_person() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    let digests = plan(&plane, "1").await;
+    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
+    plane
+        .wait("the apply to start", |world| {
+            String::from_utf8_lossy(&world.log).contains("local-exec): begun")
+        })
+        .await;
+    plane.world().loses_leases = true;
+    let kept = work_dir.path().join("kept/run1-apply-2/state");
+    plane.wait("the state to be kept", |_| kept.join("0001").exists()).await;
+    assert!(plane.story().contains(&"lost ARTIFACT_KIND_ERRORED_STATE".to_owned()));
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn never_started_is_said_only_when_no_supervisor_can_live() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let lease =
+        Lease { run_id: "run1".into(), phase: crate::job::Phase::Plan, epoch: 1, generation: 1 };
+    let jobs = work_dir.path().join("jobs");
+    private_directory(&jobs).unwrap();
+    let spec = crate::job_directory::tests::spec();
+    let settings = crate::job_directory::tests::settings();
+    let directory = JobDirectory::create(&jobs, &lease, &spec, &settings).unwrap();
+    directory.record("starting", &lease).unwrap();
+    // A supervisor that lives but cannot be reached.
+    let lock = directory.claim().unwrap().unwrap();
+    plane.world().offer =
+        Some(v1::Offer { lease: Some(lease.to_wire()), job: Some(plan_job(&[])) });
+    let agent = Running::start(plane.config(work_dir.path()));
+    let beats = |world: &World| world.story.iter().filter(|what| *what == "heartbeat").count();
+    plane.wait("some heartbeats", |world| beats(world) >= 5).await;
+    assert!(!plane.story().contains(&"never started".to_owned()), "{:?}", plane.story());
+    drop(lock);
+    plane.wait("the hand back", |world| world.story.contains(&"never started".to_owned())).await;
+    plane
+        .wait("the wipe", |world| {
+            world.story.last().is_some_and(|what| what == "heartbeat")
+                && jobs_left(work_dir.path()).is_empty()
+        })
+        .await;
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_this_host_hands_the_job_back() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    // The job's directory cannot get its name.
+    std::fs::create_dir_all(work_dir.path().join("jobs/run1-plan-1/in-the-way")).unwrap();
+    let mut config = plane.config(work_dir.path());
+    let agent = Running::start(config);
+    plane.offer(v1::Phase::Plan, 1, plan_job(&[]));
+    let handed_back =
+        |world: &World| world.story.iter().filter(|what| *what == "never started").count();
+    plane.wait("the hand back", |world| handed_back(world) == 1).await;
+    agent.stop().await.unwrap();
+
+    // No supervisor can be started.
+    config = plane.config(work_dir.path());
+    config.program.exe = "/nonexistent".into();
+    let agent = Running::start(config);
+    plane.offer(v1::Phase::Plan, 2, plan_job(&[]));
+    plane.wait("the second hand back", |world| handed_back(world) == 2).await;
+    assert!(!plane.story().iter().any(|what| what.starts_with("decline")), "{:?}", plane.story());
+    agent.stop().await.unwrap();
+}
