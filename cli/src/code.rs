@@ -121,6 +121,8 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::PoolTokenRejected
         | Reason::LeaseLost
         | Reason::LogOffset
-        | Reason::DigestMismatch => Next::GiveUp,
+        | Reason::DigestMismatch
+        | Reason::CancelGrace
+        | Reason::HistoryLost => Next::GiveUp,
     }
 }

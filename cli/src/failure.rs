@@ -308,6 +308,15 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
             state if state.is_empty() => "`latchkey run show RUN` shows its state".to_owned(),
             state => format!("its state is {state}; `latchkey run show RUN` shows more"),
         },
+        Reason::CancelGrace => match of("retry_at") {
+            at if at.is_empty() => "ask gracefully first: `latchkey cancel RUN`".to_owned(),
+            at => format!("terraform may still end well; from {at} on it can be forced"),
+        },
+        Reason::HistoryLost => {
+            "the control plane runs on an old copy of its data: on its host, bring it back with \
+             `latchkey-control-plane restore`"
+                .to_owned()
+        }
         Reason::PlanChanged => "look at the plan again: `latchkey run show RUN`".to_owned(),
         Reason::PersonRequired => "sign in as a person: `latchkey login ADDRESS`".to_owned(),
         Reason::TripleIncomplete => {

@@ -36,6 +36,7 @@ redacted! {
     EnrollRequest { name; pool_token, certificate_request }
     FetchArtifactResponse { ; data }
     JobVariable { name, environment, hcl, sensitive; value }
+    ReadQuarantinedResponse { ; data }
     SessionCredentials { access_key_id, expire_time; secret_access_key, session_token }
     SetVariableRequest { scope, name, category, sensitive, hcl; value }
     UploadArtifactRequest { ; part }

@@ -329,6 +329,7 @@ impl Agent {
             labels: HashMap::new(),
             held: self.held(),
             version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
         }
     }
 
@@ -380,6 +381,12 @@ impl Agent {
             Response::Recorded(recorded) => self.tell(recorded.lease, Told::Recorded),
             Response::Drain(v1::Drain {}) => {
                 self.intake = Intake::Closed;
+                Ok(())
+            }
+            Response::Resume(v1::Resume {}) => {
+                if self.config.lifetime == Lifetime::UntilStopped {
+                    self.intake = Intake::Open;
+                }
                 Ok(())
             }
             Response::Renewed(renewed) => {

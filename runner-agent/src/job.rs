@@ -223,6 +223,7 @@ impl JobResult {
                     destroy: *destroy,
                     import: *import,
                     terraform_version: terraform_version.clone(),
+                    engine: String::new(),
                 })
             }
             Self::Apply { outputs_json } => v1::finished::Result::Apply(v1::ApplyFinished {

@@ -21,7 +21,7 @@ impl Cancel {
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         let session = context.session()?;
         let client = &session.client;
-        let request = v1::CancelRequest { run_id: self.run };
+        let request = v1::CancelRequest { run_id: self.run, force: false };
         let answer = client
             .call(|| {
                 let (mut runs, request) = (client.runs(), request.clone());

@@ -198,6 +198,7 @@ impl Settings {
                 session_duration: self.session_duration,
                 plain_credentials: plain.into(),
                 region: self.region.unwrap_or_default(),
+                ..Default::default()
             }),
             request_id: Uuid::new_v4().to_string(),
         }

@@ -62,7 +62,7 @@ impl RunnerView {
             enroll_time: time(runner.enroll_time.as_ref()),
             last_seen_time: time(runner.last_seen_time.as_ref()),
             slots: runner.slots,
-            holds_run_ids: runner.holds_run_id.clone(),
+            holds_run_ids: runner.holds.iter().map(|held| held.run_id.clone()).collect(),
             engines: runner
                 .engines
                 .iter()

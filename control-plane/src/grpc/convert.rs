@@ -184,6 +184,7 @@ pub(super) fn run(view: RunView) -> v1::Run {
             .unwrap_or_default(),
         cancel_requested: run.cancel_requested_by.is_some(),
         queue_position: *queue_position,
+        ..Default::default()
     }
 }
 
@@ -203,6 +204,7 @@ fn job(job: &Job, log_length: u64) -> v1::JobFacts {
             }
         }),
         log_length,
+        ..Default::default()
     }
 }
 
@@ -221,6 +223,7 @@ fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
         terraform_version: planned.terraform_version.clone(),
         truncated: shown.len() < listed.len(),
         change_list: shown,
+        ..Default::default()
     }
 }
 
@@ -276,6 +279,7 @@ pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
             }
             .into(),
             region: settings.region,
+            ..Default::default()
         }),
         create_time: Some(timestamp(environment.created_at)),
         active_run_id: environment.hold.holder.map(|run| run.to_string()).unwrap_or_default(),
@@ -326,5 +330,6 @@ pub(super) fn job_spec(spec: JobSpec) -> v1::JobSpec {
         queued_by: spec.queued_by,
         message: spec.message,
         region: spec.region,
+        ..Default::default()
     }
 }

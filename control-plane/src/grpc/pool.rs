@@ -1,5 +1,6 @@
 //! `PoolService`.
 
+use latchkey_domain::id::JobId;
 use latchkey_proto::v1;
 use latchkey_proto::v1::pool_service_server::PoolService;
 use secrecy::ExposeSecret;
@@ -58,6 +59,34 @@ impl PoolService for Service {
             next_page_token: page.next.unwrap_or_default(),
         }))
     }
+
+    async fn get_runner(
+        &self,
+        _: Request<v1::GetRunnerRequest>,
+    ) -> Result<Response<v1::GetRunnerResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn drain_runner(
+        &self,
+        _: Request<v1::DrainRunnerRequest>,
+    ) -> Result<Response<v1::DrainRunnerResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn resume_runner(
+        &self,
+        _: Request<v1::ResumeRunnerRequest>,
+    ) -> Result<Response<v1::ResumeRunnerResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn revoke_runner(
+        &self,
+        _: Request<v1::RevokeRunnerRequest>,
+    ) -> Result<Response<v1::RevokeRunnerResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
 }
 
 fn out(view: RunnerView) -> v1::Runner {
@@ -71,8 +100,12 @@ fn out(view: RunnerView) -> v1::Runner {
         connected: connected.is_some(),
         last_seen_time: facts.map(|facts| convert::timestamp(facts.last_seen)),
         slots: facts.map_or(0, |facts| facts.slots),
-        holds_run_id: facts
-            .map(|facts| facts.held.iter().map(|job| job.run.to_string()).collect())
+        holds: facts
+            .map(|facts| {
+                let held =
+                    |job: &JobId| v1::HeldJob { run_id: job.run.to_string(), ..Default::default() };
+                facts.held.iter().map(held).collect()
+            })
             .unwrap_or_default(),
         engines: connected
             .map(|facts| facts.engines)
@@ -80,5 +113,6 @@ fn out(view: RunnerView) -> v1::Runner {
             .into_iter()
             .map(|(name, version)| v1::Engine { name, version })
             .collect(),
+        ..Default::default()
     }
 }

@@ -98,7 +98,10 @@ impl RunnerService for Service {
             Ok(
                 v1::ArtifactKind::Unspecified
                 | v1::ArtifactKind::Changes
-                | v1::ArtifactKind::ErroredState,
+                | v1::ArtifactKind::ErroredState
+                | v1::ArtifactKind::StateDump
+                | v1::ArtifactKind::Log
+                | v1::ArtifactKind::Result,
             )
             | Err(_) => return Err(Error::field("kind", "it cannot be fetched").into()),
         };
@@ -143,7 +146,7 @@ impl RunnerService for Service {
             }
         }
         upload.finish().await?;
-        Ok(Response::new(v1::UploadArtifactResponse {}))
+        Ok(Response::new(v1::UploadArtifactResponse { quarantined: false }))
     }
 
     async fn append_log(
@@ -238,6 +241,7 @@ impl Service {
             .ok(),
             keep: keep.iter().copied().map(convert::lease_out).collect(),
             give_up: give_up.into_iter().map(convert::lease_out).collect(),
+            history: 0,
         };
         send(&answers, Out::Welcome(welcome)).await?;
         for lease in canceled {
@@ -364,8 +368,9 @@ impl Service {
                 let held = held.collect::<Result<Vec<_>, _>>()?;
                 let renewed = self.app.dispatch.heartbeat(runner.id, held).await;
                 let lease = renewed.into_iter().map(convert::lease_out).collect();
-                send(answers, Out::Renewed(v1::Renewed { lease })).await
+                send(answers, Out::Renewed(v1::Renewed { lease, history: 0 })).await
             }
+            In::Draining(v1::Draining {}) => Ok(()),
             In::Finished(finished) => {
                 let lease = convert::lease(finished.lease)?;
                 let result = job_result(finished.result)?;
@@ -472,6 +477,8 @@ impl Service {
             | Reason::WrongState
             | Reason::PlanChanged
             | Reason::PersonRequired
+            | Reason::CancelGrace
+            | Reason::HistoryLost
             | Reason::TripleIncomplete
             | Reason::SerialUnusable
             | Reason::AccountNotListed
@@ -549,7 +556,14 @@ fn artifact_header(header: v1::ArtifactHeader) -> Result<ArtifactHeader, Error> 
         Ok(v1::ArtifactKind::State) => Made::State,
         Ok(v1::ArtifactKind::Changes) => Made::Changes,
         Ok(v1::ArtifactKind::ErroredState) => Made::ErroredState,
-        Ok(v1::ArtifactKind::Unspecified | v1::ArtifactKind::Configuration) | Err(_) => {
+        Ok(
+            v1::ArtifactKind::Unspecified
+            | v1::ArtifactKind::Configuration
+            | v1::ArtifactKind::StateDump
+            | v1::ArtifactKind::Log
+            | v1::ArtifactKind::Result,
+        )
+        | Err(_) => {
             return Err(Error::field("kind", "a job makes nothing of this kind"));
         }
     };

@@ -26,6 +26,8 @@ const fn code(reason: Reason) -> Code {
         | Reason::NotAwaitingCode
         | Reason::WrongState
         | Reason::PlanChanged
+        | Reason::CancelGrace
+        | Reason::HistoryLost
         | Reason::TripleIncomplete
         | Reason::SerialUnusable
         | Reason::AccountNotListed

@@ -262,6 +262,7 @@ impl RunnerService for Plane {
                             }),
                             keep,
                             give_up,
+                            history: 0,
                         }))
                         .await;
                         // With the runner's only slot taken, it waits for a heartbeat.
@@ -309,7 +310,7 @@ impl RunnerService for Plane {
                             send(Response::Cancel(v1::CancelJob { lease, force })).await;
                         }
                         let lease = if held { heartbeat.held } else { vec![] };
-                        send(Response::Renewed(v1::Renewed { lease })).await;
+                        send(Response::Renewed(v1::Renewed { lease, history: 0 })).await;
                     }
                     Request::Finished(finished) => {
                         let lease = finished.lease.clone();
@@ -329,6 +330,7 @@ impl RunnerService for Plane {
                         plane.world().offer = None;
                         plane.note("never started");
                     }
+                    Request::Draining(v1::Draining {}) => plane.note("draining"),
                     Request::Again(again) => {
                         plane.note("again");
                         send(Response::Go(v1::Go { lease: again.lease, ..Default::default() }))
@@ -390,7 +392,7 @@ impl RunnerService for Plane {
         }
         self.world().artifacts.insert((kind.into(), header.sequence), data);
         self.note(format!("uploaded {} {}", kind.as_str_name(), header.sequence));
-        Ok(Answer::new(v1::UploadArtifactResponse {}))
+        Ok(Answer::new(v1::UploadArtifactResponse { quarantined: false }))
     }
 
     type AppendLogStream = Stream1<v1::AppendLogResponse>;

@@ -154,7 +154,8 @@ impl SimulatedRunner {
                 | Response::Renewed(_)
                 | Response::Cancel(_)
                 | Response::Recorded(_)
-                | Response::Drain(_) => {}
+                | Response::Drain(_)
+                | Response::Resume(_) => {}
             }
         }
     }

@@ -37,7 +37,10 @@ async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
         // One that has ended: what a run page shows most.
         let request = Bed::queue(&environment, &digest);
         let run = person.runs().queue_run(request).await?.into_inner().run.unwrap_or_default();
-        person.runs().cancel(v1::CancelRequest { run_id: run.run_id.clone() }).await?;
+        person
+            .runs()
+            .cancel(v1::CancelRequest { run_id: run.run_id.clone(), force: false })
+            .await?;
         callers.push((person, environment, run.run_id));
     }
 

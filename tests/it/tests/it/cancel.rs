@@ -24,7 +24,7 @@ async fn a_canceled_apply_writes_what_it_did_and_frees_the_environment() {
     })
     .await
     .unwrap();
-    let request = CancelRequest { run_id: run.run_id.clone() };
+    let request = CancelRequest { run_id: run.run_id.clone(), force: false };
     let canceling = ada.runs().cancel(request).await.unwrap().into_inner().run.unwrap();
     assert!(canceling.cancel_requested && canceling.state() == RunState::Applying);
     let run = ada.wait_for_run(&run.run_id, "the end", is_ended).await.unwrap();
@@ -52,7 +52,7 @@ async fn a_canceled_plan_ends_and_the_next_run_has_its_turn() {
     let second = ada.authenticate(&second.run_id, &code).await.unwrap();
     assert_eq!((second.state(), second.queue_position), (RunState::Pending, 1));
     assert!(second.reason.contains(&first.run_id), "{}", second.reason);
-    ada.runs().cancel(CancelRequest { run_id: first.run_id.clone() }).await.unwrap();
+    ada.runs().cancel(CancelRequest { run_id: first.run_id.clone(), force: false }).await.unwrap();
     let first = ada.wait_for_run(&first.run_id, "the end", is_ended).await.unwrap();
     assert_eq!(first.state(), RunState::Canceled);
     ada.wait_for_state(&second.run_id, RunState::AwaitingApplyMfa).await.unwrap();
