@@ -8,6 +8,8 @@ mod account;
 mod audit;
 mod convert;
 mod environment;
+#[cfg(test)]
+mod health_tests;
 mod identity;
 mod introduction;
 mod organization;
