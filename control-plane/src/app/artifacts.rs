@@ -361,6 +361,54 @@ impl App {
         }
         Err(changes_too_fast())
     }
+
+    /// Gives what was uploaded its place.
+    async fn settle_upload(
+        &self,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+        destination: Destination,
+        outcome: Option<String>,
+    ) -> Result<Destination> {
+        let state = match header.kind {
+            Made::State | Made::ErroredState | Made::StateDump => {
+                self.state_facts(runner.organization, header.digest).await?
+            }
+            Made::Workspace | Made::Changes | Made::Log | Made::Result => None,
+        };
+        let learned = Learned { state: state.clone(), outcome };
+        let recorded = match (destination, header.kind, state) {
+            (Destination::Quarantine, _, _) => {
+                self.quarantine(runner, header, learned).await?;
+                return Ok(Destination::Quarantine);
+            }
+            (Destination::Current, Made::State, Some(facts)) => {
+                self.record_state(runner, header, facts).await
+            }
+            (Destination::Current, Made::State, None) => {
+                return Err(Error::field("data", "it is not a Terraform state"));
+            }
+            (
+                Destination::Current,
+                Made::Workspace
+                | Made::Changes
+                | Made::ErroredState
+                | Made::StateDump
+                | Made::Log
+                | Made::Result,
+                _,
+            ) => self.record_made(runner, header).await,
+        };
+        match recorded {
+            Ok(()) => Ok(Destination::Current),
+            // The lease was lost on the way: what came is kept all the same.
+            Err(error) if error.reason() == Reason::LeaseLost => {
+                self.quarantine(runner, header, learned).await?;
+                Ok(Destination::Quarantine)
+            }
+            Err(error) => Err(error),
+        }
+    }
 }
 
 fn changes_too_fast() -> Error {
@@ -400,48 +448,18 @@ impl ArtifactUpload {
 
     /// Ends the upload; answers when what it changes is durable, and where it went.
     pub async fn finish(self) -> Result<Destination> {
-        let Self { app, runner, header, destination, blob, received, outcome } = self;
-        if received != header.size {
+        if self.received != self.header.size {
             return Err(Error::field("data", "it is shorter than the header says"));
         }
+        let Self { app, runner, header, destination, blob, outcome, .. } = self;
         blob.finish().await.map_err(blob_error)?;
-        let state = match header.kind {
-            Made::State | Made::ErroredState | Made::StateDump => {
-                app.state_facts(runner.organization, header.digest).await?
-            }
-            Made::Workspace | Made::Changes | Made::Log | Made::Result => None,
-        };
-        let learned = Learned { state: state.clone(), outcome };
-        let recorded = match (destination, header.kind, state) {
-            (Destination::Quarantine, _, _) => {
-                app.quarantine(&runner, header, learned).await?;
-                return Ok(Destination::Quarantine);
-            }
-            (Destination::Current, Made::State, Some(facts)) => {
-                app.record_state(&runner, header, facts).await
-            }
-            (Destination::Current, Made::State, None) => {
-                return Err(Error::field("data", "it is not a Terraform state"));
-            }
-            (
-                Destination::Current,
-                Made::Workspace
-                | Made::Changes
-                | Made::ErroredState
-                | Made::StateDump
-                | Made::Log
-                | Made::Result,
-                _,
-            ) => app.record_made(&runner, header).await,
-        };
-        match recorded {
-            Ok(()) => Ok(Destination::Current),
-            // The lease was lost on the way: what came is kept all the same.
-            Err(error) if error.reason() == Reason::LeaseLost => {
-                app.quarantine(&runner, header, learned).await?;
-                Ok(Destination::Quarantine)
-            }
-            Err(error) => Err(error),
+        let settled = app.settle_upload(&runner, header, destination, outcome).await;
+        if settled.is_err() {
+            // What was refused is nobody's, unless equal content is somebody's.
+            let note = keys::garbage(runner.organization, &header.digest);
+            app.store.commit(Batch::new().put(note, Expect::Anything, [])).await?;
+            app.collect_garbage_soon();
         }
+        settled
     }
 }

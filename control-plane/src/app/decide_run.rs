@@ -66,7 +66,8 @@ impl App {
         let advance = self
             .advance_with(id, &caller.audit_name(), "force_cancel_run", |subject| {
                 let run = &subject.run.value;
-                if run.state == RunState::Lost && run.cancel_requested_by.is_none() {
+                let can_be_told = run.cancel_requested_by.is_some() && run.apply.lease.is_some();
+                if run.state == RunState::Lost && !can_be_told {
                     let message = "the run is lost and its runner cannot be told; cancel it without \
                                    force to give it up";
                     return Err(Error::refused(Reason::WrongState, message));

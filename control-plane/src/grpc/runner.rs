@@ -243,9 +243,7 @@ impl Service {
             }
         }
         if let Some(result) = result {
-            let finished = v1::Finished::decode(result.as_slice())
-                .map_err(|_| Error::field("data", "it is not an encoded Finished frame"))?;
-            upload.says(&job_result(finished.result)?);
+            upload.says(&encoded_result(&result)?);
         }
         let quarantined = upload.finish().await? == Destination::Quarantine;
         Ok(Response::new(v1::UploadArtifactResponse { quarantined }))
@@ -632,6 +630,13 @@ fn artifact_header(header: v1::ArtifactHeader) -> Result<ArtifactHeader, Error> 
         size: header.size,
         sequence: header.sequence,
     })
+}
+
+/// Reads the result that an old lease brings as an artifact.
+fn encoded_result(frame: &[u8]) -> Result<JobResult, Error> {
+    let finished = v1::Finished::decode(frame)
+        .map_err(|_| Error::field("data", "it is not an encoded Finished frame"))?;
+    job_result(finished.result)
 }
 
 fn job_result(result: Option<WireResult>) -> Result<JobResult, Error> {

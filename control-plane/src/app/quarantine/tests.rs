@@ -401,6 +401,23 @@ async fn a_dump_that_is_no_state_is_kept_to_be_read_and_never_accepted() {
 }
 
 #[tokio::test]
+async fn what_is_refused_at_its_end_leaves_no_blob_but_what_others_need() {
+    let (fixture, _, runner, lease) = applying().await;
+    let (app, other) = (&fixture.app, state("other", 9));
+    let refused = bring(app, &runner, lease, (Made::State, 1), &other).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::WrongState);
+    app.collect_garbage().await.unwrap();
+    assert!(!app.blobs.exists(runner.organization, sha256(&other)).await.unwrap());
+
+    fixture.upload(&runner, lease, Made::State, &state("l", 7)).await.unwrap();
+    let refused = bring(app, &runner, lease, (Made::State, 1), &state("l", 6)).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::WrongState);
+    app.collect_garbage().await.unwrap();
+    let earlier = sha256(&state("l", 6));
+    assert!(app.blobs.exists(runner.organization, earlier).await.unwrap(), "a state version");
+}
+
+#[tokio::test]
 async fn a_lost_apply_says_what_is_known_and_ends_well_by_its_late_result() {
     let (fixture, run, runner, lease) = applying().await;
     let (app, owner) = (&fixture.app, &fixture.owner);

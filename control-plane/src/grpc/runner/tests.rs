@@ -187,3 +187,15 @@ async fn a_runner_that_says_it_drains_is_offered_nothing() {
     assert!(matches!(next(&mut leases).await.unwrap(), Out::Welcome(_)));
     assert!(matches!(next(&mut leases).await.unwrap(), Out::Offer(_)));
 }
+
+#[test]
+fn a_result_of_an_old_lease_is_the_frame_that_it_would_have_sent() {
+    let applied = v1::ApplyFinished { outputs_json: "{}".into() };
+    let frame = v1::Finished { result: Some(WireResult::Apply(applied)), ..Default::default() };
+    let result = super::encoded_result(&frame.encode_to_vec()).unwrap();
+    assert!(matches!(result, JobResult::Applied { outputs: Some(_) }), "{result:?}");
+    for bad in [b"no frame".as_slice(), b""] {
+        let error = super::encoded_result(bad).unwrap_err();
+        assert_eq!(error.reason(), Reason::FieldInvalid);
+    }
+}
