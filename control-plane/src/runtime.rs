@@ -59,10 +59,17 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let done = runtime.context("start the runtime").and_then(|runtime| match command {
-        Command::Run(args) => runtime.block_on(serve(Config::try_from(args)?)),
-        Command::Backup(args) => runtime.block_on(back_up(&args)),
-        Command::Restore(args) => runtime.block_on(bring_back(&args)),
+    let done = runtime.context("start the runtime").and_then(|runtime| {
+        let done = match command {
+            Command::Run(args) => {
+                Config::try_from(args).map_err(Into::into).and_then(|c| runtime.block_on(serve(c)))
+            }
+            Command::Backup(args) => runtime.block_on(back_up(&args)),
+            Command::Restore(args) => runtime.block_on(bring_back(&args)),
+        };
+        // A backup under way is thrown away: it must not hold up a stop.
+        runtime.shutdown_timeout(DRAIN);
+        done
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -11,6 +11,7 @@
 //! takes the alarm back; so does a start after an owner has revoked the runner that gave the proof,
 //! for a runner can lie.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 use latchkey_domain::id::{Generation, RunnerId};
@@ -180,10 +181,15 @@ impl App {
         Ok(())
     }
 
-    /// Refuses a lease of another generation: it was granted by a history that is gone.
+    /// Refuses a lease of another generation: one before ours is gone, one after ours is not here.
     pub(super) fn check_generation(&self, lease: LeaseRef) -> Result<()> {
         self.check_history()?;
-        if lease.generation == self.generation { Ok(()) } else { Err(lease_lost()) }
+        match lease.generation.cmp(&self.generation) {
+            Ordering::Equal => Ok(()),
+            Ordering::Less => Err(lease_lost()),
+            // Its runner must keep what it has, also before its greeting raises the alarm.
+            Ordering::Greater => Err(history_lost()),
+        }
     }
 }
 

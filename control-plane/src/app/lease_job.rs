@@ -247,7 +247,13 @@ impl Leases for App {
     }
 
     fn expire(self: Arc<Self>, job: JobId, epoch: Epoch) -> BoxFuture<'static, Result<()>> {
-        Box::pin(async move { App::expire(&self, job, epoch).await })
+        Box::pin(async move {
+            match App::expire(&self, job, epoch).await {
+                // Nothing is left to watch: the alarm has been told.
+                Err(error) if error.reason() == Reason::HistoryLost => Ok(()),
+                done => done,
+            }
+        })
     }
 
     fn offer_if_open(self: Arc<Self>, job: JobId) -> BoxFuture<'static, Result<()>> {

@@ -172,11 +172,15 @@ async fn what_an_old_lease_brings_goes_to_quarantine_and_a_strangers_nowhere() {
 #[tokio::test]
 async fn another_generation_is_refused() {
     let (fixture, _, runner, lease) = applying().await;
-    for generation in [0, 2] {
+    for (generation, reason) in [(0, Reason::LeaseLost), (2, Reason::HistoryLost)] {
         let other = LeaseRef { generation: Generation::new(generation), ..lease };
         let error = fixture.app.start_again(&runner, other).await.unwrap_err();
-        assert_eq!(error.reason(), Reason::LeaseLost);
+        assert_eq!(error.reason(), reason);
     }
+    // What comes from a later history is not kept here: its runner keeps it.
+    let later = LeaseRef { generation: Generation::new(2), ..lease };
+    let error = fixture.upload(&runner, later, Made::State, b"x").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HistoryLost);
     fixture.app.start_again(&runner, lease).await.unwrap();
 }
 
