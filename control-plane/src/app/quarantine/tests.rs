@@ -178,11 +178,14 @@ async fn whoever_never_held_the_lease_brings_nothing() {
         (&foreign, lease),
         (&foreign, older),
         (&runner, LeaseRef { epoch: Epoch::new(9), ..lease }),
-        (&runner, LeaseRef { generation: Generation::new(2), ..lease }),
     ] {
         let error = bring(&fixture.app, runner, lease, (Made::Log, 0), b"x").await.unwrap_err();
         assert_eq!(error.reason(), Reason::LeaseLost, "{lease:?}");
     }
+    // Only a newer history than this one has granted that.
+    let newer = LeaseRef { generation: Generation::new(2), ..lease };
+    let error = bring(&fixture.app, &runner, newer, (Made::Log, 0), b"x").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HistoryLost);
     assert!(listed(&fixture, Some(run.id)).await.is_empty());
 }
 
