@@ -316,6 +316,7 @@ impl JobDirectory {
     fn write_synced(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = self.join(name);
         let write = || {
+            latchkey_failpoint::check("run.disk")?;
             let mut file = create_private(&path)?;
             file.write_all(bytes)?;
             file.sync_all()

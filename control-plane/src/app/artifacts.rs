@@ -371,6 +371,7 @@ impl ArtifactUpload {
             return Err(Error::field("data", "it is shorter than the header says"));
         }
         blob.finish().await.map_err(blob_error)?;
+        latchkey_failpoint::reach("cp.artifact.stored");
         let recorded = match (destination, header.kind) {
             (Destination::Current, Made::State) => {
                 let facts = app.state_facts(runner.organization, header.digest).await?;
@@ -381,6 +382,7 @@ impl ArtifactUpload {
             }
             (Destination::Quarantine, _) => return app.record_quarantined(&runner, header).await,
         };
+        latchkey_failpoint::reach("cp.artifact.recorded");
         match recorded {
             // The lease was lost on the way: what came is kept all the same.
             Err(error) if error.reason() == Reason::LeaseLost => {

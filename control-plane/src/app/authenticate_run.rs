@@ -87,7 +87,9 @@ impl App {
         if let Some(known) = self.fetch::<RequestRecord>(request.clone()).await? {
             return self.recorded(&known.value, &submission).await;
         }
+        latchkey_failpoint::reach("cp.code.counting");
         let counted = self.count_attempt(user, name, &submission, &request).await?;
+        latchkey_failpoint::reach("cp.code.counted");
         let Counted::Mine(attempt) = counted else {
             let known = self.fetch::<RequestRecord>(request).await?;
             let known = known.ok_or_else(|| Error::internal("a recorded request vanished"))?;
@@ -228,6 +230,7 @@ impl App {
             .exchange(&attempt.triple, Some(&code), &attempt.region, attempt.session_duration)
             .await;
         drop(code);
+        latchkey_failpoint::reach("cp.code.answered");
         let Attempt { mut record, region, device_key, digest, .. } = attempt;
         let refusal = match exchange {
             Exchange::Issued { credentials, request_id } => {

@@ -54,6 +54,7 @@ impl App {
                 Ok(Event::Granted { phase: job.phase, runner, log_base: length })
             })
             .await?;
+        latchkey_failpoint::reach("cp.grant.committed");
         let epoch = advance.into_run().job(job.phase).epoch;
         self.dispatch.watch(job, epoch, runner);
         self.gates.of(job).epoch.store(epoch.get(), Ordering::SeqCst);

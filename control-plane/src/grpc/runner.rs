@@ -185,6 +185,7 @@ impl RunnerService for Service {
                         held = after;
                         let count = run.len();
                         let durable_length = appender.append(run).await?;
+                        latchkey_failpoint::reach("cp.log.durable");
                         for _ in 0..count {
                             let answer = v1::AppendLogResponse { durable_length };
                             if sender.send(Ok(answer)).await.is_err() {
