@@ -70,9 +70,9 @@ pub struct App {
     pub session_floor: Duration,
     /// The life of a lease without a heartbeat.
     pub lease_term: Duration,
-    pub(crate) gates: run_output::Gates,
+    pub gates: run_output::Gates,
     /// Places for archives on their way in.
-    pub(crate) uploads: Arc<Semaphore>,
+    pub uploads: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for App {

@@ -19,6 +19,7 @@ pub mod audit;
 pub mod auth;
 pub mod authority;
 pub mod blobs;
+pub mod blocking;
 pub mod clock;
 pub mod config;
 pub mod dispatch;

@@ -18,6 +18,7 @@ use super::configurations::blob_error;
 use super::lease_job::lease_lost;
 use crate::auth::RunnerIdentity;
 use crate::blobs::{BlobReader, Upload};
+use crate::blocking;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
 use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
@@ -259,8 +260,7 @@ impl App {
     ) -> Result<StateFacts> {
         let mut reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
         let (sender, chunks) = mpsc::channel(4);
-        let parsed =
-            tokio::task::spawn_blocking(move || serde_json::from_reader(Chunks::new(chunks)));
+        let parsed = blocking::spawn(move || serde_json::from_reader(Chunks::new(chunks)));
         while let Some(chunk) = reader.next().await.map_err(blob_error)? {
             if sender.send(chunk).await.is_err() {
                 break;
