@@ -24,6 +24,7 @@ const LEASE_TERM: u64 = 3;
 const STARTS: usize = 3;
 
 const NAME: &str = "build-1";
+const OTHER: &str = "build-2";
 
 /// Which terraform a runner is given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +33,19 @@ pub(crate) enum Engine {
     Real,
 }
 
+/// How many build hosts a pool has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hosts {
+    One,
+    Two,
+}
+
 /// Fields are dropped in order: runners before what they talk to, the directory last.
 #[derive(Debug)]
 pub(crate) struct Bed {
     pub(crate) runner: TestRunner,
+    /// A second build host of the pool, which nothing is done to.
+    other: Option<TestRunner>,
     /// A second agent with the first one's identity, while there is one.
     pub(crate) twin: Option<TestRunner>,
     pub(crate) proxy: Proxy,
@@ -52,7 +62,7 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    pub(crate) async fn make(engine: Engine) -> anyhow::Result<Self> {
+    pub(crate) async fn make(engine: Engine, hosts: Hosts) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new().prefix("latchkey-chaos-").tempdir()?;
         let at = directory.path();
         let faults = at.join("faults");
@@ -85,10 +95,25 @@ impl Bed {
                 owner.pool_token(Stage::POOL).await?,
             )
         };
-        let runner = TestRunner::start(programs.runner(), at, options)?;
+        let runner = TestRunner::start(programs.runner(), at, options.clone())?;
         owner.wait_for_runner(NAME).await?;
+        let other = match hosts {
+            Hosts::One => None,
+            Hosts::Two => {
+                let options = RunnerOptions {
+                    name: OTHER.to_owned(),
+                    control_plane: plane.runners_url(),
+                    pool_token: owner.pool_token(Stage::POOL).await?,
+                    ..options
+                };
+                let other = TestRunner::start(programs.runner(), at, options)?;
+                owner.wait_for_runner(OTHER).await?;
+                Some(other)
+            }
+        };
         Ok(Self {
             runner,
+            other,
             twin: None,
             proxy,
             plane,
@@ -194,6 +219,12 @@ impl Bed {
         let options = self.runner.options().clone();
         self.twin = Some(TestRunner::start(programs()?.runner(), &place, options)?);
         Ok(())
+    }
+
+    /// Where the build hosts keep their jobs.
+    pub(crate) fn job_directories(&self) -> Vec<PathBuf> {
+        let runners = std::iter::once(&self.runner).chain(&self.other);
+        runners.map(|runner| runner.work_dir().join("jobs")).collect()
     }
 
     /// Says whether the second agent holds nothing.

@@ -179,6 +179,7 @@ fn strikes_supervisors(seen: &Seen) -> bool {
         Action::KillPlane
         | Action::KillAgent
         | Action::KillTerraform
+        | Action::PauseAt { .. }
         | Action::Network { .. }
         | Action::NoSpace { .. }
         | Action::Clock { .. }
@@ -209,13 +210,15 @@ async fn real_log(bed: &Bed, seen: &Seen, found: &mut Found) -> anyhow::Result<(
 /// Nothing is left on the host.
 async fn host(bed: &Bed, found: &mut Found) {
     const INVARIANT: &str = "nothing is left on the host";
-    let work_dir = bed.runner.work_dir();
-    let kept = work_dir.join("kept");
-    found.unless(!kept.exists(), INVARIANT, || format!("{} is there", kept.display()));
-    let jobs = work_dir.join("jobs");
+    let places = bed.job_directories();
+    for jobs in &places {
+        let kept = jobs.with_file_name("kept");
+        found.unless(!kept.exists(), INVARIANT, || format!("{} is there", kept.display()));
+    }
     // A supervisor leaves a moment after it has told its end.
     let left = wait_for("supervisors to leave", LEAVING, async || {
-        let left = processes::supervisors(&jobs).len() + processes::terraforms(&jobs).len();
+        let of = |jobs| processes::supervisors(jobs).len() + processes::terraforms(jobs).len();
+        let left: usize = places.iter().map(|jobs| of(jobs)).sum();
         if left == 0 { Ok(()) } else { Err(format!("{left} processes are")) }
     });
     if let Err(error) = left.await {

@@ -6,7 +6,7 @@ use latchkey_aws_simulator::{Effect, Fault as AwsFault};
 use latchkey_harness::stub::{OnInterrupt, Script};
 use latchkey_harness::{Flow, Network};
 
-use crate::bed::Engine;
+use crate::bed::{Engine, Hosts};
 use crate::old_copy::How;
 use crate::points::{POINTS, Point, When, Who};
 use crate::random::Random;
@@ -28,6 +28,7 @@ pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) about: &'static str,
     pub(crate) engine: Engine,
+    pub(crate) hosts: Hosts,
     pub(crate) kind: Kind,
     /// Rounds of `--short`.
     pub(crate) short: u64,
@@ -41,7 +42,15 @@ const fn story(
     short: u64,
     plan: fn(&mut Random, u64) -> Plan,
 ) -> Scenario {
-    Scenario { name, about, engine: Engine::Stub, kind: Kind::Story(plan), short, missing: None }
+    Scenario {
+        name,
+        about,
+        engine: Engine::Stub,
+        hosts: Hosts::One,
+        kind: Kind::Story(plan),
+        short,
+        missing: None,
+    }
 }
 
 /// Until the control plane can.
@@ -64,10 +73,21 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     story("clock", "wall clocks jump by 20 minutes", 1, clock),
     story("twins", "two agents with one identity", 1, twins),
     story("upgrade", "another copy of the agent in the middle of an apply", 1, upgrade),
+    story("pauses", "whoever passes a named point waits there for up to two terms", 3, pauses),
+    Scenario {
+        name: "two-hosts",
+        about: "the first of two build hosts is away long enough to lose what it holds",
+        engine: Engine::Stub,
+        hosts: Hosts::Two,
+        kind: Kind::Story(two_hosts),
+        short: 2,
+        missing: None,
+    },
     Scenario {
         name: "frames",
         about: "a runner that repeats, delays and reorders its frames",
         engine: Engine::Stub,
+        hosts: Hosts::One,
         kind: Kind::Frames,
         short: 2,
         missing: None,
@@ -76,6 +96,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "old-copy",
         about: "the control plane returns with an older copy of its data",
         engine: Engine::Stub,
+        hosts: Hosts::One,
         kind: Kind::OldCopy(How::Raw),
         short: 1,
         missing: NOT_YET,
@@ -84,6 +105,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "restore",
         about: "the control plane is restored from a backup",
         engine: Engine::Stub,
+        hosts: Hosts::One,
         kind: Kind::OldCopy(How::Restored),
         short: 1,
         missing: NOT_YET,
@@ -98,6 +120,7 @@ const fn real(name: &'static str, plan: fn(&mut Random, u64) -> Plan) -> Scenari
         name,
         about: "the same with a real terraform",
         engine: Engine::Real,
+        hosts: Hosts::One,
         kind: Kind::Story(plan),
         short: 0,
         missing: None,
@@ -343,5 +366,55 @@ fn upgrade(random: &mut Random, _: u64) -> Plan {
     plan.release = random.millis(500, 2_500);
     let after = random.millis(100, 900);
     plan.in_apply.push(Fault { after, action: Action::UpgradeAgent });
+    plan
+}
+
+fn pauses(random: &mut Random, seed: u64) -> Plan {
+    let mut plan = quiet(random);
+    let count = POINTS.len() as u64;
+    let Point { name, when, .. } = &POINTS[usize::try_from(seed % count).unwrap_or_default()];
+    plan.gated = *when == When::Code;
+    plan.script.states = 3;
+    let lasts = random.millis(100, 6_000);
+    let fault = Fault { after: Duration::ZERO, action: Action::PauseAt { point: name, lasts } };
+    if *when == When::Apply || random.once_in(2) {
+        plan.in_apply.push(fault);
+    } else {
+        plan.in_plan.push(fault);
+    }
+    plan
+}
+
+fn two_hosts(random: &mut Random, _: u64) -> Plan {
+    let mut plan = quiet(random);
+    plan.gated = false;
+    busy(random, &mut plan);
+    plan.away = random.millis(3_500, 6_000);
+    let lasts = random.millis(3_500, 6_000);
+    let mut count = 1 + random.below(2);
+    while count > 0 {
+        count -= 1;
+        let points = [
+            "run.accepted",
+            "run.prepared",
+            "run.starting.synced",
+            "run.told",
+            "run.finished.sending",
+        ];
+        let point = *random.pick(&points);
+        let action = match random.below(4) {
+            0 => Action::KillAgent,
+            1 => Action::Network { network: Network::Cut, lasts },
+            2 => Action::KillAt { point: point, hit: 1 },
+            _ => Action::PauseAt { point, lasts },
+        };
+        let after = random.millis(0, 900);
+        let fault = Fault { after, action };
+        if random.once_in(2) {
+            plan.in_plan.push(fault);
+        } else {
+            plan.in_apply.push(fault);
+        }
+    }
     plan
 }

@@ -39,6 +39,11 @@ pub(crate) enum Action {
         point: &'static str,
         hit: u64,
     },
+    /// Whoever passes a named point waits there.
+    PauseAt {
+        point: &'static str,
+        lasts: Duration,
+    },
     Network {
         network: Network,
         lasts: Duration,
@@ -123,6 +128,8 @@ struct Story<'a> {
     heal: Vec<(Instant, Heal)>,
     /// Points with something laid.
     laid: Vec<&'static str>,
+    /// Points that hold whoever passes, and for how long.
+    pauses: Vec<(&'static str, Duration)>,
     plane_back: Option<Instant>,
     agent_back: Option<Instant>,
     release_at: Option<Instant>,
@@ -136,6 +143,8 @@ struct Story<'a> {
 enum Heal {
     Network,
     Point(&'static str),
+    /// Ends a pause.
+    Go(&'static str),
     Twin,
 }
 
@@ -177,6 +186,7 @@ pub(crate) async fn play(bed: &mut Bed, plan: Plan) -> anyhow::Result<Seen> {
         due: Vec::new(),
         heal: Vec::new(),
         laid: Vec::new(),
+        pauses: Vec::new(),
         plane_back: None,
         agent_back: None,
         release_at: None,
@@ -306,6 +316,16 @@ impl Story<'_> {
                     self.bed.lay(point, &format!("kill {hit}"))?;
                     self.laid.push(point);
                 }
+                Action::PauseAt { point, lasts } => {
+                    self.seen.struck -= 1;
+                    for end in ["fired", "go"] {
+                        let _ =
+                            std::fs::remove_file(self.bed.faults().join(format!("{point}.{end}")));
+                    }
+                    self.bed.lay(point, "pause 1")?;
+                    self.laid.push(point);
+                    self.pauses.push((point, lasts));
+                }
                 Action::Network { network, lasts } => {
                     self.bed.proxy.set(network);
                     self.heal.push((now + lasts, Heal::Network));
@@ -334,6 +354,10 @@ impl Story<'_> {
         let struck: Vec<_> =
             self.laid.iter().copied().filter(|point| self.bed.has_struck(point)).collect();
         self.laid.retain(|point| !struck.contains(point));
+        let (begun, rest): (Vec<_>, Vec<_>) =
+            self.pauses.drain(..).partition(|(point, _)| struck.contains(point));
+        self.pauses = rest;
+        self.heal.extend(begun.into_iter().map(|(point, lasts)| (now + lasts, Heal::Go(point))));
         self.seen.struck += struck.len() as u64;
         let (over, later): (Vec<_>, Vec<_>) = self.heal.drain(..).partition(|(at, _)| *at <= now);
         self.heal = later;
@@ -341,6 +365,7 @@ impl Story<'_> {
             match heal {
                 Heal::Network => self.bed.proxy.set(Network::FINE),
                 Heal::Point(point) => self.bed.lift(point),
+                Heal::Go(point) => self.bed.lay(&format!("{point}.go"), "")?,
                 // Its host does not burn: what it has begun, it ends.
                 Heal::Twin if !self.bed.twin_is_idle() => self.heal.push((now + LOOK, heal)),
                 Heal::Twin => self.bed.twin = None,
@@ -354,7 +379,13 @@ impl Story<'_> {
         }
         if self.plane_back.is_some_and(|at| at <= now) {
             self.plane_back = None;
+            let full = self.heal.iter().any(|(_, heal)| matches!(heal, Heal::Point(_)));
             if let Err(error) = self.bed.revive_plane().await {
+                if full {
+                    // It says so, and is started again, as a service manager does.
+                    self.plane_back = Some(now + self.seen.plan.away);
+                    return Ok(());
+                }
                 self.seen.problems.push(("the control plane opens again", format!("{error:#}")));
                 anyhow::bail!("the control plane does not open: {error:#}");
             }
@@ -445,8 +476,9 @@ impl Story<'_> {
     }
 
     fn jobs(&self) -> Vec<String> {
-        let jobs = std::fs::read_dir(self.bed.runner.work_dir().join("jobs"));
-        let names = jobs.into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let places = self.bed.job_directories().into_iter();
+        let jobs = places.filter_map(|jobs| std::fs::read_dir(jobs).ok()).flatten();
+        let names = jobs.flatten().map(|entry| entry.file_name());
         names.map(|name| name.to_string_lossy().into_owned()).collect()
     }
 

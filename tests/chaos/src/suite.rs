@@ -164,7 +164,9 @@ async fn play(share: Share, arguments: &Arguments) -> anyhow::Result<Outcome> {
     for seed in share.seeds {
         let mut on = match bed.take() {
             Some(bed) => bed,
-            None => Bed::make(share.scenario.engine).await.context("make a bed")?,
+            None => Bed::make(share.scenario.engine, share.scenario.hosts)
+                .await
+                .context("make a bed")?,
         };
         if let Some(defect) = &arguments.plant {
             on.lay(&format!("defect.{defect}"), "")?;
