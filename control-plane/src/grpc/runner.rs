@@ -351,14 +351,14 @@ impl Service {
                 match self.app.start_job(runner, lease).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
-                    Err(error) => self.lost(answers, lease, error).await,
+                    Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
             In::Again(again) => {
                 let lease = convert::lease(again.lease)?;
                 match self.app.start_again(runner, lease).await {
                     Ok(go) => send(answers, go_out(lease, go)).await,
-                    Err(error) => self.lost(answers, lease, error).await,
+                    Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
             In::Heartbeat(heartbeat) => {
@@ -383,7 +383,7 @@ impl Service {
                         let lease = Some(convert::lease_out(lease));
                         send(answers, Out::Recorded(v1::Recorded { lease })).await
                     }
-                    Err(error) => self.lost(answers, lease, error).await,
+                    Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
         }
@@ -395,7 +395,8 @@ impl Service {
                 self.app.dispatch.released(lease.job, lease.epoch);
                 Ok(())
             }
-            Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
+            // Ids of others are answered like any lease that is not theirs.
+            Err(error) if matches!(error.reason(), Reason::LeaseLost | Reason::NotFound) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -457,14 +458,20 @@ async fn revoke(answers: &Outgoing, lease: LeaseRef, reason: String) -> Result<(
 impl Service {
     /// A refused frame of one job ends that lease, not the stream that other jobs share. Only
     /// where asking again later can help does the stream end: the runner asks again then.
-    async fn lost(&self, answers: &Outgoing, lease: LeaseRef, error: Error) -> Result<(), Status> {
+    async fn lost(
+        &self,
+        runner: &RunnerIdentity,
+        answers: &Outgoing,
+        lease: LeaseRef,
+        error: Error,
+    ) -> Result<(), Status> {
         match error.reason() {
             Reason::StoreUnavailable
             | Reason::Internal
             | Reason::ChangedMeanwhile
             | Reason::Unspecified => Err(error.into()),
             Reason::LeaseLost => {
-                self.app.dispatch.released(lease.job, lease.epoch);
+                self.app.dispatch.lost_by(runner.id, lease.job, lease.epoch);
                 revoke(answers, lease, error.message().to_owned()).await
             }
             Reason::FieldInvalid
