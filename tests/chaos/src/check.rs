@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use latchkey_harness::stub::{Entry, What, line};
 use latchkey_harness::wait_for;
-use latchkey_proto::v1::{Phase, RunState};
+use latchkey_proto::v1::{self, Phase, RunState};
+use tonic::Code;
 
 use crate::bed::{Bed, Engine};
 use crate::processes;
@@ -128,22 +129,38 @@ async fn log(
 async fn states(bed: &Bed, seen: &Seen, ledger: &[Entry], found: &mut Found) -> anyhow::Result<()> {
     const INVARIANT: &str = "no state is lost";
     let newest = ledger.iter().filter_map(|entry| match entry.what {
-        What::State { serial } => Some(serial),
-        What::Started | What::Errored { .. } | What::Ended { .. } => None,
+        What::State { serial } | What::Errored { serial } => Some(serial),
+        What::Started | What::Ended { .. } => None,
     });
     let newest = newest.max().unwrap_or(0);
     let environment = bed.owner.environment(&seen.environment).await?;
     let frozen = environment.frozen.is_some();
     let applied = seen.run.as_ref().is_some_and(|run| run.state() == RunState::Applied);
-    let holds = environment.state_serial == newest || (frozen && !applied);
-    found.unless(holds, INVARIANT, || {
-        format!("terraform wrote {newest}, current is {}", environment.state_serial)
+    let current = environment.state_serial;
+    let kept = current != newest && frozen && !applied && is_quarantined(bed, seen, newest).await?;
+    found.unless(current == newest || kept, INVARIANT, || {
+        format!("terraform wrote {newest}, current is {current}, and none is kept for a person")
     });
     let errored = ledger.iter().any(|entry| matches!(entry.what, What::Errored { .. }));
     found.unless(!errored || frozen, INVARIANT, || {
         "terraform saved errored.tfstate and the environment is not frozen".to_owned()
     });
     Ok(())
+}
+
+async fn is_quarantined(bed: &Bed, seen: &Seen, serial: u64) -> anyhow::Result<bool> {
+    let request = v1::ListQuarantinedRequest {
+        organization: bed.owner.organization.clone(),
+        run_id: seen.run_id.clone(),
+        page_size: 200,
+        page_token: String::new(),
+    };
+    let listed = bed.owner.quarantine().list_quarantined(request).await;
+    match listed {
+        Ok(listed) => Ok(listed.into_inner().quarantined.iter().any(|kept| kept.serial == serial)),
+        Err(status) if status.code() == Code::Unimplemented => Ok(true),
+        Err(status) => Err(status.into()),
+    }
 }
 
 /// The end that is recorded is the one that was.

@@ -405,7 +405,7 @@ fn two_hosts(random: &mut Random, _: u64) -> Plan {
         let action = match random.below(4) {
             0 => Action::KillAgent,
             1 => Action::Network { network: Network::Cut, lasts },
-            2 => Action::KillAt { point: point, hit: 1 },
+            2 => Action::KillAt { point, hit: 1 },
             _ => Action::PauseAt { point, lasts },
         };
         let after = random.millis(0, 900);

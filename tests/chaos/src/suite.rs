@@ -195,7 +195,11 @@ async fn play(share: Share, arguments: &Arguments) -> anyhow::Result<Outcome> {
         if violations.is_empty() {
             bed = Some(on);
         } else {
-            let kept = on.keep().display().to_string();
+            // A planted defect is no news.
+            let kept = match &arguments.plant {
+                Some(_) => "nothing".to_owned(),
+                None => on.keep().display().to_string(),
+            };
             outcome.failures.push(Failure { seed, violations, kept });
         }
     }
