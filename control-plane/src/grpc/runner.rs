@@ -68,7 +68,7 @@ impl RunnerService for Service {
     ) -> Result<Response<Self::LeaseStream>, Status> {
         let runner = identity(&request)?;
         let mut frames = request.into_inner();
-        let hello = match frames.message().await?.and_then(|first| first.frame) {
+        let hello = match next_part(&mut frames).await?.and_then(|first| first.frame) {
             Some(In::Hello(hello)) => hello,
             Some(_) | None => {
                 return Err(Error::field("frame", "the first frame is Hello").into());
@@ -159,7 +159,7 @@ impl RunnerService for Service {
         let (sender, answers) = mpsc::channel(16);
         tokio::spawn(async move {
             let append = async {
-                let Some(mut chunk) = chunks.message().await? else { return Ok(()) };
+                let Some(mut chunk) = next_part(&mut chunks).await? else { return Ok(()) };
                 let lease = convert::lease(chunk.lease.take())?;
                 let appender = app.append_log(&runner, lease).await?;
                 let (ahead, mut arrived) = mpsc::channel(16);

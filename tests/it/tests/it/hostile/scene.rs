@@ -63,8 +63,14 @@ impl Scene {
         listener: &Listener,
         identity: &Identity,
     ) -> anyhow::Result<RunnerServiceClient<Channel>> {
-        let channel = listener.endpoint(Some(identity))?.connect().await?;
-        Ok(RunnerServiceClient::new(channel))
+        Ok(RunnerServiceClient::new(Self::channel(listener, identity).await?))
+    }
+
+    pub(crate) async fn channel(
+        listener: &Listener,
+        identity: &Identity,
+    ) -> anyhow::Result<Channel> {
+        Ok(listener.endpoint(Some(identity))?.connect().await?)
     }
 
     /// The run as people see it.
