@@ -45,7 +45,7 @@ pub(crate) enum Hosts {
 pub(crate) struct Bed {
     pub(crate) runner: TestRunner,
     /// A second build host of the pool, which nothing is done to.
-    other: Option<TestRunner>,
+    pub(crate) other: Option<TestRunner>,
     /// A second agent with the first one's identity, while there is one.
     pub(crate) twin: Option<TestRunner>,
     pub(crate) proxy: Proxy,

@@ -200,6 +200,7 @@ fn strikes_supervisors(seen: &Seen) -> bool {
         | Action::Network { .. }
         | Action::NoSpace { .. }
         | Action::Clock { .. }
+        | Action::Cancel
         | Action::UpgradeAgent
         | Action::Twin { .. }
         | Action::Aws(_) => false,

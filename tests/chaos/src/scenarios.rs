@@ -73,6 +73,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     story("clock", "wall clocks jump by 20 minutes", 1, clock),
     story("twins", "two agents with one identity", 1, twins),
     story("upgrade", "another copy of the agent in the middle of an apply", 1, upgrade),
+    story("cancel", "a person cancels while something dies", 2, cancel),
+    story("flood", "megabytes of output while something dies or is cut", 1, flood),
     story("pauses", "whoever passes a named point waits there for up to two terms", 3, pauses),
     Scenario {
         name: "two-hosts",
@@ -415,6 +417,45 @@ fn two_hosts(random: &mut Random, _: u64) -> Plan {
         } else {
             plan.in_apply.push(fault);
         }
+    }
+    plan
+}
+
+fn cancel(random: &mut Random, _: u64) -> Plan {
+    let mut plan = quiet(random);
+    busy(random, &mut plan);
+    plan.expect = Expect::AnyEnd;
+    if random.once_in(4) {
+        plan.script.on_interrupt = *random.pick(&[OnInterrupt::Ignore, OnInterrupt::Die]);
+    }
+    let after = random.millis(50, 1_200);
+    plan.in_apply.push(Fault { after, action: Action::Cancel });
+    let action = match random.below(4) {
+        0 => Action::KillPlane,
+        1 => Action::KillAgent,
+        2 => Action::KillSupervisor,
+        _ => Action::Network { network: Network::Cut, lasts: random.millis(100, 4_000) },
+    };
+    somewhere(random, &mut plan, &action);
+    plan
+}
+
+fn flood(random: &mut Random, _: u64) -> Plan {
+    let mut plan = quiet(random);
+    plan.script.lines = 5_000 + random.below(20_000);
+    plan.script.pause = Duration::ZERO;
+    plan.script.padding = usize::try_from(random.below(400)).unwrap_or(0);
+    for _ in 0..=random.below(2) {
+        let action = match random.below(4) {
+            0 => Action::KillPlane,
+            1 => Action::KillAgent,
+            2 => {
+                plan.expect = Expect::AnyEnd;
+                Action::KillSupervisor
+            }
+            _ => Action::Network { network: Network::Cut, lasts: random.millis(100, 4_000) },
+        };
+        somewhere(random, &mut plan, &action);
     }
     plan
 }

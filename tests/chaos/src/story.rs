@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use latchkey_aws_simulator::Fault as AwsFault;
 use latchkey_harness::stub::Script;
-use latchkey_harness::{Configuration, Network, is_ended, reason};
+use latchkey_harness::{Configuration, Network, TestRunner, is_ended, reason};
 use latchkey_proto::v1;
 use latchkey_proto::v1::{MfaPolicy, Phase, PlainCredentials, RunState};
 use tokio::time::{Instant, sleep, timeout};
@@ -58,6 +58,8 @@ pub(crate) enum Action {
         millis: i64,
     },
     UpgradeAgent,
+    /// A person asks the run to stop.
+    Cancel,
     /// A second agent with the same identity.
     Twin {
         lasts: Duration,
@@ -132,6 +134,7 @@ struct Story<'a> {
     pauses: Vec<(&'static str, Duration)>,
     plane_back: Option<Instant>,
     agent_back: Option<Instant>,
+    other_back: Option<Instant>,
     release_at: Option<Instant>,
     applying: bool,
     submission: Option<Submission>,
@@ -189,6 +192,7 @@ pub(crate) async fn play(bed: &mut Bed, plan: Plan) -> anyhow::Result<Seen> {
         pauses: Vec::new(),
         plane_back: None,
         agent_back: None,
+        other_back: None,
         release_at: None,
         applying: false,
         submission: None,
@@ -273,12 +277,14 @@ impl Story<'_> {
         let ended = self.seen.run.as_ref().is_some_and(is_ended);
         self.plane_back.is_none()
             && self.agent_back.is_none()
+            && self.other_back.is_none()
             && self.heal.is_empty()
             // What was laid where nobody comes by any more does not hold the round up.
             && (self.due.is_empty() || ended)
             && (!unstruck || ended || self.seen.run.is_some())
             && !self.bed.plane.has_ended()
             && !self.bed.runner.has_ended()
+            && self.bed.other.as_mut().is_none_or(|other| !other.has_ended())
     }
 
     /// Faults whose time has come.
@@ -335,6 +341,13 @@ impl Story<'_> {
                     self.heal.push((now + lasts, Heal::Point(point)));
                 }
                 Action::Clock { millis } => self.bed.lay("clock", &millis.to_string())?,
+                Action::Cancel => {
+                    self.seen.struck -= 1;
+                    let request =
+                        v1::CancelRequest { run_id: self.seen.run_id.clone(), force: false };
+                    // It may come too early or too late.
+                    let _ = timeout(PATIENCE, self.bed.owner.runs().cancel(request)).await;
+                }
                 Action::UpgradeAgent => self.bed.upgrade_agent().await?,
                 Action::Twin { lasts } => {
                     self.bed.start_twin()?;
@@ -376,6 +389,16 @@ impl Story<'_> {
         }
         if self.bed.runner.has_ended() && self.agent_back.is_none() {
             self.agent_back = Some(now + self.seen.plan.away);
+        }
+        if let Some(other) = self.bed.other.as_mut().filter(|_| self.other_back.is_none())
+            && other.has_ended()
+        {
+            // It came by a point before the first one did.
+            self.other_back = Some(now + self.seen.plan.away);
+        }
+        if self.other_back.is_some_and(|at| at <= now) {
+            self.other_back = None;
+            self.bed.other.as_mut().map_or(Ok(()), TestRunner::restart)?;
         }
         if self.plane_back.is_some_and(|at| at <= now) {
             self.plane_back = None;
