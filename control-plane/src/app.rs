@@ -77,13 +77,13 @@ pub struct App {
     pub lease_term: Duration,
     /// How long after a graceful cancel a forced one may follow.
     pub force_cancel_grace: Duration,
-    pub(crate) gates: run_output::Gates,
+    pub gates: run_output::Gates,
     /// Whether this control plane runs on an old copy of its data.
-    pub(crate) history: history::History,
+    pub history: history::History,
     /// Ends the open streams of runners whose identity has ended.
     pub revocations: Revocations,
     /// Places for archives on their way in.
-    pub(crate) uploads: Arc<Semaphore>,
+    pub uploads: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for App {

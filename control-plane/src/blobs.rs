@@ -203,7 +203,7 @@ async fn blocking<T: Send + 'static>(
     attempt: &'static str,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> Result<T, BlobError> {
-    joined(tokio::task::spawn_blocking(work).await)
+    joined(crate::blocking::spawn(work).await)
         .map_err(|source| BlobError::Io { attempt, source })
 }
 

@@ -20,7 +20,9 @@ pub struct Wall;
 impl Clock for Wall {
     #[expect(clippy::disallowed_methods, reason = "this is the one place that asks the system")]
     fn now(&self) -> Timestamp {
-        Timestamp::from_millis(jiff::Timestamp::now().as_millisecond())
+        Timestamp::from_millis(
+            jiff::Timestamp::now().as_millisecond() + latchkey_failpoint::clock_offset(),
+        )
     }
 }
 

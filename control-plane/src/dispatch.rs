@@ -145,6 +145,11 @@ enum Message {
         job: JobId,
         epoch: Epoch,
     },
+    LostBy {
+        runner: RunnerId,
+        job: JobId,
+        epoch: Epoch,
+    },
     Rest {
         runner: RunnerId,
     },
@@ -260,6 +265,11 @@ impl Handle {
     /// Frees the slot of a job that has ended or was given back.
     pub fn released(&self, job: JobId, epoch: Epoch) {
         self.send(Message::Released { job, epoch });
+    }
+
+    /// As [`Handle::released`], on the word of a runner: it speaks for its own leases only.
+    pub fn lost_by(&self, runner: RunnerId, job: JobId, epoch: Epoch) {
+        self.send(Message::LostBy { runner, job, epoch });
     }
 
     /// Spares a runner that gave a job back a moment: the next offer would likely come back too.

@@ -50,6 +50,10 @@ pub use self::identity::{PeopleLayer, RunnersLayer};
 /// The largest message that either side may send; bulk data comes in parts.
 const LARGEST_MESSAGE: usize = 4 << 20;
 
+/// The largest message of a runner: a part of an artifact. Half a message is kept until the other
+/// half comes, on each of a connection's streams.
+const LARGEST_OF_RUNNERS: usize = (1 << 20) + (64 << 10);
+
 /// What streaming rpcs answer.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -102,8 +106,10 @@ pub async fn people(app: Arc<App>) -> Routes {
 
 /// The service of the runners' listener.
 pub fn runners(app: Arc<App>) -> Routes {
-    let service = Service { app };
-    Routes::new(limited!(RunnerServiceServer, service))
+    let service = RunnerServiceServer::new(Service { app })
+        .max_decoding_message_size(LARGEST_OF_RUNNERS)
+        .max_encoding_message_size(LARGEST_MESSAGE);
+    Routes::new(service)
 }
 
 /// A transport with the bounds that both listeners have.

@@ -20,6 +20,7 @@ pub mod auth;
 pub mod authority;
 pub mod backup;
 pub mod blobs;
+pub mod blocking;
 pub mod clock;
 pub mod config;
 pub mod dispatch;

@@ -114,6 +114,7 @@ impl RunLogs {
         offset: u64,
         bytes: Vec<u8>,
     ) -> Result<u64, AppendError> {
+        latchkey_failpoint::check("cp.log.disk").map_err(AppendError::Io)?;
         let end = offset.saturating_add(bytes.len() as u64);
         let log = self.log(run, phase);
         log.write(offset, bytes, self.shared.options.limit).await?;

@@ -434,6 +434,7 @@ impl Agent {
         if self.config.lifetime == Lifetime::OneJob {
             self.intake = Intake::Closed;
         }
+        latchkey_failpoint::reach("run.accepted");
         self.take_up(directory, lease, spec, Origin::Offered);
         Ok(Answer::Accept)
     }

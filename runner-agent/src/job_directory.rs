@@ -100,14 +100,21 @@ impl JobDirectory {
         let path = jobs.join(lease.directory_name());
         let draft = Self { path: jobs.join(format!(".new-{}", lease.directory_name())) };
         remove_tree(&draft.path)?;
-        for sub in ["", "state", "work", "home", "shipped"] {
-            private_directory(&draft.path.join(sub))?;
+        let fill = || {
+            for sub in ["", "state", "work", "home", "shipped"] {
+                private_directory(&draft.path.join(sub))?;
+            }
+            draft.write_synced("lease.json", &encode(lease))?;
+            draft.write_synced("spec.json", &encode(spec))?;
+            draft.write_synced("settings.json", &encode(settings))?;
+            sync_directory(&draft.path)?;
+            fs::rename(&draft.path, &path).map_err(io_error("name", &path))
+        };
+        if let Err(error) = fill() {
+            // On a full disk, of all places. The first failure is the one to tell.
+            let _ = remove_tree(&draft.path);
+            return Err(error);
         }
-        draft.write_synced("lease.json", &encode(lease))?;
-        draft.write_synced("spec.json", &encode(spec))?;
-        draft.write_synced("settings.json", &encode(settings))?;
-        sync_directory(&draft.path)?;
-        fs::rename(&draft.path, &path).map_err(io_error("name", &path))?;
         sync_directory(jobs)?;
         let directory = Self { path };
         if let Err(error) = directory.make_tmpdir() {
@@ -316,6 +323,7 @@ impl JobDirectory {
     fn write_synced(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = self.join(name);
         let write = || {
+            latchkey_failpoint::check("run.disk")?;
             let mut file = create_private(&path)?;
             file.write_all(bytes)?;
             file.sync_all()
@@ -437,6 +445,16 @@ pub(crate) mod tests {
         }
         assert!(JobDirectory::list(jobs.path()).unwrap().is_empty());
         assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_made_leaves_no_draft() {
+        let jobs = tempfile::tempdir().unwrap();
+        let lease = lease("r1", Phase::Plan);
+        // In the way of its name.
+        fs::write(jobs.path().join(lease.directory_name()), "").unwrap();
+        assert!(JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).is_err());
+        assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -193,6 +193,7 @@ impl Supervisor {
     }
 
     async fn go(mut self, go: v1::Go) -> Result<(), Error> {
+        latchkey_failpoint::reach("sup.go.received");
         self.stage(Stage::Preparing);
         let Err(error) = self.work(go).await else { return Ok(()) };
         tracing::error!(error = &error as &dyn std::error::Error, "failed to begin the job");
@@ -340,6 +341,7 @@ impl Supervisor {
     }
 
     async fn end(&self, log_length: u64, result: &JobResult) {
+        latchkey_failpoint::reach("sup.result.writing");
         while let Err(error) = self.directory.record("result.json", result) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
@@ -418,7 +420,9 @@ impl Running {
     fn executing(&self) -> Result<(), Error> {
         // A successor is needed from here on.
         self.directory.record("endpoints.json", &self.endpoints)?;
+        if latchkey_failpoint::defect("exec.unrecorded") { return Ok(()) }
         self.directory.record("exec", &self.lease)?;
+        latchkey_failpoint::reach("sup.exec.synced");
         self.status.send_modify(|status| status.set_stage(Stage::Executing));
         Ok(())
     }

@@ -18,6 +18,7 @@ use super::finish_job::JobResult;
 use super::quarantine::{Learned, outcome};
 use crate::auth::RunnerIdentity;
 use crate::blobs::{BlobReader, Upload};
+use crate::blocking;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
 use crate::store::keys::BlobUser;
@@ -280,7 +281,7 @@ impl App {
     ) -> Result<Option<StateFacts>> {
         let mut reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
         let (sender, chunks) = mpsc::channel(4);
-        let parsed = tokio::task::spawn_blocking(move || {
+        let parsed = blocking::spawn(move || {
             serde_json::from_reader::<_, StateFacts>(Chunks::new(chunks))
         });
         while let Some(chunk) = reader.next().await.map_err(blob_error)? {
@@ -453,7 +454,9 @@ impl ArtifactUpload {
         }
         let Self { app, runner, header, destination, blob, outcome, .. } = self;
         blob.finish().await.map_err(blob_error)?;
+        latchkey_failpoint::reach("cp.artifact.stored");
         let settled = app.settle_upload(&runner, header, destination, outcome).await;
+        latchkey_failpoint::reach("cp.artifact.recorded");
         if settled.is_err() {
             // What was refused is nobody's, unless equal content is somebody's.
             let note = keys::garbage(runner.organization, &header.digest);

@@ -16,7 +16,8 @@
 //!    for another code.
 //! 10. One commit moves the run, places the session and closes the record.
 //!
-//! The steps from 7 on run in a task of their own: a caller who hangs up changes nothing.
+//! The steps from 4 on run in a task of their own: a caller who hangs up changes nothing, not
+//! even between an attempt that is counted and its code.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,18 +88,40 @@ impl App {
         if let Some(known) = self.fetch::<RequestRecord>(request.clone()).await? {
             return self.recorded(&known.value, &submission).await;
         }
-        let counted = self.count_attempt(user, name, &submission, &request).await?;
+        let (app, name, actor) = (Arc::clone(self), name.to_owned(), standing.caller.audit_name());
+        let attempted =
+            tokio::spawn(
+                async move { app.attempt(user, &name, submission, request, &actor).await },
+            );
+        attempted.await.map_err(Error::internal)?
+    }
+
+    /// Steps 4 to 10.
+    async fn attempt(
+        self: &Arc<Self>,
+        user: UserId,
+        name: &str,
+        submission: Submission,
+        request: crate::store::Key,
+        actor: &str,
+    ) -> Result<(Run, AuthenticationId)> {
+        latchkey_failpoint::reach("cp.code.counting");
+        let counted = match self.count_attempt(user, name, &submission, &request).await {
+            Ok(counted) => counted,
+            // What stands in the way may be this very request, sent before.
+            Err(error) => match self.fetch::<RequestRecord>(request).await? {
+                Some(known) => return self.recorded(&known.value, &submission).await,
+                None => return Err(error),
+            },
+        };
+        latchkey_failpoint::reach("cp.code.counted");
         let Counted::Mine(attempt) = counted else {
             let known = self.fetch::<RequestRecord>(request).await?;
             let known = known.ok_or_else(|| Error::internal("a recorded request vanished"))?;
             return self.recorded(&known.value, &submission).await;
         };
         let id = attempt.record.id.0;
-        let app = Arc::clone(self);
-        let actor = standing.caller.audit_name();
-        let code = submission.code.clone();
-        let spent = tokio::spawn(async move { app.spend(*attempt, code, &actor).await });
-        spent.await.map_err(Error::internal)??;
+        Arc::clone(self).spend(*attempt, submission.code, actor).await?;
         self.outcome_of(submission.run, id).await
     }
 
@@ -230,6 +253,7 @@ impl App {
             .exchange(&attempt.triple, Some(&code), &attempt.region, attempt.session_duration)
             .await;
         drop(code);
+        latchkey_failpoint::reach("cp.code.answered");
         let Attempt { mut record, region, device_key, digest, .. } = attempt;
         let refusal = match exchange {
             Exchange::Issued { credentials, request_id } => {

@@ -3,6 +3,7 @@
 use std::io::{self, Cursor, Read};
 
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 
 /// Reads what is sent over a channel, until it is closed. Blocks.
 pub(super) struct Chunks {
@@ -23,7 +24,13 @@ impl Read for Chunks {
             if read > 0 {
                 return Ok(read);
             }
-            match self.chunks.blocking_recv() {
+            // What is there already needs no wait, which not every thread may do.
+            let next = match self.chunks.try_recv() {
+                Ok(chunk) => Some(chunk),
+                Err(TryRecvError::Disconnected) => None,
+                Err(TryRecvError::Empty) => self.chunks.blocking_recv(),
+            };
+            match next {
                 Some(chunk) => self.current = Cursor::new(chunk),
                 None => return Ok(0),
             }

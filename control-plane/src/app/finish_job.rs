@@ -46,6 +46,7 @@ impl App {
         log_length: u64,
         result: JobResult,
     ) -> Result<()> {
+        latchkey_failpoint::reach("cp.finished.received");
         if self.is_recorded(runner, lease).await? {
             return Ok(());
         }
@@ -137,6 +138,7 @@ impl App {
                 return Err(Error::field("result", "it is the result of the other phase"));
             }
         }
+        latchkey_failpoint::reach("cp.finished.committed");
         self.close_log(job).await
     }
 
@@ -151,6 +153,7 @@ impl App {
 
     async fn close_log(&self, job: JobId) -> Result<()> {
         self.logs.finish(job.run, job.phase).await.map_err(Error::internal)?;
+        latchkey_failpoint::reach("cp.log.closed");
         Ok(())
     }
 

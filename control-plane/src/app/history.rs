@@ -36,7 +36,7 @@ const REMEDY: &str = "this control plane runs on an old copy of its data: it gra
 
 /// The alarm. Raised once, by the first runner that proves it, and never taken back.
 #[derive(Clone, Debug)]
-pub(crate) struct History(Arc<watch::Sender<bool>>);
+pub struct History(Arc<watch::Sender<bool>>);
 
 impl Default for History {
     fn default() -> Self {

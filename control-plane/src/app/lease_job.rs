@@ -63,6 +63,7 @@ impl App {
                 Ok(Decision { batch, ..Decision::from(event) })
             })
             .await?;
+        latchkey_failpoint::reach("cp.grant.committed");
         let run = advance.into_run();
         let granted = run.job(job.phase);
         let epoch = granted.epoch;

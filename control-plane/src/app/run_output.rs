@@ -209,9 +209,12 @@ impl Appender {
             Err(AppendError::ZeroByte { .. }) => {
                 Err(Error::field("data", "a log holds no zero bytes"))
             }
-            Err(error @ (AppendError::Diverges { .. } | AppendError::Io { .. })) => {
-                Err(Error::internal(error))
+            Err(AppendError::Diverges { at }) => {
+                let at = at.saturating_sub(self.base);
+                let message = format!("other bytes are at offset {at}; a log is never changed");
+                Err(Error::field("data", message))
             }
+            Err(error @ AppendError::Io { .. }) => Err(Error::internal(error)),
         }
     }
 }

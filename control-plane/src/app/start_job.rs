@@ -55,6 +55,7 @@ impl App {
         runner: &RunnerIdentity,
         lease: LeaseRef,
     ) -> Result<Start> {
+        latchkey_failpoint::reach("cp.starting.received");
         let subject = self.leased(runner, lease).await?;
         let LeaseRef { job, epoch, .. } = lease;
         let phase = job.phase;
@@ -110,6 +111,7 @@ impl App {
             let reason = run.reason.unwrap_or_else(|| "the lease is over".into());
             return Ok(Start::Revoked { reason });
         }
+        latchkey_failpoint::reach("cp.go.committed");
         self.go(&run, phase).await.map(Start::Go)
     }
 

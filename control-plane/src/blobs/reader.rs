@@ -9,6 +9,7 @@ use aws_lc_rs::digest;
 use latchkey_domain::id::{Digest, OrganizationId};
 
 use super::{BlobError, Shared, context, joined};
+use crate::blocking;
 use crate::seal::OpenError;
 use crate::seal::stream::{HEADER, Opener, Place, SEGMENT, TAG};
 
@@ -59,8 +60,7 @@ impl BlobReader {
         digest: Digest,
     ) -> Result<Self, BlobError> {
         let opened =
-            tokio::task::spawn_blocking(move || Ok(Opening::new(&shared, organization, digest)))
-                .await;
+            blocking::spawn(move || Ok(Opening::new(&shared, organization, digest))).await;
         match joined(opened) {
             Ok(Ok((file, length))) => Ok(Self { digest, length, file: Some(file) }),
             Ok(Err(Failure::Io(error))) if error.kind() == io::ErrorKind::NotFound => {
@@ -80,7 +80,7 @@ impl BlobReader {
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, BlobError> {
         let Some(mut file) = self.file.take() else { return Ok(None) };
         let expected = self.digest;
-        let read = tokio::task::spawn_blocking(move || {
+        let read = blocking::spawn(move || {
             Ok(file.next(expected).map(|segment| (file, segment)))
         })
         .await;

@@ -182,6 +182,11 @@ impl Actor {
                 let _ = reply.send(renewed);
             }
             Message::Released { job, epoch } => self.release(job, epoch),
+            Message::LostBy { runner, job, epoch } => {
+                if self.leases.get(&job).is_some_and(|watched| watched.runner == runner) {
+                    self.release(job, epoch);
+                }
+            }
             Message::Rest { runner } => {
                 if let Some(connection) = self.runners.get_mut(&runner) {
                     connection.rests_until = Some(Instant::now() + REST);

@@ -73,7 +73,7 @@ impl RunnerService for Service {
     ) -> Result<Response<Self::LeaseStream>, Status> {
         let runner = identity(&request)?;
         let mut frames = request.into_inner();
-        let hello = match frames.message().await?.and_then(|first| first.frame) {
+        let hello = match next_part(&mut frames).await?.and_then(|first| first.frame) {
             Some(In::Hello(hello)) => hello,
             Some(_) | None => {
                 return Err(Error::field("frame", "the first frame is Hello").into());
@@ -152,7 +152,7 @@ impl RunnerService for Service {
         let (sender, answers) = mpsc::channel(16);
         tokio::spawn(async move {
             let append = async {
-                let Some(mut chunk) = chunks.message().await? else { return Ok(()) };
+                let Some(mut chunk) = next_part(&mut chunks).await? else { return Ok(()) };
                 let lease = convert::lease(chunk.lease.take())?;
                 let appender = app.append_log(&runner, lease).await?;
                 let (ahead, mut arrived) = mpsc::channel(16);
@@ -178,6 +178,7 @@ impl RunnerService for Service {
                         held = after;
                         let count = run.len();
                         let durable_length = appender.append(run).await?;
+                        latchkey_failpoint::reach("cp.log.durable");
                         for _ in 0..count {
                             let answer = v1::AppendLogResponse { durable_length };
                             if sender.send(Ok(answer)).await.is_err() {
@@ -402,7 +403,7 @@ impl Service {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
                     Ok(Start::Forced) => cancel(answers, lease, true).await,
-                    Err(error) => self.lost(answers, lease, error).await,
+                    Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
             In::Again(again) => {
@@ -411,7 +412,7 @@ impl Service {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
                     Ok(Start::Forced) => cancel(answers, lease, true).await,
-                    Err(error) => self.lost(answers, lease, error).await,
+                    Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
             In::Heartbeat(heartbeat) => {
@@ -440,7 +441,7 @@ impl Service {
                         let lease = Some(convert::lease_out(lease));
                         send(answers, Out::Recorded(v1::Recorded { lease })).await
                     }
-                    Err(error) => self.lost(answers, lease, error).await,
+                    Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
         }
@@ -452,7 +453,8 @@ impl Service {
                 self.app.dispatch.released(lease.job, lease.epoch);
                 Ok(())
             }
-            Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
+            // Ids of others are answered like any lease that is not theirs.
+            Err(error) if matches!(error.reason(), Reason::LeaseLost | Reason::NotFound) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -519,7 +521,13 @@ async fn revoke(answers: &Outgoing, lease: LeaseRef, reason: String) -> Result<(
 impl Service {
     /// A refused frame of one job ends that lease, not the stream that other jobs share. Only
     /// where asking again later can help does the stream end: the runner asks again then.
-    async fn lost(&self, answers: &Outgoing, lease: LeaseRef, error: Error) -> Result<(), Status> {
+    async fn lost(
+        &self,
+        runner: &RunnerIdentity,
+        answers: &Outgoing,
+        lease: LeaseRef,
+        error: Error,
+    ) -> Result<(), Status> {
         match error.reason() {
             Reason::StoreUnavailable
             | Reason::Internal
@@ -527,7 +535,7 @@ impl Service {
             | Reason::HistoryLost
             | Reason::Unspecified => Err(error.into()),
             Reason::LeaseLost => {
-                self.app.dispatch.released(lease.job, lease.epoch);
+                self.app.dispatch.lost_by(runner.id, lease.job, lease.epoch);
                 revoke(answers, lease, error.message().to_owned()).await
             }
             Reason::FieldInvalid

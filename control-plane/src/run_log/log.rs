@@ -348,7 +348,7 @@ fn failed() -> io::Error {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    match tokio::task::spawn_blocking(work).await {
+    match crate::blocking::spawn(work).await {
         Ok(result) => result,
         Err(error) => Err(io::Error::other(error)),
     }

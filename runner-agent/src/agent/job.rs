@@ -206,6 +206,7 @@ impl Job {
             End::GivenUp => tracing::info!(lease = ?self.lease, "the job is given up"),
             End::Kept => tracing::error!(lease = ?self.lease, "a state stays on this host"),
         }
+        latchkey_failpoint::reach("run.wiping");
         let cleared = match end {
             End::Recorded | End::GivenUp => self.directory.wipe(),
             End::Kept => self.directory.set_aside(),
@@ -282,7 +283,9 @@ impl Job {
             Prepared::Ready => {
                 // Durable before it is said: from now on only the directory knows that
                 // terraform did not run.
+                latchkey_failpoint::reach("run.prepared");
                 self.directory.record("starting", &self.lease)?;
+                latchkey_failpoint::reach("run.starting.synced");
                 self.say(self.starting()).await;
                 Ok(Some(link))
             }
@@ -355,6 +358,7 @@ impl Job {
                 }
                 told = self.told.next() => {
                     let status = *status_to.borrow();
+                    latchkey_failpoint::reach("run.told");
                     let executing = status.stage() >= control::Stage::Executing;
                     let orders = match told {
                         Told::Keep => {
@@ -493,7 +497,9 @@ impl Job {
             Remains::Nothing => End::Recorded,
             Remains::State => End::Kept,
         };
+        latchkey_failpoint::reach("run.finished.sending");
         self.say(finished.clone()).await;
+        latchkey_failpoint::reach("run.finished.sent");
         loop {
             match self.told.next().await {
                 Told::Recorded | Told::Revoke => return Ok(end),

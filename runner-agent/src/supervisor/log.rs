@@ -360,6 +360,7 @@ impl Writer {
     }
 
     fn line(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        if latchkey_failpoint::defect("line.dropped") { return }
         let before = out.len();
         self.uncapped_line(bytes, out);
         self.hold_to_the_cap(before, out);

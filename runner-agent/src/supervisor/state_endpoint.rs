@@ -292,11 +292,13 @@ impl Shared {
             }
             inner.current.as_ref().map_or(0, |current| current.sequence) + 1
         };
+        if latchkey_failpoint::defect("state.dropped") { return StatusCode::OK.into_response() }
         let name = JobDirectory::state_name(sequence);
         let recorded = {
             let (directory, name) = (self.directory.clone(), name.clone());
             tokio::task::spawn_blocking(move || directory.record_bytes(&name, &bytes)).await
         };
+        latchkey_failpoint::reach("sup.state.synced");
         match recorded {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return failed(&error),

@@ -158,6 +158,7 @@ impl Terraform {
         command.stdin(if var_file.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(raw.try_clone().map_err(failed)?).stderr(raw);
         let mut child = command.spawn().map_err(failed)?;
+        latchkey_failpoint::reach("sup.execed");
         if let (Some(mut stdin), Some(file)) = (child.stdin.take(), var_file) {
             let file = file.clone();
             tokio::spawn(async move {

@@ -30,7 +30,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::simulated_runner::Listener;
+use latchkey_harness::simulated_runner::Listener;
 
 /// First argument of this executable that makes it this server.
 pub(crate) const NAME: &str = "bare-tonic";

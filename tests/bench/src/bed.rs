@@ -9,7 +9,7 @@ use latchkey_proto::v1;
 use tempfile::TempDir;
 
 use crate::programs::programs;
-use crate::simulated_runner::{Identity, Listener};
+use latchkey_harness::simulated_runner::{Identity, Listener};
 
 /// The most uses of one pool token.
 const USES: u32 = 500;

@@ -14,7 +14,6 @@ mod programs;
 mod row;
 mod rows;
 mod sample;
-mod simulated_runner;
 mod simulated_runners;
 mod stub;
 mod table;

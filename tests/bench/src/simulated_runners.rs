@@ -8,7 +8,7 @@ use latchkey_proto::v1;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::simulated_runner::{Identity, Listener, SimulatedRunner};
+use latchkey_harness::simulated_runner::{Identity, Listener, SimulatedRunner};
 
 /// The most that one pool token lets in.
 const USES: u32 = 500;

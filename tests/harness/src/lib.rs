@@ -38,6 +38,9 @@
 //! | [`TestPlane`] | the control plane's process; keeps its data and ports over `kill`, `restart` |
 //! | [`TestRunner`] | a runner's process; `kill` leaves its supervisors alive, as in life |
 //! | [`Person`] | somebody with a token: typed clients, and the usual calls in one line |
+//! | [`Proxy`] | a network between two programs that can be cut, stalled, slowed |
+//! | [`stub`] | a terraform that does as told and writes down what it did |
+//! | [`simulated_runner`] | the runner's protocol without a host |
 //! | [`Configuration`] | Terraform files, packed |
 //! | [`wait_for`] | a state reached, a limit, and what was seen last |
 //! | [`files_with`] | which files hold some bytes: for secrets that must be nowhere |
@@ -54,9 +57,12 @@ mod person;
 mod plane;
 mod process;
 mod program;
+mod proxy;
 mod runner;
 mod search;
+pub mod simulated_runner;
 mod stage;
+pub mod stub;
 mod wait;
 
 pub use crate::aws::Aws;
@@ -65,6 +71,7 @@ pub use crate::person::{Authorized, Bearer, Person, after_plan, is_ended, reason
 pub use crate::plane::{PlaneOptions, TestPlane};
 pub use crate::process::Process;
 pub use crate::program::{Program, Programs, TETHERED};
+pub use crate::proxy::{Flow, Network, Proxy};
 pub use crate::runner::{RunnerOptions, TestRunner};
 pub use crate::search::files_with;
 pub use crate::stage::{AwsKind, Stage, StageOptions};

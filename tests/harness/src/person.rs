@@ -13,6 +13,7 @@ use latchkey_proto::v1::audit_service_client::AuditServiceClient;
 use latchkey_proto::v1::environment_service_client::EnvironmentServiceClient;
 use latchkey_proto::v1::organization_service_client::OrganizationServiceClient;
 use latchkey_proto::v1::pool_service_client::PoolServiceClient;
+use latchkey_proto::v1::quarantine_service_client::QuarantineServiceClient;
 use latchkey_proto::v1::run_service_client::RunServiceClient;
 use latchkey_proto::v1::upload_configuration_request::Part;
 use latchkey_proto::v1::variable_scope::Scope;
@@ -177,6 +178,7 @@ impl Person {
         environments: EnvironmentServiceClient,
         organizations: OrganizationServiceClient,
         pools: PoolServiceClient,
+        quarantine: QuarantineServiceClient,
         runs: RunServiceClient,
         variables: VariableServiceClient,
     }

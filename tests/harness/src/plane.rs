@@ -22,6 +22,8 @@ pub struct PlaneOptions {
     pub log: Option<String>,
     /// Further arguments.
     pub arguments: Vec<String>,
+    /// Variables of its own.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A control plane.
@@ -123,6 +125,7 @@ impl TestPlane {
             command.arg("--lease-term").arg(term.to_string());
         }
         command.args(&self.options.arguments);
+        command.envs(self.options.environment.clone());
         command.env("LATCHKEY_LOG", self.options.log.as_deref().unwrap_or("info"));
         Process::start("the control plane", command, self.logs.clone())
     }
@@ -153,6 +156,11 @@ impl TestPlane {
     /// `https://…` for runners.
     pub fn runners_url(&self) -> String {
         format!("https://{}", self.runners)
+    }
+
+    /// Where runners connect, as an address.
+    pub fn runners_address(&self) -> SocketAddr {
+        self.runners
     }
 
     pub fn ca_file(&self) -> &Path {

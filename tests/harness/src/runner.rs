@@ -120,6 +120,20 @@ impl TestRunner {
         &mut self.options
     }
 
+    pub fn options(&self) -> &RunnerOptions {
+        &self.options
+    }
+
+    /// Changes which program the next start runs.
+    pub fn set_program(&mut self, program: Program) {
+        self.program = program;
+    }
+
+    /// Says whether it does not run, asked to or not.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.as_mut().is_none_or(|process| !process.is_running())
+    }
+
     /// Names it if it ended without having been asked to.
     pub(crate) fn ended_name(&mut self) -> Option<String> {
         let ended = self.process.as_mut().is_some_and(|process| !process.is_running());

@@ -325,3 +325,25 @@ async fn a_run_canceled_while_aws_answers_gets_no_session() {
     let key = crate::store::keys::session(run.id, Phase::Plan);
     assert!(fixture.store.fetch(&key).await.unwrap().is_none());
 }
+
+#[tokio::test]
+async fn a_caller_who_hangs_up_at_any_moment_finds_the_outcome_by_asking_again() {
+    for moments in 0..16 {
+        let (fixture, run) = waiting().await;
+        let hang_up = async {
+            for _ in 0..moments {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = fixture.submit(&run, "000000", "same") => {}
+            () = hang_up => {}
+        }
+        let again = fixture.submit(&run, "000000", "same");
+        let again = tokio::time::timeout(Duration::from_secs(5), again).await;
+        let again = again.unwrap_or_else(|_| panic!("no answer after {moments} moments"));
+        assert_eq!(again.unwrap_err().reason(), Reason::CodeRejected);
+        assert_eq!(fixture.aws.requests_with_code("000000"), 1);
+    }
+}

@@ -101,6 +101,7 @@ impl Drop for RealDisk {
 
 impl Disk for RealDisk {
     fn sync(&mut self, last: u64) -> io::Result<()> {
+        latchkey_failpoint::check("cp.store.disk")?;
         // Before the log that points to them.
         self.sync_overflow()?;
         self.log.sync_data()?;
@@ -135,6 +136,7 @@ fn write(shared: &Shared, disk: &mut dyn Disk, queue: &mut mpsc::Receiver<Job>) 
             return;
         }
         last = group.last;
+        latchkey_failpoint::reach("cp.store.synced");
         group.tell(shared);
     }
 }
@@ -232,7 +234,9 @@ impl Group {
         if self.changes.is_empty() {
             return Ok(());
         }
+        latchkey_failpoint::reach("cp.store.applied");
         shared.database.flush().map_err(|error| format!("flush: {error}"))?;
+        latchkey_failpoint::reach("cp.store.flushed");
         disk.sync(self.last).map_err(|error| format!("sync: {error}"))
     }
 

@@ -9,7 +9,7 @@ use crate::bare::Bare;
 use crate::bed::Bed;
 use crate::observed::{processor_time, raise_open_files, resident};
 use crate::row::{Budget, Context, Figure, Limit, Measurement, Row};
-use crate::simulated_runner::{Identity, Listener, SimulatedRunner};
+use latchkey_harness::simulated_runner::{Identity, Listener, SimulatedRunner};
 
 pub(crate) const MEASUREMENT: Measurement = Measurement {
     name: "fan_in",

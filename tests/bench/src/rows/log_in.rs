@@ -14,7 +14,7 @@ use tonic::transport::Channel;
 use crate::bare::Bare;
 use crate::bed::Bed;
 use crate::row::{Budget, Context, Figure, Limit, Measurement, Row};
-use crate::simulated_runner::{Identity, SimulatedRunner, append_log};
+use latchkey_harness::simulated_runner::{Identity, SimulatedRunner, append_log};
 
 pub(crate) const MEASUREMENT: Measurement = Measurement {
     name: "log_in",

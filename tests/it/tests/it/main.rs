@@ -15,6 +15,8 @@ mod demo;
 #[cfg(test)]
 mod gated;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod main_story;
 #[cfg(test)]
 mod processes;

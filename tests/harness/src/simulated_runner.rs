@@ -4,6 +4,7 @@
 //! the keep-alives of the real one, and appends logs over the same connection. It starts no
 //! process and keeps no files.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,19 +26,21 @@ const CHUNK: usize = 256 * 1024;
 
 /// What a runner proves itself with.
 #[derive(Clone)]
-pub(crate) struct Identity {
+pub struct Identity {
     certificate_pem: String,
     key_pem: String,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity").finish_non_exhaustive()
+    }
 }
 
 impl Identity {
     /// Buys a certificate over any channel to the runners' listener. `pool_token` is as people
     /// are shown it.
-    pub(crate) async fn enroll(
-        channel: Channel,
-        pool_token: &str,
-        name: &str,
-    ) -> anyhow::Result<Self> {
+    pub async fn enroll(channel: Channel, pool_token: &str, name: &str) -> anyhow::Result<Self> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let request = CertificateParams::default().serialize_request(&key)?;
         let secret = pool_token.split_once('.').map_or(pool_token, |(secret, _)| secret);
@@ -62,14 +65,14 @@ fn certificate_pem(der: &[u8]) -> String {
 
 /// Where runners connect, and whom they trust there.
 #[derive(Clone, Debug)]
-pub(crate) struct Listener {
-    pub(crate) url: String,
-    pub(crate) ca_pem: Arc<str>,
+pub struct Listener {
+    pub url: String,
+    pub ca_pem: Arc<str>,
 }
 
 impl Listener {
     /// Prepares a connection of its own, with a certificate or as a stranger.
-    pub(crate) fn endpoint(&self, identity: Option<&Identity>) -> anyhow::Result<Endpoint> {
+    pub fn endpoint(&self, identity: Option<&Identity>) -> anyhow::Result<Endpoint> {
         let mut tls =
             ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.ca_pem.as_bytes()));
         if let Some(identity) = identity {
@@ -86,16 +89,22 @@ impl Listener {
 }
 
 /// A connected runner.
-pub(crate) struct SimulatedRunner {
-    pub(crate) client: RunnerServiceClient<Channel>,
-    pub(crate) heartbeat_interval: Duration,
+pub struct SimulatedRunner {
+    pub client: RunnerServiceClient<Channel>,
+    pub heartbeat_interval: Duration,
     frames: mpsc::Sender<v1::LeaseRequest>,
     incoming: Streaming<v1::LeaseResponse>,
 }
 
+impl fmt::Debug for SimulatedRunner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimulatedRunner").finish_non_exhaustive()
+    }
+}
+
 impl SimulatedRunner {
     /// Connects, introduces itself, and returns when it is welcome.
-    pub(crate) async fn connect(
+    pub async fn connect(
         listener: &Listener,
         identity: &Identity,
         slots: u32,
@@ -122,18 +131,18 @@ impl SimulatedRunner {
     }
 
     /// Sends a frame.
-    pub(crate) async fn send(&self, request: Request) -> anyhow::Result<()> {
+    pub async fn send(&self, request: Request) -> anyhow::Result<()> {
         self.frames.send(frame(request)).await.context("send a frame: the stream is over")
     }
 
     /// Waits for the next frame.
-    pub(crate) async fn next(&mut self) -> anyhow::Result<Response> {
+    pub async fn next(&mut self) -> anyhow::Result<Response> {
         let message = self.incoming.message().await?.context("wait for a frame: the end came")?;
         message.frame.context("understand a frame")
     }
 
     /// Waits for an offer.
-    pub(crate) async fn offer(&mut self) -> anyhow::Result<(v1::LeaseRef, v1::JobSpec)> {
+    pub async fn offer(&mut self) -> anyhow::Result<(v1::LeaseRef, v1::JobSpec)> {
         loop {
             if let Response::Offer(v1::Offer { lease: Some(lease), job }) = self.next().await? {
                 return Ok((lease, job.unwrap_or_default()));
@@ -142,7 +151,7 @@ impl SimulatedRunner {
     }
 
     /// Accepts a job and starts it: returns with the `Go`.
-    pub(crate) async fn start(&mut self, lease: &v1::LeaseRef) -> anyhow::Result<v1::Go> {
+    pub async fn start(&mut self, lease: &v1::LeaseRef) -> anyhow::Result<v1::Go> {
         self.send(Request::Accept(v1::Accept { lease: Some(lease.clone()) })).await?;
         self.send(Request::Starting(v1::Starting { lease: Some(lease.clone()) })).await?;
         loop {
@@ -161,7 +170,7 @@ impl SimulatedRunner {
     }
 
     /// Heartbeats until the stream ends, the first after `phase` of the interval.
-    pub(crate) async fn idle(mut self, phase: f64) -> anyhow::Result<()> {
+    pub async fn idle(mut self, phase: f64) -> anyhow::Result<()> {
         let mut next = tokio::time::Instant::now() + self.heartbeat_interval.mul_f64(phase);
         loop {
             tokio::select! {
@@ -183,7 +192,7 @@ fn frame(frame: Request) -> v1::LeaseRequest {
 
 /// Appends a log of so many messages, as fast as they are taken, and returns how many bytes were
 /// acknowledged as durable.
-pub(crate) async fn append_log(
+pub async fn append_log(
     mut client: RunnerServiceClient<Channel>,
     lease: v1::LeaseRef,
     messages: u64,
