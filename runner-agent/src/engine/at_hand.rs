@@ -10,6 +10,7 @@ use anyhow::Context;
 
 use super::Engines;
 use super::arguments::{DEFAULT, EngineSettings, Installing, parse_mirror};
+use super::mirror::Mirror;
 use super::release::{Name, Release};
 
 /// Another mirror, for whoever cannot reach the publisher's.
@@ -29,15 +30,19 @@ pub fn at_hand() -> anyhow::Result<PathBuf> {
     };
     match Name::ALL.into_iter().find_map(on_path) {
         Some(found) => Ok(found),
-        None => install(),
+        None => {
+            let mirrors = match env::var(MIRROR) {
+                Ok(text) => {
+                    parse_mirror(&text).with_context(|| format!("failed to use ${MIRROR}"))?
+                }
+                Err(_) => Vec::new(),
+            };
+            install(mirrors, user_cache()?.join("latchkey/engines"))
+        }
     }
 }
 
-fn install() -> anyhow::Result<PathBuf> {
-    let mirrors = match env::var(MIRROR) {
-        Ok(text) => parse_mirror(&text).with_context(|| format!("failed to use ${MIRROR}"))?,
-        Err(_) => Vec::new(),
-    };
+fn install(mirrors: Vec<(Name, Mirror)>, cache: PathBuf) -> anyhow::Result<PathBuf> {
     let release: Release = DEFAULT.parse().context("failed to read our own default")?;
     let settings = EngineSettings {
         terraform: None,
@@ -45,7 +50,7 @@ fn install() -> anyhow::Result<PathBuf> {
         mirrors,
         default: release.clone(),
         pins: Vec::new(),
-        cache: user_cache()?.join("latchkey/engines"),
+        cache,
         installing: Installing::Allowed,
     };
     let mirror = settings.mirror(release.name);
@@ -77,4 +82,32 @@ fn user_cache() -> anyhow::Result<PathBuf> {
     named("XDG_CACHE_HOME")
         .or_else(|| Some(named("HOME")?.join(".cache")))
         .context("failed to find the user's cache: neither XDG_CACHE_HOME nor HOME is set")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{MirrorOfTests, archive_of_tests};
+    use super::*;
+
+    #[test]
+    fn an_engine_is_installed_once_for_whoever_has_none() {
+        let (mirror, cache) = (MirrorOfTests::start(), tempfile::tempdir().unwrap());
+        let program = b"#!/bin/sh\necho '{\"terraform_version\":\"1.11.4\"}'\n";
+        mirror.put_release(DEFAULT, archive_of_tests(&[("terraform", program)]));
+        let mirrors = parse_mirror(&mirror.base).unwrap();
+        for _ in 0..2 {
+            let path = install(mirrors.clone(), cache.path().to_owned()).unwrap();
+            assert_eq!(path, cache.path().join("terraform/1.11.4/terraform"));
+            assert_eq!(std::fs::read(path).unwrap(), program);
+        }
+        assert_eq!(mirror.downloads(DEFAULT), 1);
+
+        let nowhere = parse_mirror("http://127.0.0.1:1").unwrap();
+        let empty = tempfile::tempdir().unwrap();
+        let error = install(nowhere, empty.path().to_owned()).unwrap_err();
+        let error = format!("{error:#}");
+        for part in ["https://opentofu.org", MIRROR, "terraform 1.11.4 from http://127.0.0.1:1"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
 }

@@ -310,8 +310,10 @@ fn disk(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::process::{Command, Stdio};
+    use std::sync::{Arc, mpsc};
     use std::thread;
+    use std::time::Duration;
 
     use super::super::archive::tests::packed;
     use super::super::mirror::tests::{Answer, Server};
@@ -410,6 +412,45 @@ mod tests {
         // The program without its record is no engine either.
         fs::remove_file(dir.path().join("terraform/1.9.0").join(DIGEST)).unwrap();
         assert!(!Cache::new(dir.path().to_owned()).has(&release));
+    }
+
+    #[test]
+    #[ignore = "not a test: the process that another test kills"]
+    fn installing_process() {
+        let Some(mirror) = std::env::var_os("MIRROR_OF_TEST") else { return };
+        let mirror = Mirror::parse(mirror.to_str().unwrap()).unwrap();
+        let cache = Cache::new(std::env::var_os("CACHE_OF_TEST").unwrap().into());
+        cache.install(&release(), Source { mirror: &mirror, pin: None }).unwrap();
+    }
+
+    #[test]
+    fn an_agent_that_is_killed_while_it_installs_is_succeeded() {
+        let (release, dir) = (release(), tempfile::tempdir().unwrap());
+        let (server, _) = mirror(&release, "1.9.0");
+        let archive = release.in_mirror(&release.archive());
+        let whole = packed(&[("terraform", &program("1.9.0"))]);
+        let (told, waits) = mpsc::channel();
+        server.put(&archive, Answer::Stalled(Arc::new(whole), told));
+        let name = "engine::cache::tests::installing_process";
+        let mut process = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--ignored", "--nocapture"])
+            .envs([
+                ("MIRROR_OF_TEST", server.base.as_ref()),
+                ("CACHE_OF_TEST", dir.path().as_os_str()),
+            ])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        waits.recv_timeout(Duration::from_secs(60)).expect("the download begins");
+        assert!(!Cache::new(dir.path().to_owned()).has(&release));
+        process.kill().unwrap();
+        process.wait().unwrap();
+        // Its lock went with it.
+        let (server, _) = mirror(&release, "1.9.0");
+        let (cache, mirror) = (Cache::new(dir.path().to_owned()), server.mirror());
+        let done = cache.install(&release, Source { mirror: &mirror, pin: None }).unwrap();
+        assert_eq!(done, Installed::Now);
+        assert_eq!(leftovers(dir.path()), ["1.9.0"]);
     }
 
     #[test]

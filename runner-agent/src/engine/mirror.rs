@@ -216,7 +216,7 @@ pub(crate) mod tests {
     use std::collections::BTreeMap;
     use std::io::{BufRead, BufReader};
     use std::net::TcpListener;
-    use std::sync::Mutex;
+    use std::sync::{Mutex, mpsc};
     use std::thread;
 
     use super::super::release::Release;
@@ -238,6 +238,8 @@ pub(crate) mod tests {
         Cut(Arc<Vec<u8>>),
         Status(u16),
         Redirect(String),
+        /// Half of it, then a word to the test, then silence.
+        Stalled(Arc<Vec<u8>>, mpsc::Sender<()>),
     }
 
     impl Server {
@@ -256,6 +258,12 @@ pub(crate) mod tests {
                         let path = first.split(' ').nth(1).unwrap().trim_start_matches('/');
                         while lines.next().unwrap().is_ok_and(|line| !line.is_empty()) {}
                         let _ = stream.write_all(&answering.answer(path));
+                        let answer = answering.files.lock().unwrap().get(path).cloned();
+                        if let Some(Answer::Stalled(_, told)) = answer {
+                            told.send(()).unwrap();
+                            // Until the other side goes away.
+                            let _ = stream.read(&mut [0; 1]);
+                        }
                     });
                 }
             });
@@ -274,7 +282,7 @@ pub(crate) mod tests {
             };
             match found.unwrap_or(Answer::Status(404)) {
                 Answer::Body(body) => [head(200, body.len(), ""), body.to_vec()].concat(),
-                Answer::Cut(body) => {
+                Answer::Cut(body) | Answer::Stalled(body, _) => {
                     [head(200, body.len(), ""), body[..body.len() / 2].to_vec()].concat()
                 }
                 Answer::Status(status) => head(status, 0, ""),
