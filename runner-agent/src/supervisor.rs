@@ -20,7 +20,7 @@ pub(crate) mod isolation;
 pub(crate) mod limits;
 pub(crate) mod log;
 #[cfg(test)]
-mod loopback;
+pub(crate) mod loopback;
 mod mask;
 pub(crate) mod orphans;
 mod plan;
