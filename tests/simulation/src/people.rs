@@ -134,7 +134,7 @@ impl Person {
             AwaitingApplyMfa if !calm && chance.happens(0.08) => self.discard(&run).await,
             AwaitingApplyMfa => self.submit(&run, Phase::Apply).await,
             AwaitingConfirmation => self.confirm(&run).await,
-            Lost if calm => self.cancel(&run).await,
+            Lost if calm => self.discard(&run).await,
             Pending | PlanQueued | Planning | ApplyQueued | Applying
                 if !calm && chance.happens(0.02) =>
             {

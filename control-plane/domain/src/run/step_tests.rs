@@ -341,6 +341,27 @@ fn a_forced_cancel_of_a_lost_run_ends_nothing_until_its_runner_is_back() {
 }
 
 #[test]
+fn a_cancel_never_gives_a_lost_run_up() {
+    let cancel = || Event::CancelRequested { by: "eve".into() };
+    // A repeat of one that was asked for while terraform ran.
+    let canceled = given("Lost (cancel requested)");
+    assert_eq!(step(&canceled, cancel(), START), Step::Unchanged);
+    // The first: the runner is told when it comes back.
+    let lost = go(&given("Lost"), cancel());
+    assert_eq!((lost.state, lost.cancel_requested_by.as_deref()), (RunState::Lost, Some("eve")));
+    assert!(lost.reason.as_ref().is_some_and(|reason| reason.contains("eve wants it to stop")));
+    // Its runner was revoked: nobody will ever be told.
+    let (runner, epoch) = (RUNNER, lost.apply.epoch);
+    let revoked = go(&given("Lost"), Event::RunnerRevoked { phase: Phase::Apply, runner, epoch });
+    assert_eq!(step(&revoked, cancel(), START), Step::Refused(Refusal::WrongState));
+    for lost in [canceled, lost, revoked] {
+        let next = go(&lost, Event::Discarded { by: "ada".into() });
+        assert_eq!(next.state, RunState::Errored);
+        assert!(next.reason.is_some_and(|reason| reason.contains("given up by ada")));
+    }
+}
+
+#[test]
 fn a_killed_apply_freezes_its_environment() {
     let run = given("Applying (released, forced)");
     let failure = Failure { kind: FailureKind::Canceled, reason: "got signal 9".into() };

@@ -319,10 +319,34 @@ async fn an_owner_unfreezes_an_environment_once_its_lost_run_is_given_up() {
     let (app, owner) = (&fixture.app, &fixture.owner);
     let unfreeze = || app.unfreeze_environment(owner, ORGANIZATION, ENVIRONMENT, run.id);
     assert_eq!(unfreeze().await.unwrap_err().reason(), Reason::WrongState);
-    let given_up = app.cancel_run(owner, run.id).await.unwrap();
+    let given_up = app.discard_run(owner, run.id).await.unwrap();
     assert_eq!(given_up.state, RunState::Errored);
     assert_eq!(fixture.run(&next).await.state, RunState::Pending);
     unfreeze().await.unwrap();
     assert_eq!(fixture.run(&next).await.state, RunState::PlanQueued);
     unfreeze().await.unwrap();
+}
+
+#[tokio::test]
+async fn only_an_owner_who_says_so_gives_a_lost_apply_up() {
+    let (fixture, run, runner, lease) = applying().await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let (token, _) =
+        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
+    let ci = app.caller(&token).await.unwrap();
+    app.cancel_run(owner, run.id).await.unwrap();
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    // "Why does it not stop?"
+    for caller in [owner, &ci] {
+        assert_eq!(app.cancel_run(caller, run.id).await.unwrap().state, RunState::Lost);
+    }
+    let error = app.discard_run(&ci, run.id).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::PersonRequired);
+    let shown = fixture.run(&run).await.reason.unwrap();
+    assert!(shown.contains("wait for the runner") && shown.contains("latchkey discard"), "{shown}");
+    // Its runner is as good as ever.
+    assert_ne!(app.take_up(&runner, lease).await.unwrap(), Held::GiveUp);
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    assert_eq!(app.discard_run(owner, run.id).await.unwrap().state, RunState::Errored);
+    assert_eq!(app.take_up(&runner, lease).await.unwrap(), Held::GiveUp);
 }
