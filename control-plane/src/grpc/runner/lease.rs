@@ -4,7 +4,6 @@
 //! of its own; what dispatch has to say comes over a channel of its own, and both go out in one
 //! stream.
 
-use latchkey_domain::id::Generation;
 use latchkey_proto::v1::lease_request::Frame as In;
 use latchkey_proto::v1::lease_response::Frame as Out;
 use latchkey_proto::v1::{self, Reason};
@@ -12,8 +11,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::{Status, Streaming};
 
-use super::wire::{from_dispatch_out, go_out, job_result};
-use crate::app::history::Seen;
+use super::wire::{from_dispatch_out, go_out, job_result, mark, mark_out};
 use crate::app::lease_job::Held;
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
@@ -68,19 +66,11 @@ impl Service {
         let standing = self.app.introduce(&runner, &said).await?;
         let held = hello.held.into_iter().map(|held| convert::lease(Some(held)));
         let held = held.collect::<Result<Vec<_>, _>>()?;
-        let seen = Seen {
-            generation: Generation::new(hello.seen_generation),
-            history: hello.seen_history,
-        };
-        self.app.greet(&runner, seen, &held).await?;
-        let (mut keep, mut give_up, mut canceled) = (vec![], vec![], vec![]);
+        self.app.greet(&runner, hello.seen.map(mark).as_ref()).await?;
+        let (mut keep, mut give_up) = (vec![], vec![]);
         for lease in held {
             match self.app.take_up(&runner, lease).await {
-                Ok(Held::Keep) => keep.push(lease),
-                Ok(Held::KeepCanceled { force }) => {
-                    keep.push(lease);
-                    canceled.push((lease, force));
-                }
+                Ok(Held::Keep | Held::KeepCanceled { .. }) => keep.push(lease),
                 Ok(Held::GiveUp) => give_up.push(lease),
                 Err(error) if error.reason() == Reason::LeaseLost => give_up.push(lease),
                 Err(error) => return Err(error.into()),
@@ -95,16 +85,13 @@ impl Service {
             .ok(),
             keep: keep.iter().copied().map(convert::lease_out).collect(),
             give_up: give_up.into_iter().map(convert::lease_out).collect(),
-            history: self.app.store.history().get(),
+            history: self.app.mark().map(mark_out),
         };
         send(&answers, Out::Welcome(welcome)).await?;
-        for (lease, force) in canceled {
-            cancel(&answers, lease, force).await?;
-        }
         let (to_runner, mut from_dispatch) = mpsc::channel(RUNNER_QUEUE);
         let introduction = Introduction {
             abilities: (&said).into(),
-            held: keep,
+            held: keep.clone(),
             standing,
             draining: hello.draining,
         };
@@ -115,6 +102,7 @@ impl Service {
         tracing::info!(runner_id = %runner.id, "a runner connected");
         let ended = unless_revoked(revocation, async {
             self.app.confirm_standing(runner.id).await?;
+            self.app.confirm_held(&runner, &keep).await?;
             let speaker = Speaker { runner: runner.clone(), connection };
             self.converse(&speaker, &mut frames, &mut from_dispatch, &answers).await
         })
@@ -202,7 +190,7 @@ impl Service {
             In::Starting(starting) => {
                 let lease = convert::lease(starting.lease)?;
                 match self.app.start_job(runner, lease).await {
-                    Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
+                    Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
                     Ok(Start::Forced) => cancel(answers, lease, true).await,
                     Err(error) => self.lost(runner, answers, lease, error).await,
@@ -211,7 +199,7 @@ impl Service {
             In::Again(again) => {
                 let lease = convert::lease(again.lease)?;
                 match self.app.start_again(runner, lease).await {
-                    Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
+                    Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
                     Ok(Start::Forced) => cancel(answers, lease, true).await,
                     Err(error) => self.lost(runner, answers, lease, error).await,
@@ -225,7 +213,7 @@ impl Service {
                 let held = held.collect::<Result<Vec<_>, _>>()?;
                 let renewed = self.app.dispatch.heartbeat(runner.id, held).await;
                 let lease = renewed.into_iter().map(convert::lease_out).collect();
-                let history = self.app.store.history().get();
+                let history = self.app.mark().map(mark_out);
                 send(answers, Out::Renewed(v1::Renewed { lease, history })).await
             }
             In::Draining(v1::Draining {}) => {
