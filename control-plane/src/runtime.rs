@@ -23,8 +23,8 @@ use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
-use crate::app::configurations::MOST_UPLOADS;
 use crate::app::lease_job::SESSION_FLOOR;
+use crate::app::uploads::Uploads;
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
@@ -239,7 +239,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         gates: crate::app::run_output::Gates::default(),
         history: crate::app::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
-        uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
+        uploads: Uploads::default(),
     };
     Ok((Arc::new(app), inbox))
 }
