@@ -1,5 +1,6 @@
 //! What travels, to and from what the use cases take and make.
 
+use latchkey_domain::id::Generation;
 use latchkey_domain::run::{Counts, FailureKind, PlanDigests};
 use latchkey_proto::v1;
 use latchkey_proto::v1::finished::Result as WireResult;
@@ -9,6 +10,7 @@ use secrecy::ExposeSecret;
 
 use crate::app::artifacts::{ArtifactHeader, Made, Needed};
 use crate::app::finish_job::JobResult;
+use crate::app::history::Mark;
 use crate::app::parse_digest;
 use crate::app::start_job::Go;
 use crate::dispatch::ToRunner;
@@ -36,7 +38,7 @@ pub(super) fn from_dispatch_out(message: ToRunner) -> Option<Out> {
     }
 }
 
-pub(super) fn go_out(lease: LeaseRef, go: Go) -> Out {
+pub(super) fn go_out(lease: LeaseRef, go: Go, history: Option<Mark>) -> Out {
     let credentials = go.session.map(|session| v1::SessionCredentials {
         access_key_id: session.access_key_id,
         secret_access_key: session.secret_access_key.expose_secret().to_owned(),
@@ -54,7 +56,18 @@ pub(super) fn go_out(lease: LeaseRef, go: Go) -> Out {
             sensitive: variable.sensitive,
         })
         .collect();
-    Out::Go(v1::Go { lease: Some(convert::lease_out(lease)), credentials, variables })
+    let lease = Some(convert::lease_out(lease));
+    Out::Go(v1::Go { lease, credentials, variables, history: history.map(mark_out) })
+}
+
+pub(super) fn mark_out(mark: Mark) -> v1::HistoryMark {
+    let Mark { generation, incarnation, history, mac } = mark;
+    v1::HistoryMark { generation: generation.get(), incarnation, history, mac }
+}
+
+pub(super) fn mark(told: v1::HistoryMark) -> Mark {
+    let v1::HistoryMark { generation, incarnation, history, mac } = told;
+    Mark { generation: Generation::new(generation), incarnation, history, mac }
 }
 
 /// Reads what of a job's needs a runner asks for.
