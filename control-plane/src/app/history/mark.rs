@@ -27,10 +27,8 @@ use crate::store::{Batch, Expect, Store, keys, list};
 /// How many incarnations are remembered. A mark of an older one proves nothing any more.
 const MOST_KEPT: usize = 1000;
 
-/// What of a mark's digest is told: nobody can guess it, and it is sent with each heartbeat.
-const MAC: usize = 32;
-
-pub(crate) type Name = [u8; 16];
+/// Length of an incarnation's name, in hex.
+const NAME: usize = 32;
 
 /// How far history had come when this was said. The digest says that it was said by us.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +100,7 @@ impl Branch {
             }
             ends.insert(incarnation.name, incarnation.ends.unwrap_or(now));
         }
-        let own = hex::encode(seal::random::<16>());
+        let own = hex::encode(seal::random::<{ NAME / 2 }>());
         let record = Incarnation {
             generation: generation.get(),
             name: own.clone(),
@@ -163,7 +161,7 @@ impl Mark {
         mark
     }
 
-    fn digest(&self, master: &MasterKey) -> [u8; MAC] {
+    fn digest(&self, master: &MasterKey) -> [u8; 32] {
         let numbers = [self.generation.get(), self.history].map(u64::to_be_bytes);
         let said = [numbers.as_flattened(), self.incarnation.as_bytes()].concat();
         master.digest(b"how far history has come", &said)
@@ -171,8 +169,7 @@ impl Mark {
 
     fn is_ours(&self, master: &MasterKey) -> bool {
         // Long ones are nobody's, and not worth digesting.
-        self.incarnation.len() == 2 * size_of::<Name>()
-            && self.mac.ct_eq(&self.digest(master)).into()
+        self.incarnation.len() == NAME && self.mac.ct_eq(&self.digest(master)).into()
     }
 }
 
@@ -223,7 +220,7 @@ mod tests {
             Mark { incarnation: other, ..mark.clone() },
             Mark { incarnation: "0".repeat(1 << 20), ..mark.clone() },
             Mark { mac: vec![], ..mark.clone() },
-            Mark { mac: vec![0; 32], ..mark.clone() },
+            Mark { mac: vec![0; 32], ..mark },
         ] {
             assert_eq!(branch.judge(&master, &changed), Verdict::MadeUp);
         }
