@@ -246,6 +246,7 @@ impl App {
         let organization = runner.organization;
         let key = made_key(header.lease, header.kind);
         for _ in 0..ATTEMPTS {
+            let (identity, unrevoked) = self.identity_guard(runner.id).await?;
             // The lease may have been lost while the data came.
             self.leased(runner, header.lease).await?;
             let before: Option<Loaded<Text<Digest>>> = self.fetch(key.clone()).await?;
@@ -258,7 +259,7 @@ impl App {
                 batch = self.end_made(batch, organization, run, &before).await?;
             }
             let user = BlobUser::Made(header.lease.job.run);
-            let batch = self.settle_claim(batch, claim, user).await?;
+            let batch = self.settle_claim(batch, claim, user).await?.check(identity, unrevoked);
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(Settled::Kept),
                 Err(CommitError::Conflict { .. }) => {}
@@ -288,6 +289,7 @@ impl App {
         claim: &Claim,
     ) -> Result<Settled> {
         for _ in 0..ATTEMPTS {
+            let (identity, unrevoked) = self.identity_guard(runner.id).await?;
             let subject = self.leased(runner, header.lease).await?;
             let (run, environment) = (&subject.run.value, &subject.environment);
             let head = environment.value.state.as_ref();
@@ -332,6 +334,7 @@ impl App {
             let batch = self
                 .settle_claim(Batch::new(), claim, user)
                 .await?
+                .check(identity, unrevoked)
                 .check(subject.run.key.clone(), Expect::At(subject.run.version))
                 .put(environment.key.clone(), Expect::At(environment.version), record)
                 .put(keys::state_version(next.id, number), Expect::Absent, encode(&version))

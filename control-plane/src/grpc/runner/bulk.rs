@@ -7,6 +7,7 @@ use latchkey_proto::v1::upload_artifact_request::Part;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
+use zeroize::Zeroizing;
 
 use super::wire::{artifact_header, encoded_result, needed};
 use crate::app::App;
@@ -58,7 +59,10 @@ impl Service {
             }
         };
         let mut upload = self.app.upload_artifact(runner, header).await?;
-        let mut result = (header.kind == Made::Result).then(Vec::new);
+        // It may hold outputs; its size was judged with the header.
+        let size = usize::try_from(header.size).unwrap_or(0);
+        let mut result =
+            (header.kind == Made::Result).then(|| Zeroizing::new(Vec::with_capacity(size)));
         while let Some(message) = next_part(&mut parts).await? {
             match message.part {
                 Some(Part::Data(data)) => {
