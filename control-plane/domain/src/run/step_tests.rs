@@ -329,6 +329,19 @@ fn a_forced_cancel_withdraws_the_credentials() {
 }
 
 #[test]
+fn a_lost_apply_that_was_never_started_ends_and_thaws() {
+    let lost = given("Lost");
+    let event = Event::HandedBack { phase: Phase::Apply, runner: RUNNER, epoch: lost.apply.epoch };
+    let Step::Moved { next, environment, .. } = step(&lost, event.clone(), START) else {
+        panic!("its runner knows that nothing ran");
+    };
+    assert_eq!((next.state, environment), (RunState::Errored, Change::Thaw));
+    assert!(next.apply.lease.is_none() && next.reason.unwrap().contains("nothing was applied"));
+    let older = Event::HandedBack { phase: Phase::Apply, runner: RUNNER, epoch: Epoch::NONE };
+    assert_eq!(step(&lost, older, START), Step::Refused(Refusal::LeaseLost));
+}
+
+#[test]
 fn a_forced_cancel_of_a_lost_run_ends_nothing_until_its_runner_is_back() {
     let lost = given("Lost (cancel requested)");
     let lost = go(&lost, forced(Duration::ZERO));

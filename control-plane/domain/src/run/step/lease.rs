@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::result::thaw;
 use super::{
     Effect, Refusal, Step, current_lease, done, done_with, ended, lost_reason, moved, queued,
     running, stopping,
@@ -15,6 +16,9 @@ use crate::time::Timestamp;
 
 const REVOKED: &str =
     "the runner was revoked after the apply may have started; what it did is not known";
+
+const NEVER_STARTED: &str =
+    "the runner came back and had not started terraform: nothing was applied; queue a new run";
 
 pub(super) fn granted(
     run: &Run,
@@ -50,14 +54,28 @@ pub(super) fn handed_back(
     epoch: Epoch,
     now: Timestamp,
 ) -> Step {
-    if current_lease(run, phase, runner, epoch).is_none() {
+    let was_lost = is_lost_with(run, phase, runner, epoch);
+    if current_lease(run, phase, runner, epoch).is_none() && !was_lost {
         return Step::Refused(Refusal::LeaseLost);
     }
+    let next = moved(run, run.state, now);
     if let Some(by) = &run.cancel_requested_by {
-        let reason = format!("canceled by {by}");
-        return ended(moved(run, run.state, now), RunState::Canceled, Some(reason), vec![]);
+        let reason = Some(format!("canceled by {by}"));
+        return thaw(run, ended(next, RunState::Canceled, reason, vec![]));
+    }
+    if was_lost {
+        // Not started anew: by now nobody may look any more.
+        let reason = Some(NEVER_STARTED.to_owned());
+        return thaw(run, ended(next, RunState::Errored, reason, vec![]));
     }
     requeue(run, phase, now)
+}
+
+/// Tells whether this lease is that of an apply that was marked as lost.
+fn is_lost_with(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch) -> bool {
+    run.state == RunState::Lost
+        && phase == Phase::Apply
+        && run.apply.lease.as_ref().is_some_and(|lease| lease.is(runner, epoch))
 }
 
 pub(super) fn starting(
@@ -206,10 +224,7 @@ pub(super) fn returned(
     if current_lease(run, phase, runner, epoch).is_some() {
         return Step::Unchanged;
     }
-    let was_lost = run.state == RunState::Lost
-        && phase == Phase::Apply
-        && run.apply.lease.as_ref().is_some_and(|lease| lease.is(runner, epoch));
-    if !was_lost {
+    if !is_lost_with(run, phase, runner, epoch) {
         return Step::Refused(Refusal::LeaseLost);
     }
     let mut next = moved(run, RunState::Applying, now);

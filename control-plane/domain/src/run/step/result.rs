@@ -115,7 +115,7 @@ pub(super) fn apply_ended(
 
 /// A run that was lost and told its end after all: its remains are dealt with, so the
 /// environment it froze is free again.
-fn thaw(run: &Run, step: Step) -> Step {
+pub(super) fn thaw(run: &Run, step: Step) -> Step {
     match step {
         Step::Moved { next, effects, .. } if run.state == RunState::Lost => {
             Step::Moved { next, environment: Change::Thaw, effects }
