@@ -19,6 +19,7 @@ use latchkey_proto::v1::audit_service_client::AuditServiceClient;
 use latchkey_proto::v1::environment_service_client::EnvironmentServiceClient;
 use latchkey_proto::v1::organization_service_client::OrganizationServiceClient;
 use latchkey_proto::v1::pool_service_client::PoolServiceClient;
+use latchkey_proto::v1::quarantine_service_client::QuarantineServiceClient;
 use latchkey_proto::v1::run_service_client::RunServiceClient;
 use latchkey_proto::v1::variable_service_client::VariableServiceClient;
 
@@ -106,6 +107,7 @@ impl Client {
         environments: EnvironmentServiceClient,
         organizations: OrganizationServiceClient,
         pools: PoolServiceClient,
+        quarantine: QuarantineServiceClient,
         runs: RunServiceClient,
         variables: VariableServiceClient,
     }

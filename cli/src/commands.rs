@@ -12,6 +12,7 @@ mod logout;
 mod logs;
 mod org;
 mod pool;
+mod quarantine;
 mod queue;
 mod run;
 mod runner;
@@ -60,6 +61,9 @@ pub(crate) enum Command {
     /// Pools of build hosts
     #[command(subcommand)]
     Pool(pool::Pool),
+    /// What runners brought that is not current, kept for a person
+    #[command(subcommand)]
+    Quarantine(quarantine::Quarantine),
     /// The chained record of who did what
     #[command(subcommand)]
     Audit(audit::Audit),
@@ -87,6 +91,7 @@ impl Command {
             | Command::ServiceToken(_)
             | Command::Runner(_)
             | Command::Pool(_)
+            | Command::Quarantine(_)
             | Command::Audit(_)
             | Command::Completions(_) => false,
         }
@@ -111,6 +116,7 @@ impl Command {
             Command::ServiceToken(command) => command.run(context).await,
             Command::Runner(command) => command.run(context).await,
             Command::Pool(command) => command.run(context).await,
+            Command::Quarantine(command) => command.run(context).await,
             Command::Audit(command) => command.run(context).await,
             Command::Completions(command) => command.run(context),
         }

@@ -4,4 +4,5 @@
 pub(crate) mod account;
 pub(crate) mod environment;
 pub(crate) mod pool;
+pub(crate) mod quarantine;
 pub(crate) mod run;

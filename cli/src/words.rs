@@ -7,7 +7,8 @@ use prost_types::Duration as WireDuration;
 use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
-    Lock, MfaPolicy, Phase, PlainCredentials, Role, RunKind, RunState, VariableCategory,
+    Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
+    VariableCategory,
 };
 
 use crate::exit::Exit;
@@ -55,6 +56,7 @@ words! {
     MfaPolicy: "MFA_POLICY_",
     Phase: "PHASE_",
     PlainCredentials: "PLAIN_CREDENTIALS_",
+    QuarantinedKind: "QUARANTINED_KIND_",
     Role: "ROLE_",
     RunKind: "RUN_KIND_",
     RunState: "RUN_STATE_",

@@ -15,12 +15,16 @@ pub mod finish_job;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod garbage;
+pub mod history;
 pub mod lease_job;
 pub mod organizations;
 pub mod people;
 pub mod pools;
+pub mod quarantine;
 pub mod queue_run;
+pub mod restore;
 pub mod run_output;
+pub mod runners;
 mod secrets;
 pub mod start_job;
 mod transition;
@@ -40,6 +44,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::audit::Draft;
+use crate::auth::revocation::Revocations;
 use crate::auth::{self, Caller, Right, Standing, token_digest};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
@@ -70,7 +75,13 @@ pub struct App {
     pub session_floor: Duration,
     /// The life of a lease without a heartbeat.
     pub lease_term: Duration,
+    /// How long after a graceful cancel a forced one may follow.
+    pub force_cancel_grace: Duration,
     pub gates: run_output::Gates,
+    /// Whether this control plane runs on an old copy of its data.
+    pub history: history::History,
+    /// Ends the open streams of runners whose identity has ended.
+    pub revocations: Revocations,
     /// Places for archives on their way in.
     pub uploads: Arc<Semaphore>,
 }

@@ -5,6 +5,7 @@
 //! organization is a [`Right`]; every use case names the one it needs before it does anything
 //! else. `rules` lists every rpc with who may call it.
 
+pub mod revocation;
 pub mod rules;
 
 use aws_lc_rs::digest;

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use latchkey_domain::id::{Digest, OrganizationId};
+use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 
 pub use self::reader::BlobReader;
 pub use self::upload::Upload;
@@ -39,7 +40,14 @@ pub struct Blobs {
 struct Shared {
     directory: PathBuf,
     master: Arc<MasterKey>,
+    /// Held for reading by each deletion, for writing by a backup.
+    deletions: Arc<RwLock<()>>,
 }
+
+/// While it is held, no blob goes away.
+#[derive(Debug)]
+#[must_use = "blobs are deleted again as soon as it is dropped"]
+pub struct Held(#[expect(dead_code, reason = "held, not used")] OwnedRwLockWriteGuard<()>);
 
 /// Why a blob was not stored or read.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +84,8 @@ impl Blobs {
         for entry in fs::read_dir(&temporary)? {
             fs::remove_file(entry?.path())?;
         }
-        Ok(Self { shared: Arc::new(Shared { directory, master }) })
+        let deletions = Arc::default();
+        Ok(Self { shared: Arc::new(Shared { directory, master, deletions }) })
     }
 
     /// Begins to store a blob of at most `limit` bytes. With `expected`, other content is
@@ -139,13 +148,25 @@ impl Blobs {
         blocking("look for a blob", move || path.try_exists()).await
     }
 
-    /// Removes a blob; absent ones are fine.
+    /// Keeps every blob until what is answered is dropped, so that those that the records of one
+    /// moment name can be copied.
+    pub async fn hold(&self) -> Held {
+        Held(Arc::clone(&self.shared.deletions).write_owned().await)
+    }
+
+    /// Tells whether deletions wait, so that who can do them later does.
+    pub fn is_held(&self) -> bool {
+        self.shared.deletions.try_read().is_err()
+    }
+
+    /// Removes a blob, once nothing holds them; absent ones are fine.
     pub async fn delete(
         &self,
         organization: OrganizationId,
         digest: Digest,
     ) -> Result<(), BlobError> {
         let path = self.shared.path(organization, digest);
+        let _deleting = self.shared.deletions.read().await;
         blocking("delete a blob", move || match fs::remove_file(&path) {
             Ok(()) => durable::sync_parent(&path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -1,14 +1,89 @@
 //! Arguments to configuration, checked before anything is opened or bound.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 /// Keeps Terraform runs, spends MFA codes at AWS, leases jobs to runners.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "latchkey-control-plane", version)]
+pub struct Program {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Without one of these words, the arguments are those of `run`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Run the control plane; meant when no command is given
+    Run(Args),
+    Backup(BackupArgs),
+    Restore(RestoreArgs),
+}
+
+impl Program {
+    /// Reads arguments, the program's name first; `run` may be left out.
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut args: Vec<OsString> = args.into_iter().collect();
+        let is_flag_of_run = |first: &OsString| {
+            let first = first.to_string_lossy();
+            first.starts_with('-') && !["-h", "--help", "-V", "--version"].contains(&first.as_ref())
+        };
+        // None at all: everything may stand in the environment.
+        if args.get(1).is_none_or(is_flag_of_run) {
+            args.insert(1.min(args.len()), "run".into());
+        }
+        Self::try_parse_from(args)
+    }
+}
+
+/// Copy all that the control plane keeps, while it runs or not
+///
+/// A backup holds the records as of one moment, the stored files and the logs. What is secret in
+/// it stays sealed under the master key, and THE MASTER KEY IS NOT PART OF IT: keep a copy of the
+/// key file elsewhere, since a backup is worth nothing without it. Stored files are shared with
+/// the data directory by hard links where the file system allows; copy the backup to another
+/// machine.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BackupArgs {
+    /// Directory of the control plane's data
+    #[arg(long, env = "LATCHKEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// Directory to make; it must not exist yet
+    #[arg(long)]
+    pub to: PathBuf,
+}
+
+/// Make a data directory out of a backup, in a new generation
+///
+/// At the first start after it, every run that had not ended is ended with that reason and its
+/// environment frozen, approvals and sessions are void, and no token code is spent for three
+/// minutes. What was revoked or removed since the backup is there again: tokens of people and
+/// programs, members, runners. Look at them before you let anybody in.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RestoreArgs {
+    /// Directory of the backup
+    #[arg(long)]
+    pub from: PathBuf,
+    /// Directory to make; it must be empty or not exist
+    #[arg(long, env = "LATCHKEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// File with the master key that belonged to the backup [default: DATA_DIR with `.key` added].
+    /// It is not part of a backup
+    #[arg(long, env = "LATCHKEY_KEY_FILE")]
+    key_file: Option<PathBuf>,
+}
+
+impl RestoreArgs {
+    pub fn key_file(&self) -> PathBuf {
+        self.key_file.clone().unwrap_or_else(|| beside(&self.data_dir))
+    }
+}
+
+#[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Directory of all data; made at the first start
     #[arg(long, env = "LATCHKEY_DATA_DIR")]
@@ -35,9 +110,13 @@ pub struct Args {
     /// Use AWS's FIPS endpoints
     #[arg(long, env = "LATCHKEY_USE_FIPS")]
     use_fips: bool,
-    /// Seconds that a lease lives without a heartbeat: 1 to 600
+    /// Seconds that a lease lives without a heartbeat: 1 to 600. A job whose runner is gone is
+    /// granted again, or its apply marked as lost, at most a tenth later: with 30, in 33 seconds
     #[arg(long, env = "LATCHKEY_LEASE_TERM", default_value_t = 30)]
     lease_term: u64,
+    /// Seconds that terraform has after a graceful cancel before an owner may kill it: 0 to 3600
+    #[arg(long, env = "LATCHKEY_FORCE_CANCEL_GRACE", default_value_t = 30)]
+    force_cancel_grace: u64,
     /// Write the bound addresses to this file, as JSON, once both listeners are open
     #[arg(long)]
     ready_file: Option<PathBuf>,
@@ -55,6 +134,7 @@ pub struct Config {
     pub sts_endpoint: Option<String>,
     pub use_fips: bool,
     pub lease_term: Duration,
+    pub force_cancel_grace: Duration,
     pub ready_file: Option<PathBuf>,
 }
 
@@ -71,6 +151,8 @@ pub enum ConfigError {
     PlaintextBeyondLoopback(SocketAddr),
     #[error("--lease-term is 1 to 600 seconds")]
     LeaseTerm,
+    #[error("--force-cancel-grace is 0 to 3600 seconds")]
+    ForceCancelGrace,
     #[error("--sts-endpoint is an http:// or https:// URL")]
     StsEndpoint,
     #[error("--key-file must lie outside of --data-dir, or a backup of the data holds its key")]
@@ -90,6 +172,9 @@ impl TryFrom<Args> for Config {
         };
         if !(1..=600).contains(&args.lease_term) {
             return Err(ConfigError::LeaseTerm);
+        }
+        if args.force_cancel_grace > 3600 {
+            return Err(ConfigError::ForceCancelGrace);
         }
         let is_url = |url: &String| url.starts_with("http://") || url.starts_with("https://");
         if !args.sts_endpoint.as_ref().is_none_or(is_url) {
@@ -111,6 +196,7 @@ impl TryFrom<Args> for Config {
             sts_endpoint: args.sts_endpoint,
             use_fips: args.use_fips,
             lease_term: Duration::from_secs(args.lease_term),
+            force_cancel_grace: Duration::from_secs(args.force_cancel_grace),
             ready_file: args.ready_file,
         })
     }
@@ -128,7 +214,27 @@ mod tests {
 
     fn config(args: &[&str]) -> Result<Config, ConfigError> {
         let args = ["latchkey-control-plane", "--data-dir", "/data"].iter().chain(args);
-        Args::try_parse_from(args).unwrap().try_into()
+        match Program::read(args.map(OsString::from)).unwrap().command {
+            Command::Run(args) => args.try_into(),
+            other @ (Command::Backup(_) | Command::Restore(_)) => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn run_is_meant_when_no_command_is_given() {
+        let read = |line: &str| {
+            Program::read(line.split(' ').map(OsString::from)).map(|program| program.command)
+        };
+        assert!(matches!(read("lcp --data-dir /d").unwrap(), Command::Run(_)));
+        assert!(matches!(read("lcp run --data-dir /d").unwrap(), Command::Run(_)));
+        let backup = read("lcp backup --data-dir /d --to /b").unwrap();
+        assert!(matches!(backup, Command::Backup(args) if args.to == Path::new("/b")));
+        let restore = read("lcp restore --from /b --data-dir /d").unwrap();
+        assert!(matches!(restore, Command::Restore(args)
+            if args.key_file() == Path::new("/d.key")));
+        let help = read("lcp backup --help").unwrap_err().to_string();
+        assert!(help.contains("MASTER KEY IS NOT PART"), "{help}");
+        assert!(read("lcp --help").unwrap_err().to_string().contains("restore"));
     }
 
     #[test]
@@ -136,6 +242,8 @@ mod tests {
         let config = config(&[]).unwrap();
         assert_eq!(config.people_transport, PeopleTransport::Tls);
         assert_eq!(config.key_file, PathBuf::from("/data.key"));
+        // With the tenth that it takes to see it, a silent runner is found out within 45 s.
+        assert_eq!(config.lease_term, Duration::from_secs(30));
     }
 
     #[test]
@@ -146,6 +254,8 @@ mod tests {
         assert!(config(&["--insecure-plaintext"]).is_ok());
         assert_eq!(refused(&["--key-file", "/data/key"]), ConfigError::KeyWithinData);
         assert_eq!(refused(&["--lease-term", "0"]), ConfigError::LeaseTerm);
+        let forever = ["--force-cancel-grace", "3601"];
+        assert_eq!(refused(&forever), ConfigError::ForceCancelGrace);
         assert_eq!(refused(&["--sts-endpoint", "sts.local"]), ConfigError::StsEndpoint);
     }
 }

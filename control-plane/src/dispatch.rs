@@ -8,6 +8,7 @@
 //! Deadlines are of the monotonic clock. A lease found at a start gets a full term.
 
 mod actor;
+mod place;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,9 +21,10 @@ use tokio::sync::{mpsc, oneshot};
 use crate::auth::RunnerIdentity;
 use crate::error::Result;
 use crate::job::{JobSpec, LeaseRef};
-use crate::store::BoxFuture;
+use crate::store::{BoxFuture, Version};
 
 pub use self::actor::ConnectionId;
+pub use self::place::{Abilities, Engine, Place, Waiting, Wanted};
 
 /// What dispatch asks of the use cases: to decide for good.
 pub trait Leases: Send + Sync + 'static {
@@ -39,6 +41,9 @@ pub trait Leases: Send + Sync + 'static {
 
     /// Lists a job again, if it is still open.
     fn offer_if_open(self: Arc<Self>, job: JobId) -> BoxFuture<'static, Result<()>>;
+
+    /// Records for people that two programs fight over one runner's identity.
+    fn two_of_one(self: Arc<Self>, runner: RunnerId) -> BoxFuture<'static, Result<()>>;
 
     fn generation(&self) -> Generation;
 
@@ -66,48 +71,40 @@ pub enum ToRunner {
         lease: LeaseRef,
         reason: String,
     },
+    /// Finish what runs, take nothing new.
+    Drain,
+    /// A drain was taken back.
+    Resume,
     /// Another stream of the same runner took over.
     Superseded,
 }
 
 /// A runner as this process sees it.
-#[derive(Clone, Debug)]
-pub struct Connected {
-    pub pool: PoolId,
-    pub slots: u32,
-    pub engines: Vec<(String, String)>,
-    pub held: Vec<JobId>,
-    pub last_seen: Timestamp,
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    pub connected: bool,
+    /// It takes nothing new by its own word; known while it is connected.
+    pub draining: bool,
+    pub last_seen: Option<Timestamp>,
+    pub held: Vec<(JobId, Epoch)>,
 }
 
-impl Connected {
-    pub fn suits(&self, place: &Place) -> bool {
-        place.admits(self.pool, &self.engines)
-    }
+/// Whether an owner lets a runner have jobs, as of a version of its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    pub drained: bool,
+    pub version: Version,
 }
 
-/// What a runner says of itself when it connects.
+/// What a runner says of itself when it connects, and what is known of it.
 #[derive(Clone, Debug)]
 pub struct Introduction {
-    pub slots: u32,
-    pub engines: Vec<(String, String)>,
+    pub abilities: Abilities,
     /// Leases that were kept.
     pub held: Vec<LeaseRef>,
-}
-
-/// Where an open job may run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub pool: PoolId,
-    /// The exact version of the engine that made the plan; `None` where any will do.
-    pub version: Option<String>,
-}
-
-impl Place {
-    fn admits(&self, pool: PoolId, engines: &[(String, String)]) -> bool {
-        let has = |version: &String| engines.iter().any(|(_, found)| found == version);
-        self.pool == pool && self.version.as_ref().is_none_or(has)
-    }
+    pub standing: Standing,
+    /// It takes nothing new.
+    pub draining: bool,
 }
 
 enum Message {
@@ -122,6 +119,7 @@ enum Message {
     Cancel {
         job: JobId,
         epoch: Epoch,
+        force: bool,
     },
     Revoke {
         job: JobId,
@@ -167,7 +165,7 @@ enum Message {
     },
     Granted {
         job: JobId,
-        place: Place,
+        pool: PoolId,
         runner: RunnerId,
         lease: Option<(LeaseRef, Box<JobSpec>)>,
     },
@@ -176,8 +174,24 @@ enum Message {
         epoch: Epoch,
         settled: bool,
     },
-    List {
-        reply: oneshot::Sender<HashMap<RunnerId, Connected>>,
+    Standing {
+        runner: RunnerId,
+        standing: Standing,
+    },
+    Draining {
+        runner: RunnerId,
+        connection: ConnectionId,
+    },
+    Expel {
+        runner: RunnerId,
+    },
+    See {
+        runners: Vec<RunnerId>,
+        reply: oneshot::Sender<HashMap<RunnerId, Seen>>,
+    },
+    WhyWaiting {
+        place: Place,
+        reply: oneshot::Sender<Waiting>,
     },
 }
 
@@ -239,8 +253,9 @@ impl Handle {
         self.send(Message::Withdraw { job });
     }
 
-    pub fn cancel(&self, job: JobId, epoch: Epoch) {
-        self.send(Message::Cancel { job, epoch });
+    /// Has the holder of a lease stop terraform; with `force`, kill it.
+    pub fn cancel(&self, job: JobId, epoch: Epoch, force: bool) {
+        self.send(Message::Cancel { job, epoch, force });
     }
 
     pub fn revoke(&self, job: JobId, epoch: Epoch, reason: &str) {
@@ -298,11 +313,34 @@ impl Handle {
         answer.await.unwrap_or_default()
     }
 
-    pub async fn connected(&self) -> HashMap<RunnerId, Connected> {
+    /// Tells whether a runner may have jobs. The newest version counts, whatever comes last.
+    pub fn stand(&self, runner: RunnerId, standing: Standing) {
+        self.send(Message::Standing { runner, standing });
+    }
+
+    /// Offers nothing more over this stream: the runner takes nothing new.
+    pub fn draining(&self, runner: RunnerId, connection: ConnectionId) {
+        self.send(Message::Draining { runner, connection });
+    }
+
+    /// Forgets the stream of a runner whose identity has ended.
+    pub fn expel(&self, runner: RunnerId) {
+        self.send(Message::Expel { runner });
+    }
+
+    /// Answers what this process knows of runners.
+    pub async fn see(&self, runners: Vec<RunnerId>) -> HashMap<RunnerId, Seen> {
         let (reply, answer) = oneshot::channel();
-        if self.messages.send(Message::List { reply }).await.is_err() {
+        if self.messages.send(Message::See { runners, reply }).await.is_err() {
             return HashMap::new();
         }
         answer.await.unwrap_or_default()
+    }
+
+    /// Says why a job that is open here has no runner. `None` while the process stops.
+    pub async fn why_waiting(&self, place: Place) -> Option<Waiting> {
+        let (reply, answer) = oneshot::channel();
+        self.messages.send(Message::WhyWaiting { place, reply }).await.ok()?;
+        answer.await.ok()
     }
 }

@@ -8,6 +8,7 @@ use std::error::Error as StdError;
 use std::fmt;
 
 use latchkey_domain::run::Refusal;
+use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 
 use crate::store::{CommitError, StoreError};
@@ -132,9 +133,27 @@ impl From<Refusal> for Error {
                 Reason::PlanChanged,
                 "what would be applied is not what you were shown; look at the plan again",
             ),
+            Refusal::NotCanceled => Self::refused(
+                Reason::CancelGrace,
+                "nothing is killed before it was asked to stop: cancel the run without force first",
+            ),
+            Refusal::CancelGrace { until } => {
+                let message = "terraform was asked to stop and has some time to write its state";
+                Self::refused(Reason::CancelGrace, message).with("retry_at", rfc3339(until))
+            }
+            Refusal::Forced => {
+                Self::refused(Reason::WrongState, "a person had it killed; nothing starts any more")
+            }
             Refusal::LeaseLost => {
                 Self::refused(Reason::LeaseLost, "the lease is not the current one")
             }
         }
     }
+}
+
+/// A time as metadata carry it.
+pub fn rfc3339(time: Timestamp) -> String {
+    jiff::Timestamp::from_millisecond(time.as_millis())
+        .map(|time| time.to_string())
+        .unwrap_or_default()
 }

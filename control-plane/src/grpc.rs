@@ -8,9 +8,14 @@ mod account;
 mod audit;
 mod convert;
 mod environment;
+#[cfg(test)]
+mod health_tests;
 mod identity;
+mod introduction;
 mod organization;
 mod pool;
+mod quarantine;
+mod revocable;
 mod run;
 mod runner;
 pub mod status;
@@ -21,6 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_stream::Stream;
+use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::{Request, Status, Streaming};
@@ -30,6 +36,7 @@ use latchkey_proto::v1::audit_service_server::AuditServiceServer;
 use latchkey_proto::v1::environment_service_server::EnvironmentServiceServer;
 use latchkey_proto::v1::organization_service_server::OrganizationServiceServer;
 use latchkey_proto::v1::pool_service_server::PoolServiceServer;
+use latchkey_proto::v1::quarantine_service_server::QuarantineServiceServer;
 use latchkey_proto::v1::run_service_server::RunServiceServer;
 use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
 use latchkey_proto::v1::variable_service_server::VariableServiceServer;
@@ -65,10 +72,22 @@ macro_rules! limited {
 }
 
 /// The services of the people's listener.
+///
+/// Health tells two things apart, since a probe must not make things worse. The process as a
+/// whole (the empty name) serves as long as it answers: a restart would not mend an old copy of
+/// the data, and people must be able to look. `latchkey.v1.RunnerService` stops serving when the
+/// history is lost: for readiness of the runners' port, and for whoever watches.
 pub async fn people(app: Arc<App>) -> Routes {
     let service = Service { app };
     let (health, serving) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    let runners = RunnerServiceServer::<Service>::NAME;
+    health.set_service_status(runners, tonic_health::ServingStatus::Serving).await;
+    let history = service.app.history.clone();
+    tokio::spawn(async move {
+        history.lost().await;
+        health.set_service_status(runners, tonic_health::ServingStatus::NotServing).await;
+    });
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(latchkey_proto::DESCRIPTOR_SET)
         .build_v1()
@@ -81,6 +100,7 @@ pub async fn people(app: Arc<App>) -> Routes {
         .add_service(limited!(VariableServiceServer, service))
         .add_service(limited!(RunServiceServer, service))
         .add_service(limited!(PoolServiceServer, service))
+        .add_service(limited!(QuarantineServiceServer, service))
         .add_service(limited!(AuditServiceServer, service))
 }
 

@@ -3,6 +3,12 @@
 use latchkey_domain::id::{Digest, Epoch, Generation, JobId};
 use latchkey_domain::run::{PlanDigests, RunKind};
 
+/// The engine that is meant where none is named.
+pub const TERRAFORM: &str = "terraform";
+
+/// The engines that Latchkey knows.
+pub const ENGINES: &[&str] = &[TERRAFORM, "tofu"];
+
 /// Names one lease, as frames do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseRef {
@@ -22,9 +28,21 @@ pub struct JobSpec {
     pub target: Vec<String>,
     pub replace: Vec<String>,
     pub has_state: bool,
+    /// Empty takes the runner's own.
+    pub engine: String,
+    /// Version of the engine; empty takes the runner's own.
     pub terraform_version: String,
     pub approved: Option<PlanDigests>,
     pub queued_by: String,
     pub message: String,
     pub region: String,
+}
+
+/// Tells whether this can be a label: both parts plain, short and not empty.
+pub fn is_label(name: &str, value: &str) -> bool {
+    let plain = |text: &str| {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
+        (1..=63).contains(&text.len()) && text.bytes().all(allowed)
+    };
+    plain(name) && plain(value)
 }

@@ -18,6 +18,7 @@ pub mod app;
 pub mod audit;
 pub mod auth;
 pub mod authority;
+pub mod backup;
 pub mod blobs;
 pub mod blocking;
 pub mod clock;

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Parser;
 use latchkey_domain::id::Generation;
 use secrecy::ExposeSecret;
 use tokio::net::{TcpListener, TcpSocket};
@@ -29,7 +28,7 @@ use crate::app::lease_job::SESSION_FLOOR;
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
-use crate::config::{Args, Config, PeopleTransport};
+use crate::config::{BackupArgs, Command, Config, PeopleTransport, Program, RestoreArgs};
 use crate::dispatch::Leases;
 use crate::durable;
 use crate::run_log::{self, RunLogs};
@@ -38,7 +37,7 @@ use crate::store::record::encode;
 use crate::store::sled::{self, Sled};
 use crate::store::{Batch, CommitError, Expect, Store, keys};
 use crate::sts::aws::AwsSts;
-use crate::{dispatch, grpc, reaper};
+use crate::{backup, dispatch, grpc, reaper};
 
 /// How long open requests may take to end once the process was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -48,7 +47,10 @@ const BACKLOG: u32 = 4096;
 
 /// Runs the control plane until a signal stops it.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let args = Args::parse_from(args);
+    let command = match Program::read(args) {
+        Ok(program) => program.command,
+        Err(error) => error.exit(),
+    };
     let filter = EnvFilter::try_from_env("LATCHKEY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt()
@@ -56,14 +58,20 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         .with_ansi(colour)
         .with_writer(std::io::stderr)
         .init();
-    let served = Config::try_from(args).map_err(anyhow::Error::from).and_then(|config| {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()
-            .context("start the runtime")?;
-        runtime.block_on(serve(config))
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let done = runtime.context("start the runtime").and_then(|runtime| {
+        let done = match command {
+            Command::Run(args) => {
+                Config::try_from(args).map_err(Into::into).and_then(|c| runtime.block_on(serve(c)))
+            }
+            Command::Backup(args) => runtime.block_on(back_up(&args)),
+            Command::Restore(args) => runtime.block_on(bring_back(&args)),
+        };
+        // A backup under way is thrown away: it must not hold up a stop.
+        runtime.shutdown_timeout(DRAIN);
+        done
     });
-    match served {
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "latchkey-control-plane: failed to {error:#}");
@@ -77,6 +85,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .install_default()
         .map_err(|_| anyhow::anyhow!("install the crypto provider: another is installed"))?;
     let (app, inbox) = open(&config).await?;
+    app.recall_alarm().await.context("recall whether the data are an old copy")?;
+    app.settle_restore().await.context("settle what a restore left open")?;
     app.settle_authentications().await.context("settle attempts that a stop left open")?;
     if let Some(secret) = app.prepare_bootstrap().await.context("prepare the first sign-in")? {
         writeln!(
@@ -100,6 +110,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Last, since from here on the terms of standing leases run.
     app.reconcile().await.context("resume open runs")?;
     let reaping = tokio::spawn(reaper::run(Arc::clone(&app)));
+
+    let host =
+        backup::socket::listen(&config.data_dir).context("listen for the host's commands")?;
+    let commands =
+        tokio::spawn(backup::socket::serve(host, Arc::clone(&app), config.data_dir.clone()));
 
     let (stop, stopped) = watch::channel(());
     let serving = tokio::spawn(listen(Arc::clone(&app), config.clone(), people, runners, stopped));
@@ -130,9 +145,62 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         ended = &mut serving => ended.context("serve")?,
     };
     serving.abort();
+    commands.abort();
     reaping.abort();
     dispatching.abort();
     outcome
+}
+
+/// Takes a backup: by the control plane that has the data open, or here if none runs.
+async fn back_up(args: &BackupArgs) -> anyhow::Result<()> {
+    let to = std::path::absolute(&args.to).context("find the directory of the backup")?;
+    let data = std::path::absolute(&args.data_dir).context("find the data directory")?;
+    let options = sled::Options::new(data.join("store"));
+    anyhow::ensure!(
+        sled::exists(&options.directory),
+        "find the data of a control plane in {}",
+        data.display()
+    );
+    let manifest = match backup::socket::ask_backup(&data, &to)? {
+        Some(manifest) => manifest,
+        None => {
+            let store = Sled::open(&options)?;
+            let logs = RunLogs::open(run_log::Options::new(data.join("logs")))
+                .context("open the logs of runs")?;
+            let source =
+                backup::Source { data_dir: &data, store: &store, logs: &logs, blobs: None };
+            backup::take(source, &to, Wall.now()).await?
+        }
+    };
+    writeln!(
+        std::io::stdout(),
+        "Backup of generation {} at commit {} in {}: {} records, {} files, {} bytes. The master \
+         key is not in it.",
+        manifest.generation,
+        manifest.version,
+        to.display(),
+        manifest.records.count,
+        manifest.files.count,
+        manifest.records.bytes + manifest.files.bytes,
+    )
+    .context("print what was done")
+}
+
+/// Makes a data directory out of a backup.
+async fn bring_back(args: &RestoreArgs) -> anyhow::Result<()> {
+    let restored =
+        backup::restore(&args.from, &args.data_dir, &args.key_file(), Arc::new(Wall)).await?;
+    writeln!(
+        std::io::stdout(),
+        "Restored {} records and {} files of {} into {}, in generation {}. At the first start, \
+         runs that had not ended are ended and their environments frozen.",
+        restored.manifest.records.count,
+        restored.manifest.files.count,
+        restored.manifest.time,
+        args.data_dir.display(),
+        restored.generation.get(),
+    )
+    .context("print what was done")
 }
 
 /// Opens all that is on disk, and makes the use cases that stand on it.
@@ -167,7 +235,10 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         generation,
         session_floor: SESSION_FLOOR,
         lease_term: config.lease_term,
+        force_cancel_grace: config.force_cancel_grace,
         gates: crate::app::run_output::Gates::default(),
+        history: crate::app::history::History::default(),
+        revocations: crate::auth::revocation::Revocations::default(),
         uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
     };
     Ok((Arc::new(app), inbox))
@@ -196,7 +267,7 @@ fn refuse_in_part(data: &Path) -> anyhow::Result<()> {
 }
 
 /// Reads the number of this history; the first start begins with the first.
-async fn generation(store: &dyn Store) -> anyhow::Result<Generation> {
+pub(crate) async fn generation(store: &dyn Store) -> anyhow::Result<Generation> {
     let key = keys::generation();
     if let Some(found) = store.fetch(&key).await? {
         let number: u64 = serde_json::from_slice(&found.value).context("it is malformed")?;

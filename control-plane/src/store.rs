@@ -11,6 +11,8 @@
 //!   only when that which it conflicts with is durable.
 //! - Audit drafts of a batch are stamped into their organization's chain by the committer, in
 //!   the same batch ([`crate::audit`]).
+//! - A snapshot shows all records as of one version, durable, while commits go on.
+//! - The history of a store only grows, and tells nothing that is not durable.
 //! - The feed reports commits in their order, after they are durable, without values: a reader
 //!   fetches. A reader that lags is told to list again.
 //!
@@ -304,12 +306,32 @@ pub trait Store: Send + Sync + 'static {
     /// Returns one page of records, all of one moment, once they are durable.
     fn scan(&self, scan: Scan) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>>;
 
+    /// Begins to read all records as of one version, without holding up commits: for a backup.
+    fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, StoreError>>;
+
+    /// Returns a version that is known to be durable, without asking anybody: what this process
+    /// last learned. It never falls, and is for telling others how far history has come.
+    fn history(&self) -> Version;
+
+    /// Returns the version of the last durable commit, whoever made it. For the rare question
+    /// whether somebody knows of more than the store does; where several processes share a
+    /// database, [`Store::history`] may be behind.
+    fn newest(&self) -> BoxFuture<'_, Result<Version, StoreError>>;
+
     /// Reports every commit from now on that touches the prefix. A reader that must miss
     /// nothing watches first and lists then.
     fn watch(&self, prefix: Prefix) -> Feed;
 
     /// Resolves when the store has failed for good, so that the process can stop.
     fn failed(&self) -> BoxFuture<'_, Arc<str>>;
+}
+
+/// All records of one version, page by page, in the order of their keys.
+pub trait Snapshot: Send {
+    fn version(&self) -> Version;
+
+    /// Returns the next records, a bounded number; none at the end.
+    fn next(&mut self) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>>;
 }
 
 /// Lists all that a prefix covers, page by page; for sets known to be small.

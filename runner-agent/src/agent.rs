@@ -1,36 +1,51 @@
 //! The agent: one task that owns the jobs' table and the connection, and one task per job.
 //!
 //! It holds no policy and nothing that outlives a job. When it dies, supervisors and terraform
-//! go on; its successor finds the jobs on disk. On SIGTERM it takes nothing new, wipes what is
-//! not asked for yet, and leaves.
+//! go on; its successor finds the jobs on disk.
+//!
+//! How it ends: a signal, the idle time-out or `--once` close the intake for good; what runs goes
+//! on, is shipped, and then it leaves. A second signal cancels what runs. It can also leave at
+//! once (`wish`): then it wipes what is not asked for yet, and its jobs go on.
 
+mod frames;
+mod intake;
 mod job;
 mod link;
 mod prepare;
+mod seen;
+mod service;
 #[cfg(test)]
 mod tests;
+mod told;
+mod wish;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame as Request;
-use latchkey_proto::v1::lease_response::Frame as Response;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
 use rustix::fs::{FlockOperation, flock};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 use tonic::transport::Channel;
 
-use self::job::{Event, Inbox, Job, Origin, Rest, Told};
+use self::intake::Intake;
+use self::job::{Job, Origin};
+pub(crate) use self::prepare::ENGINE_NOTE;
+use self::seen::Seen;
+use self::service::Service;
+use self::told::{Event, Inbox, Rest, Told};
+pub(crate) use self::wish::OnSigterm;
+use self::wish::Wish;
 use crate::backoff::Backoff;
-use crate::config::{Config, Lifetime};
-use crate::engine::{self, Engine};
+use crate::config::Config;
+use crate::engine::{self, Engines};
 use crate::enroll::{self, Identity};
 use crate::job::{Lease, Spec};
 use crate::job_directory::{
@@ -39,6 +54,9 @@ use crate::job_directory::{
 use crate::lease::{self, Connection, Incoming};
 use crate::random;
 use crate::ship::Shipper;
+use crate::spool::{self, Room};
+use crate::supervisor::confine::Isolation;
+use crate::supervisor::isolation;
 
 /// A `Go` with many variables is larger than tonic's default.
 const LARGEST_FRAME: usize = 16 << 20;
@@ -72,32 +90,23 @@ pub(crate) fn run(config: Config) -> Result<ExitCode, Error> {
         .build()
         .map_err(Error::Runtime)?;
     let done = runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Runtime)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
-        let (stop, stopped) = watch::channel(false);
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            stop.send_replace(true);
-            // Kept open: a closed channel would read as never stopped.
-            stop.closed().await;
-        });
-        serve(config, stopped).await
+        let wish = wish::listen(config.on_sigterm).map_err(Error::Runtime)?;
+        serve(config, wish).await
     });
     // Jobs' tasks wait for things that outlive this process.
     runtime.shutdown_background();
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// Runs the agent until `stopped` is true, or one job is done with `--once`.
-pub(crate) async fn serve(config: Config, stopped: watch::Receiver<bool>) -> Result<(), Error> {
+/// Runs the agent until it is wished to end, or does by itself with `--once` and a time-out.
+async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error> {
     private_directory(&config.work_dir)?;
     let lock = create_private(&config.work_dir.join("lock")).map_err(Error::Runtime)?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)
         .map_err(|_| Error::InUse(config.work_dir.clone()))?;
-    let engine = Engine::find(config.terraform.as_deref()).await?;
+    let engines = config.engines.clone();
+    let engines = tokio::task::spawn_blocking(|| Engines::find(engines)).await;
+    let engines = Arc::new(engines.map_err(|error| Error::Runtime(error.into()))??);
     let mut first = Backoff::new(Duration::from_millis(250), Duration::from_secs(30));
     let identity = loop {
         match Identity::obtain(&config).await {
@@ -105,10 +114,10 @@ pub(crate) async fn serve(config: Config, stopped: watch::Receiver<bool>) -> Res
             Err(error) if error.may_pass() => {
                 let wait = first.next(random::fraction());
                 tracing::warn!(error = &error as &dyn std::error::Error, ?wait, "failed to enrol");
-                let mut stopped = stopped.clone();
+                let mut wish = wish.clone();
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
-                    _ = stopped.wait_for(|stopped| *stopped) => return Ok(()),
+                    _ = wish.wait_for(|wish| *wish != Wish::Stay) => return Ok(()),
                 }
             }
             Err(error) => return Err(error.into()),
@@ -118,50 +127,95 @@ pub(crate) async fn serve(config: Config, stopped: watch::Receiver<bool>) -> Res
         .max_decoding_message_size(LARGEST_FRAME);
     tracing::info!(
         runner_id = %identity.runner_id,
-        engine = engine.name,
-        version = %engine.version,
+        engines = %engines.names(),
         "the runner starts"
     );
     let (events_to, events) = mpsc::channel(64);
     let jobs_path = config.work_dir.join("jobs");
     private_directory(&jobs_path)?;
+    // Before any job is confined: what is not there cannot be allowed.
+    private_directory(&config.provider_cache)?;
+    let mut pulse = interval(Service::pulse());
+    pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut agent = Agent {
         settings: Settings {
-            terraform: engine.path.clone(),
-            terraform_version: engine.version.clone(),
+            // Each job's own.
+            engine: engine::Name::default(),
+            terraform: PathBuf::new(),
+            terraform_version: String::new(),
+            provider_cache: Some(config.provider_cache.clone()),
             pass_env: config.pass_env.clone(),
             terraform_cli_config: config.terraform_cli_config.clone(),
             longest_log: config.longest_log,
+            confinement: config.confinement.clone(),
+            hooks: config.hooks.clone(),
         },
-        engine,
+        engines,
         client,
         jobs_path,
         jobs: HashMap::new(),
         events_to,
         events,
-        intake: Intake::Open,
+        named: Vec::new(),
+        wish,
+        intake: Intake::new(config.accepts),
+        settles: None,
+        idle_since: Instant::now(),
         rest: Rest::default(),
+        room: spool::watch(&config.work_dir, config.spool),
+        generation: 0,
+        seen: Seen::open(&config.work_dir),
+        service: Service::new(),
+        pulse,
+        isolation: isolation::probe(&config.program, &config.work_dir, &config.confinement).await,
+        said: String::new(),
         config,
         _lock: lock,
     };
+    let missing = &agent.isolation.missing;
+    if agent.config.confinement.isolation == Isolation::Required && !missing.is_empty() {
+        tracing::error!(
+            ?missing,
+            "this host lacks what --isolation=required wants: no job is taken"
+        );
+        agent.intake.refuse_all();
+    }
     agent.find_jobs()?;
-    agent.run(stopped).await;
+    agent.run().await;
     Ok(())
 }
 
 struct Agent {
     config: Config,
     settings: Settings,
-    engine: Engine,
+    engines: Arc<Engines>,
     client: RunnerServiceClient<Channel>,
     jobs_path: PathBuf,
     /// Every job of this host; changed by `take_up` and by its task's end.
     jobs: HashMap<Lease, Held>,
+    /// The jobs that the last heartbeat named.
+    named: Vec<Lease>,
     events_to: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
+    wish: watch::Receiver<Wish>,
     intake: Intake,
+    /// The heartbeat whose answer says that no offer is on its way any more: with this connection,
+    /// since it was told that nothing more is taken.
+    settles: Option<u64>,
+    /// Since when there is no job.
+    idle_since: Instant,
     /// Grows with every job in a row that this host could not prepare.
     rest: Rest,
+    room: watch::Receiver<Room>,
+    /// Of the last welcome.
+    generation: u64,
+    seen: Seen,
+    service: Service,
+    pulse: Interval,
+    /// What keeps jobs apart here, as it was tried out at start.
+    isolation: isolation::Facts,
+    /// Why the control plane was lost, said last: the same again and again is said once.
+    said: String,
     /// Held as long as the process lives.
     _lock: File,
 }
@@ -171,27 +225,20 @@ struct Held {
     told: mpsc::Sender<Told>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Intake {
-    Open,
-    /// By `Drain`, or since `--once` has had its job.
-    Closed,
-}
-
-/// What becomes of an offer that this runner could prepare.
-enum Answer {
-    Accept,
-    /// For another runner.
-    HandBack,
-    /// For another runner, after a pause: this host has a fault, and would be asked again at
-    /// once.
-    HandBackAfter(Duration),
-}
-
-/// Why the agent's loop goes on or ends.
+/// Why the agent's loop ends.
 enum Turn {
-    Stopped,
+    /// At once; jobs go on.
+    Leave,
+    /// There is nothing left to do.
     Done,
+}
+
+/// What the agent hears besides the control plane.
+enum Heard {
+    Event(Event),
+    Wish(Wish),
+    Idle,
+    Pulse,
 }
 
 impl Agent {
@@ -224,248 +271,250 @@ impl Agent {
             told: Inbox::new(inbox),
             events: self.events_to.clone(),
             rest: self.rest.clone(),
+            engines: self.engines.clone(),
+            most_kept: self.config.spool.spool / 4,
             lock: None,
         };
         tokio::spawn(job.run());
         self.jobs.insert(lease, Held { directory, told });
     }
 
-    async fn run(&mut self, mut stopped: watch::Receiver<bool>) {
+    async fn run(&mut self) {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(20));
-        loop {
-            let failed = match self.connected(&mut stopped, &mut backoff).await {
-                Ok(Turn::Stopped) => break,
-                Ok(Turn::Done) => return,
+        let turn = loop {
+            let failed = match self.connected(&mut backoff).await {
+                Ok(turn) => break turn,
                 Err(error) => error,
             };
+            self.settles = None;
+            if let Some(turn) = self.turn(None) {
+                break turn;
+            }
             let wait = backoff.next(random::fraction());
-            tracing::warn!(
-                error = &failed as &dyn std::error::Error,
-                ?wait,
-                "lost the control plane"
-            );
+            self.lost(&failed, wait);
             let until = Instant::now() + wait;
             let turn = loop {
                 tokio::select! {
-                    () = tokio::time::sleep_until(until) => break None,
-                    Some(event) = self.events.recv() => {
-                        // Frames are said again after the next welcome.
-                        if let Some(turn) = self.done(event) {
-                            break Some(turn);
-                        }
-                    }
-                    _ = stopped.wait_for(|stopped| *stopped) => break Some(Turn::Stopped),
+                    () = sleep_until(until) => break None,
+                    // Frames are said again after the next welcome.
+                    heard = self.hear() => match self.heard(heard, None) {
+                        Ok(None) | Err(_) => {}
+                        Ok(Some(turn)) => break Some(turn),
+                    },
                 }
             };
-            match turn {
-                Some(Turn::Stopped) => break,
-                Some(Turn::Done) => return,
-                None => {}
+            if let Some(turn) = turn {
+                break turn;
+            }
+        };
+        match turn {
+            Turn::Leave => self.leave().await,
+            Turn::Done => {
+                self.service.stopping("ended");
+                tracing::info!("the runner ends; it holds no job");
             }
         }
-        self.leave().await;
     }
 
     /// Holds one connection until it breaks.
-    async fn connected(
-        &mut self,
-        stopped: &mut watch::Receiver<bool>,
-        backoff: &mut Backoff,
-    ) -> Result<Turn, lease::Error> {
-        let opening = Connection::open(self.client.clone(), self.hello());
-        let (mut connection, welcome) = tokio::select! {
-            opened = opening => opened?,
-            _ = stopped.wait_for(|stopped| *stopped) => return Ok(Turn::Stopped),
+    async fn connected(&mut self, backoff: &mut Backoff) -> Result<Turn, lease::Error> {
+        let hello = self.hello();
+        let says_so = hello.draining;
+        let opening = Connection::open(self.client.clone(), hello);
+        tokio::pin!(opening);
+        let (mut connection, welcome) = loop {
+            tokio::select! {
+                opened = &mut opening => break opened?,
+                heard = self.hear() => if let Some(turn) = self.heard(heard, None)? {
+                    return Ok(turn);
+                },
+            }
         };
         tracing::info!(runner_id = %welcome.runner_id, generation = welcome.generation, "welcomed");
-        if self.config.lifetime == Lifetime::UntilStopped {
-            self.intake = Intake::Open;
-        }
+        self.said.clear();
+        self.service.ready();
         let since = Instant::now();
-        let ended = self.talk(stopped, &mut connection, &welcome).await;
+        let ended = self.talk(&mut connection, &welcome, says_so).await;
         if since.elapsed() >= STABLE {
             backoff.reset();
+        }
+        if let Ok(Turn::Done) = ended {
+            connection.close().await;
         }
         ended
     }
 
     async fn talk(
         &mut self,
-        stopped: &mut watch::Receiver<bool>,
         connection: &mut Connection,
         welcome: &v1::Welcome,
+        says_so: bool,
     ) -> Result<Turn, lease::Error> {
         self.welcomed(welcome)?;
+        if self.intake.is_leaving() && !says_so {
+            self.say_draining(connection)?;
+        }
+        if *self.wish.borrow() >= Wish::Cancel {
+            self.shut_down()?;
+        }
         loop {
+            self.say_status(true);
+            if let Some(turn) = self.turn(Some(connection)) {
+                return Ok(turn);
+            }
             tokio::select! {
                 incoming = connection.next() => match incoming? {
                     Incoming::Frame(frame) => self.frame(*frame, connection)?,
-                    Incoming::Heartbeat => {
-                        let held = self.held();
-                        connection.send(Request::Heartbeat(v1::Heartbeat { held }))?;
-                    }
+                    Incoming::Heartbeat => drop(self.beat(connection)?),
                 },
-                Some(event) = self.events.recv() => match event {
-                    Event::Send(frame) => connection.send(frame)?,
-                    event @ Event::Done(_) => if let Some(turn) = self.done(event) {
-                        return Ok(turn);
-                    },
+                heard = self.hear() => if let Some(turn) = self.heard(heard, Some(connection))? {
+                    return Ok(turn);
                 },
-                _ = stopped.wait_for(|stopped| *stopped) => return Ok(Turn::Stopped),
             }
         }
     }
 
-    fn hello(&self) -> v1::Hello {
-        v1::Hello {
-            slots: match self.config.lifetime {
-                Lifetime::UntilStopped => self.config.slots,
-                Lifetime::OneJob => 1,
-            },
-            engines: vec![v1::Engine {
-                name: self.engine.name.into(),
-                version: self.engine.version.clone(),
-            }],
-            labels: HashMap::new(),
-            held: self.held(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            ..Default::default()
+    /// Waits for what happens on this side. Safe to abandon and call again.
+    async fn hear(&mut self) -> Heard {
+        let idle = match self.config.idle_timeout {
+            Some(limit) if self.jobs.is_empty() && !self.intake.is_leaving() => {
+                Some(self.idle_since + limit)
+            }
+            Some(_) | None => None,
+        };
+        let idle = async {
+            match idle {
+                Some(moment) => sleep_until(moment).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(event) = self.events.recv() => Heard::Event(event),
+            wish = wish::changed(&mut self.wish) => Heard::Wish(wish),
+            () = idle => Heard::Idle,
+            _ = self.pulse.tick() => Heard::Pulse,
         }
     }
 
-    fn held(&self) -> Vec<v1::LeaseRef> {
-        self.jobs.keys().map(Lease::to_wire).collect()
+    fn heard(
+        &mut self,
+        heard: Heard,
+        connection: Option<&mut Connection>,
+    ) -> Result<Option<Turn>, lease::Error> {
+        match heard {
+            Heard::Event(Event::Send(frame)) => {
+                if let Some(connection) = connection {
+                    connection.send(*frame)?;
+                }
+                Ok(None)
+            }
+            Heard::Event(Event::Done(lease)) => {
+                self.jobs.remove(&lease);
+                self.idle_since = Instant::now();
+                Ok(self.turn(connection.as_deref()))
+            }
+            Heard::Wish(Wish::Stay) => Ok(None),
+            Heard::Wish(Wish::Leave) => Ok(Some(Turn::Leave)),
+            Heard::Wish(wish @ (Wish::Drain | Wish::Cancel)) => {
+                tracing::info!(?wish, jobs = self.jobs.len(), "asked to end");
+                if wish == Wish::Cancel {
+                    self.shut_down()?;
+                }
+                self.drain_and_turn(connection)
+            }
+            Heard::Idle => {
+                tracing::info!("no job for the idle time-out");
+                self.drain_and_turn(connection)
+            }
+            Heard::Pulse => {
+                self.service.alive();
+                self.seen.keep_now_and_then(Instant::now());
+                Ok(None)
+            }
+        }
     }
 
-    fn welcomed(&mut self, welcome: &v1::Welcome) -> Result<(), lease::Error> {
-        let given_up: Vec<Lease> =
-            welcome.give_up.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect();
-        for (lease, held) in &self.jobs {
-            let told = if given_up.contains(lease) { Told::GiveUp } else { Told::Keep };
-            held.tell(told)?;
+    fn drain_and_turn(
+        &mut self,
+        mut connection: Option<&mut Connection>,
+    ) -> Result<Option<Turn>, lease::Error> {
+        self.drain(connection.as_deref_mut())?;
+        Ok(self.turn(connection.as_deref()))
+    }
+
+    /// Takes nothing new from now on, for good.
+    fn drain(&mut self, connection: Option<&mut Connection>) -> Result<(), lease::Error> {
+        match connection {
+            Some(connection) if self.intake.leave() => self.say_draining(connection),
+            Some(_) => Ok(()),
+            // `Hello` will say it.
+            None => {
+                self.intake.leave();
+                Ok(())
+            }
         }
+    }
+
+    fn say_draining(&mut self, connection: &mut Connection) -> Result<(), lease::Error> {
+        connection.send(Request::Draining(v1::Draining {}))?;
+        // An offer that was on its way comes before the answer.
+        self.settles = Some(self.beat(connection)?);
         Ok(())
     }
 
-    fn frame(&mut self, frame: Response, connection: &Connection) -> Result<(), lease::Error> {
-        match frame {
-            Response::Offer(offer) => {
-                let lease = offer.lease.clone();
-                let answer = match self.accept(offer) {
-                    Ok(Answer::Accept) => Request::Accept(v1::Accept { lease }),
-                    Ok(Answer::HandBack) => Request::NeverStarted(v1::NeverStarted { lease }),
-                    Ok(Answer::HandBackAfter(wait)) => {
-                        let events = self.events_to.clone();
-                        tokio::spawn(async move {
-                            tokio::time::sleep(wait).await;
-                            let frame = Request::NeverStarted(v1::NeverStarted { lease });
-                            let _ = events.send(Event::Send(frame)).await;
-                        });
-                        return Ok(());
-                    }
-                    Err(reason) => {
-                        tracing::warn!(%reason, "declined an offer");
-                        Request::Decline(v1::Decline { lease, reason })
-                    }
-                };
-                connection.send(answer)
-            }
-            Response::Go(go) => self.tell(go.lease.clone(), Told::Go(go)),
-            Response::Cancel(cancel) => {
-                self.tell(cancel.lease, Told::Cancel { force: cancel.force })
-            }
-            Response::Revoke(revoke) => {
-                tracing::info!(reason = %revoke.reason, "a lease is revoked");
-                self.tell(revoke.lease, Told::Revoke)
-            }
-            Response::Recorded(recorded) => self.tell(recorded.lease, Told::Recorded),
-            Response::Drain(v1::Drain {}) => {
-                self.intake = Intake::Closed;
-                Ok(())
-            }
-            Response::Resume(v1::Resume {}) => {
-                if self.config.lifetime == Lifetime::UntilStopped {
-                    self.intake = Intake::Open;
-                }
-                Ok(())
-            }
-            Response::Renewed(renewed) => {
-                let renewed: Vec<Lease> =
-                    renewed.lease.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect();
-                for (_, held) in self.jobs.iter().filter(|(lease, _)| !renewed.contains(lease)) {
-                    held.tell(Told::NotRenewed)?;
-                }
-                Ok(())
-            }
-            // It is the first frame, and was.
-            Response::Welcome(_) => Ok(()),
-        }
+    /// Asks all jobs to stop.
+    fn shut_down(&self) -> Result<(), lease::Error> {
+        self.jobs.values().try_for_each(|held| held.tell(Told::ShutDown))
     }
 
-    /// Step 3. Answers why the job cannot be prepared on a runner like this one: that ends it.
-    ///
-    /// Slots are counted by the control plane alone: jobs that it has given up take none, while
-    /// here they may still have something to bring.
-    fn accept(&mut self, offer: v1::Offer) -> Result<Answer, String> {
-        let lease =
-            Lease::from_wire(&offer.lease.unwrap_or_default()).map_err(|e| e.to_string())?;
-        if self.jobs.contains_key(&lease) {
-            return Ok(Answer::Accept);
-        }
-        if self.intake == Intake::Closed {
-            return Ok(Answer::HandBack);
-        }
-        let job = offer.job.unwrap_or_default();
-        let spec = Spec::from_wire(lease.phase, job).map_err(|error| error.to_string())?;
-        let (wanted, own) = (&spec.terraform_version, &self.engine.version);
-        if !wanted.is_empty() && wanted != own {
-            return Err(format!("the run needs version {wanted}; this runner has {own}"));
-        }
-        let created = JobDirectory::create(&self.jobs_path, &lease, &spec, &self.settings);
-        let directory = match created {
-            Ok(directory) => directory,
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::error!(error, "failed to make a job directory");
-                return Ok(Answer::HandBackAfter(self.rest.after_a_failure()));
-            }
+    /// Answers whether that was all to do.
+    fn turn(&self, connection: Option<&Connection>) -> Option<Turn> {
+        let settled = match (connection, self.settles) {
+            (Some(connection), Some(number)) => connection.renewals() >= number,
+            (None, _) | (_, None) => true,
         };
-        tracing::info!(?lease, "accepted");
-        if self.config.lifetime == Lifetime::OneJob {
-            self.intake = Intake::Closed;
-        }
-        latchkey_failpoint::reach("run.accepted");
-        self.take_up(directory, lease, spec, Origin::Offered);
-        Ok(Answer::Accept)
+        let done = self.intake.is_leaving() && self.jobs.is_empty() && settled;
+        done.then_some(Turn::Done)
     }
 
-    fn tell(&self, lease: Option<v1::LeaseRef>, told: Told) -> Result<(), lease::Error> {
-        let held = Lease::from_wire(&lease.unwrap_or_default())
-            .ok()
-            .and_then(|lease| self.jobs.get(&lease));
-        match held {
-            Some(held) => held.tell(told),
-            // Of an older epoch, or already gone.
-            None => Ok(()),
+    /// Says why there is no control plane: each reason once in a row.
+    fn lost(&mut self, failed: &lease::Error, wait: Duration) {
+        self.say_status(false);
+        let reason = failed.to_string();
+        let error = failed as &dyn std::error::Error;
+        if self.said == reason {
+            tracing::debug!(error, ?wait, "lost the control plane, still");
+        } else if matches!(failed, lease::Error::HistoryLost(_)) {
+            tracing::error!(
+                error,
+                "refused by the control plane; everything is kept until it is \
+                restored, and tried again"
+            );
+        } else {
+            tracing::warn!(error, ?wait, "lost the control plane");
         }
+        self.said = reason;
     }
 
-    /// Takes a finished job from the table. Answers whether that was all to do.
-    fn done(&mut self, event: Event) -> Option<Turn> {
-        match event {
-            Event::Send(_) => None,
-            Event::Done(lease) => {
-                self.jobs.remove(&lease);
-                let all = self.config.lifetime == Lifetime::OneJob
-                    && self.intake == Intake::Closed
-                    && self.jobs.is_empty();
-                all.then_some(Turn::Done)
-            }
-        }
+    fn say_status(&mut self, connected: bool) {
+        let jobs = match self.jobs.len() {
+            0 => "no job".to_owned(),
+            1 => "1 job".to_owned(),
+            jobs => format!("{jobs} jobs"),
+        };
+        let taking = match (self.intake.is_leaving(), self.intake.is_drained()) {
+            (true, _) => "ends when it has none",
+            (false, true) => "drained by a person",
+            (false, false) if *self.room.borrow() != Room::Enough => "the spool is full",
+            (false, false) => "takes jobs",
+        };
+        let link = if connected { "connected" } else { "not connected" };
+        self.service.status(&format!("{link}; {jobs}; {taking}"));
     }
 
     /// Lets jobs go that nobody has asked `Go` for; the others stay for the next start.
     async fn leave(&mut self) {
+        self.service.stopping("leaves; its jobs go on");
         let unasked = |held: &Held| held.directory.stage() == Stage::Accepted;
         for held in self.jobs.values().filter(|held| unasked(held)) {
             let _ = held.tell(Told::GiveUp);
@@ -481,17 +530,5 @@ impl Agent {
         };
         let _ = tokio::time::timeout(FLUSH, flushed).await;
         tracing::info!(jobs = self.jobs.len(), "the runner leaves; its jobs go on");
-    }
-}
-
-impl Held {
-    fn tell(&self, told: Told) -> Result<(), lease::Error> {
-        match self.told.try_send(told) {
-            Ok(()) => Ok(()),
-            // Its task has ended; the event is on its way.
-            Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
-            // Nothing may be dropped: after a reconnect everything is said again.
-            Err(mpsc::error::TrySendError::Full(_)) => Err(lease::Error::Stuck),
-        }
     }
 }

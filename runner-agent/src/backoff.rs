@@ -47,6 +47,27 @@ mod tests {
     }
 
     #[test]
+    fn a_thousand_runners_come_back_spread_over_the_whole_interval() {
+        let cap = Duration::from_secs(20);
+        for failures in [0, 3, 10] {
+            let mut spread = [0; 10];
+            for runner in 0..1000 {
+                let mut backoff = Backoff::new(Duration::from_millis(200), cap);
+                for _ in 0..failures {
+                    backoff.next(1.0);
+                }
+                let ceiling = backoff.clone().next(1.0);
+                let wait = backoff.next(f64::from(runner) / 1000.0);
+                assert!(wait <= ceiling && ceiling <= cap);
+                let part = (wait.as_secs_f64() / ceiling.as_secs_f64() * 10.0) as usize;
+                spread[part.min(9)] += 1;
+            }
+            // As evenly as the fractions that were drawn.
+            assert!(spread.iter().all(|n| (99..=101).contains(n)), "{failures}: {spread:?}");
+        }
+    }
+
+    #[test]
     fn jitter_reaches_down_to_zero_and_never_above_the_ceiling() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
         assert_eq!(backoff.next(0.0), Duration::ZERO);

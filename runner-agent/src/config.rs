@@ -1,6 +1,8 @@
 //! Arguments and environment to a configuration that is checked before anything is dialled.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 use std::{env, fs, io};
 
 use clap::{Args, Parser, Subcommand};
@@ -8,8 +10,15 @@ use secrecy::{ExposeSecret, SecretString};
 use tonic::transport::Uri;
 
 use crate::Program;
+use crate::agent::OnSigterm;
+use crate::engine::{self, EngineArguments, EngineSettings};
+use crate::job::Phase;
 use crate::job_directory::longest_log;
+use crate::spool;
+use crate::supervisor::confine::{Confinement, Isolation};
 use crate::supervisor::environment::may_be_passed;
+use crate::supervisor::hooks::{AfterFailure, Hooks};
+use crate::supervisor::limits::{Limit, Limits};
 
 /// Runs Terraform jobs of a Latchkey control plane on this host.
 #[derive(Debug, Parser)]
@@ -22,10 +31,13 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Connects to the control plane and runs its jobs.
-    Run(Run),
+    Run(Box<Run>),
     /// Supervises one job; the agent starts it.
     #[command(hide = true)]
     Supervise { directory: PathBuf },
+    /// Tries what a job must not get; the agent starts it.
+    #[command(hide = true)]
+    Probe { directory: PathBuf },
 }
 
 #[derive(Debug, Args)]
@@ -46,9 +58,12 @@ pub(crate) struct Run {
     #[arg(long, env = "LATCHKEY_RUNNER_SLOTS", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=256))]
     slots: u32,
-    /// The terraform (or tofu) to run; looked for on PATH by default.
-    #[arg(long, env = "LATCHKEY_RUNNER_TERRAFORM", value_name = "PATH")]
-    terraform: Option<PathBuf>,
+    #[command(flatten)]
+    engines: EngineArguments,
+    /// Where provider packages are kept for the next `init`; in the work directory by default,
+    /// where jobs can read but not write it.
+    #[arg(long, env = "LATCHKEY_RUNNER_PROVIDER_CACHE", value_name = "DIR")]
+    provider_cache: Option<PathBuf>,
     /// An environment variable of the runner that jobs get too; may be repeated.
     #[arg(long, env = "LATCHKEY_RUNNER_PASS_ENV", value_name = "NAME", value_delimiter = ',')]
     pass_env: Vec<String>,
@@ -59,10 +74,65 @@ pub(crate) struct Run {
     #[arg(long, env = "LATCHKEY_RUNNER_LONGEST_LOG", default_value_t = longest_log(),
           value_parser = clap::value_parser!(u64).range(1 << 20..), value_name = "BYTES")]
     longest_log: u64,
+    /// How many bytes the jobs of this host may keep until they are sent; when that is reached,
+    /// their logs are cut and no job is taken. States are never dropped.
+    #[arg(long, env = "LATCHKEY_RUNNER_SPOOL_LIMIT", default_value_t = 4 << 30,
+          value_parser = clap::value_parser!(u64).range(1 << 20..), value_name = "BYTES")]
+    spool_limit: u64,
+    /// How many bytes of the disk are left free; the same happens below it.
+    #[arg(long, env = "LATCHKEY_RUNNER_LOW_WATER", default_value_t = 256 << 20,
+          value_name = "BYTES")]
+    low_water: u64,
+    /// What environments can ask of a runner of the pool; may be repeated.
+    #[arg(long, env = "LATCHKEY_RUNNER_LABELS", value_name = "KEY=VALUE", value_delimiter = ',')]
+    label: Vec<String>,
+    /// Takes jobs of this phase only.
+    #[arg(long, env = "LATCHKEY_RUNNER_ACCEPT", value_name = "PHASE")]
+    accept: Option<Accept>,
+    /// What the first SIGTERM or SIGINT means: finish what runs and take nothing new, or leave
+    /// at once while jobs go on without the agent, until the next start takes them up. A second
+    /// one cancels the jobs, a third one leaves.
+    #[arg(long, env = "LATCHKEY_RUNNER_ON_SIGTERM", value_enum, default_value = "drain")]
+    on_sigterm: OnSigterm,
+    /// Exits when it has had no job for so long, as 10m or 1h30m.
+    #[arg(long, env = "LATCHKEY_RUNNER_IDLE_TIMEOUT", value_name = "DURATION",
+          value_parser = duration)]
+    idle_timeout: Option<Duration>,
+    /// A limit of every process of a job: nofile, nproc or as, like nofile=4096,as=16g.
+    #[arg(
+        long,
+        env = "LATCHKEY_RUNNER_JOB_LIMIT",
+        value_name = "NAME=VALUE",
+        value_delimiter = ','
+    )]
+    job_limit: Vec<Limit>,
+    /// What to do when the host lacks a part of what keeps jobs apart.
+    #[arg(long, env = "LATCHKEY_RUNNER_ISOLATION", value_enum, default_value = "best-effort")]
+    isolation: Isolation,
+    /// A directory with the programs before-init, after-init, before-plan, after-plan,
+    /// before-apply and after-apply, as far as they are wanted.
+    #[arg(long, env = "LATCHKEY_RUNNER_HOOKS", value_name = "DIR")]
+    hooks: Option<PathBuf>,
+    /// How long one of them may take.
+    #[arg(long, env = "LATCHKEY_RUNNER_HOOK_TIMEOUT", value_name = "DURATION",
+          value_parser = duration, default_value = "5m")]
+    hook_timeout: Duration,
+    /// What it means when one after a step fails. One before a step always fails the phase.
+    #[arg(long, env = "LATCHKEY_RUNNER_HOOK_FAILURE", value_enum, default_value = "after=warn")]
+    hook_failure: AfterFailure,
     /// Exits after one job.
     #[arg(long)]
     once: bool,
 }
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Accept {
+    Plan,
+    Apply,
+}
+
+/// As many as a control plane takes.
+const MOST_LABELS: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -72,16 +142,26 @@ pub(crate) enum Error {
     Name,
     #[error("use --pass-env {0}: jobs must not get it from the host")]
     PassEnv(String),
+    #[error(
+        "use --label {0}: it must be KEY=VALUE, each 1 to 63 of a-z, A-Z, 0-9, '-', '_', '.', '/'"
+    )]
+    Label(String),
+    #[error("use --label: at most {MOST_LABELS}, each key once")]
+    Labels,
     #[error("read {path}")]
     Read {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
+    #[error("use --hooks {0}: it is no directory")]
+    Hooks(PathBuf),
     #[error("use the pool token: it must look like lkp_SECRET.FINGERPRINT")]
     PoolToken,
     #[error("find {0} in the present directory")]
     Absolute(PathBuf, #[source] io::Error),
+    #[error(transparent)]
+    Engines(#[from] engine::ArgumentError),
 }
 
 #[derive(Debug)]
@@ -92,10 +172,19 @@ pub(crate) struct Config {
     pub(crate) pool_token: Option<PoolToken>,
     pub(crate) name: String,
     pub(crate) slots: u32,
-    pub(crate) terraform: Option<PathBuf>,
+    pub(crate) engines: EngineSettings,
+    pub(crate) provider_cache: PathBuf,
     pub(crate) pass_env: Vec<String>,
     pub(crate) terraform_cli_config: Option<PathBuf>,
     pub(crate) longest_log: u64,
+    pub(crate) spool: spool::Limits,
+    pub(crate) labels: BTreeMap<String, String>,
+    /// The only phase it takes; `None` for both.
+    pub(crate) accepts: Option<Phase>,
+    pub(crate) on_sigterm: OnSigterm,
+    pub(crate) idle_timeout: Option<Duration>,
+    pub(crate) confinement: Confinement,
+    pub(crate) hooks: Hooks,
     pub(crate) lifetime: Lifetime,
     pub(crate) program: Program,
 }
@@ -158,20 +247,73 @@ impl Config {
                 Err(source) => return Err(Error::Read { path, source }),
             },
         };
+        let work_dir = absolute(run.work_dir)?;
+        let provider_cache = run.provider_cache.unwrap_or_else(|| work_dir.join("providers"));
+        let hooks = run.hooks.map(absolute).transpose()?;
+        if let Some(missing) = hooks.as_ref().filter(|directory| !directory.is_dir()) {
+            return Err(Error::Hooks(missing.clone()));
+        }
+        let hooks = Hooks { directory: hooks, timeout: run.hook_timeout, after: run.hook_failure };
+        let confinement = Confinement {
+            isolation: run.isolation,
+            limits: Limits::with(&run.job_limit),
+            hidden: Some(work_dir.clone()),
+            readable: Vec::new(),
+            writable: Vec::new(),
+        };
         Ok(Self {
+            confinement,
+            hooks,
             control_plane,
             host,
-            work_dir: absolute(run.work_dir)?,
+            engines: run.engines.check(&work_dir)?,
+            provider_cache: absolute(provider_cache)?,
+            work_dir,
             pool_token,
             name,
             slots: run.slots,
-            terraform: run.terraform.map(absolute).transpose()?,
             pass_env: run.pass_env,
             terraform_cli_config: run.terraform_cli_config.map(absolute).transpose()?,
             longest_log: run.longest_log,
+            spool: spool::Limits { spool: run.spool_limit, low_water: run.low_water },
+            labels: labels(&run.label)?,
+            accepts: run.accept.map(|accept| match accept {
+                Accept::Plan => Phase::Plan,
+                Accept::Apply => Phase::Apply,
+            }),
+            on_sigterm: run.on_sigterm,
+            idle_timeout: run.idle_timeout,
             lifetime: if run.once { Lifetime::OneJob } else { Lifetime::UntilStopped },
             program,
         })
+    }
+}
+
+fn labels(arguments: &[String]) -> Result<BTreeMap<String, String>, Error> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
+    let good = |text: &str| (1..=63).contains(&text.len()) && text.chars().all(plain);
+    let mut labels = BTreeMap::new();
+    for argument in arguments {
+        match argument.split_once('=') {
+            Some((key, value)) if good(key) && good(value) => {
+                if labels.insert(key.to_owned(), value.to_owned()).is_some() {
+                    return Err(Error::Labels);
+                }
+            }
+            Some(_) | None => return Err(Error::Label(argument.clone())),
+        }
+    }
+    if labels.len() > MOST_LABELS {
+        return Err(Error::Labels);
+    }
+    Ok(labels)
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed = text.parse::<jiff::SignedDuration>().map_err(|error| error.to_string())?;
+    match Duration::try_from(parsed) {
+        Ok(duration) if duration >= Duration::from_secs(1) => Ok(duration),
+        Ok(_) | Err(_) => Err("it must be a second or more".into()),
     }
 }
 
@@ -194,7 +336,7 @@ mod tests {
         let arguments = Arguments::try_parse_from(base.iter().chain(more)).unwrap();
         let Command::Run(run) = arguments.command else { panic!("that is `run`") };
         let program = Program { exe: "x".into(), prefix: Vec::new() };
-        match (Config::check(run, program), expect) {
+        match (Config::check(*run, program), expect) {
             (Ok(_), Ok(())) => {}
             (Err(error), Err(expect)) => assert!(error.to_string().contains(expect), "{error}"),
             (found, _) => panic!("{more:?}: {found:?}"),
@@ -211,6 +353,24 @@ mod tests {
         check(&[url[0], url[1], "--pass-env", "AWS_PROFILE"], Err("AWS_PROFILE"));
         check(&[url[0], url[1], "--pass-env", "A,B"], Ok(()));
         check(&[url[0], url[1], "--name", ""], Err("--name"));
+        check(&[url[0], url[1], "--label", "zone=eu-1", "--label", "os=linux"], Ok(()));
+        check(&[url[0], url[1], "--label", "zone"], Err("KEY=VALUE"));
+        check(&[url[0], url[1], "--label", "zone="], Err("KEY=VALUE"));
+        check(&[url[0], url[1], "--label", &format!("a={}", "x".repeat(64))], Err("KEY=VALUE"));
+        check(&[url[0], url[1], "--label", "a=1", "--label", "a=2"], Err("each key once"));
+        let many: Vec<String> = (0..17).map(|n| format!("--label=k{n}=v")).collect();
+        let many = url.iter().copied().chain(many.iter().map(String::as_str)).collect::<Vec<_>>();
+        check(&many, Err("at most 16"));
+    }
+
+    #[test]
+    fn a_duration_is_read_as_people_write_it() {
+        for (text, expect) in [("90s", 90), ("10m", 600), ("1h30m", 5400)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(expect)), "{text}");
+        }
+        for bad in ["", "0s", "-5m", "5", "soon"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::{Component, Path, PathBuf};
 use latchkey_proto::v1;
 use serde::{Deserialize, Serialize};
 
+use crate::engine;
+
 /// Why a frame's job is not one this runner can take.
 #[derive(Debug, thiserror::Error)]
 #[error("read the job: {field} {problem}")]
@@ -132,6 +134,10 @@ pub(crate) struct Spec {
     pub(crate) target: Vec<String>,
     pub(crate) replace: Vec<String>,
     pub(crate) has_state: bool,
+    /// `None` takes the runner's own.
+    #[serde(default)]
+    pub(crate) engine: Option<engine::Name>,
+    /// Exact; empty takes the runner's own.
     pub(crate) terraform_version: String,
     /// Set for an apply and only for it.
     pub(crate) approved: Option<Digests>,
@@ -150,6 +156,13 @@ impl Spec {
             v1::RunKind::Unspecified => {
                 return Err(Malformed { field: "kind", problem: "is not given" });
             }
+        };
+        let engine = match job.engine.as_str() {
+            "" => None,
+            name => Some(name.parse().map_err(|_| Malformed {
+                field: "engine",
+                problem: "is neither `terraform` nor `tofu`",
+            })?),
         };
         let approved = job.approved.map(|approved| Digests {
             plan: approved.plan_digest,
@@ -175,6 +188,7 @@ impl Spec {
             target: job.target,
             replace: job.replace,
             has_state: job.has_state,
+            engine,
             terraform_version: job.terraform_version,
             approved,
             queued_by: job.queued_by,
@@ -195,6 +209,8 @@ pub(crate) enum JobResult {
         change: u32,
         destroy: u32,
         import: u32,
+        #[serde(default)]
+        engine: engine::Name,
         terraform_version: String,
     },
     Apply {
@@ -214,18 +230,25 @@ impl JobResult {
 
     pub(crate) fn to_wire(&self) -> v1::finished::Result {
         match self {
-            Self::Plan { digests, applyable, add, change, destroy, import, terraform_version } => {
-                v1::finished::Result::Plan(v1::PlanFinished {
-                    digests: Some(digests.to_wire()),
-                    applyable: *applyable,
-                    add: *add,
-                    change: *change,
-                    destroy: *destroy,
-                    import: *import,
-                    terraform_version: terraform_version.clone(),
-                    engine: String::new(),
-                })
-            }
+            Self::Plan {
+                digests,
+                applyable,
+                add,
+                change,
+                destroy,
+                import,
+                engine,
+                terraform_version,
+            } => v1::finished::Result::Plan(v1::PlanFinished {
+                digests: Some(digests.to_wire()),
+                applyable: *applyable,
+                add: *add,
+                change: *change,
+                destroy: *destroy,
+                import: *import,
+                terraform_version: terraform_version.clone(),
+                engine: engine.program().into(),
+            }),
             Self::Apply { outputs_json } => v1::finished::Result::Apply(v1::ApplyFinished {
                 outputs_json: outputs_json.clone(),
             }),

@@ -14,9 +14,11 @@
 //! state/base, state/NNNN                 the state at the lease; every state written since
 //! work/                                  the configuration, or the restored workspace
 //! plan.bin, changes.json, workspace.tar.gz   what a plan makes
-//! errored.tfstate                        what terraform could not deliver
+//! errored.tfstate, state-dump.tfstate    what terraform could not deliver; what it printed then
 //! result.json                            how it ended; written last
 //! shipped/…                              hints: how much was acknowledged (repeats are harmless)
+//! shipped.json                           all of it was: what is left is to say so
+//! full                                   while the host's spool is full: the log takes no more
 //! ```
 //!
 //! A record is written to a temporary file, synced, renamed, and the directory synced.
@@ -31,11 +33,37 @@ use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::engine;
 use crate::job::{JobResult, Lease, Spec};
 use crate::random;
+use crate::supervisor::confine::Confinement;
+use crate::supervisor::hooks::Hooks;
+
+/// What terraform could not deliver, as it saved it.
+pub(crate) const ERRORED_STATE: &str = "errored.tfstate";
+
+/// The state that terraform printed because it could write it nowhere; the supervisor cuts it
+/// from the log.
+pub(crate) const STATE_DUMP: &str = "state-dump.tfstate";
+
+/// What the shipper notes when all was acknowledged.
+pub(crate) const SHIPPED: &str = "shipped.json";
 
 /// Go's plugin sockets live in TMPDIR, and a socket's path may have 107 bytes.
 const LONGEST_TMPDIR: usize = 80;
+
+/// What a directory that is set aside goes without: it is large, or was of use while it ran.
+const NOT_KEPT: &[&str] = &[
+    "work",
+    "restored",
+    "home",
+    "raw",
+    "archive.tar.gz",
+    "workspace.tar.gz",
+    "state/base",
+    "endpoints.json",
+    "credentials-token",
+];
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -70,13 +98,23 @@ pub(crate) enum Stage {
 /// What the agent's configuration contributes to a job. Names of variables, never values.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Settings {
+    #[serde(default)]
+    pub(crate) engine: engine::Name,
+    /// The engine's program.
     pub(crate) terraform: PathBuf,
     pub(crate) terraform_version: String,
+    /// Where provider packages are kept from one `init` to the next.
+    #[serde(default)]
+    pub(crate) provider_cache: Option<PathBuf>,
     pub(crate) pass_env: Vec<String>,
     pub(crate) terraform_cli_config: Option<PathBuf>,
     /// In bytes: how much of terraform's output the log takes.
     #[serde(default = "longest_log")]
     pub(crate) longest_log: u64,
+    #[serde(default)]
+    pub(crate) confinement: Confinement,
+    #[serde(default)]
+    pub(crate) hooks: Hooks,
 }
 
 /// What a control plane takes.
@@ -194,10 +232,7 @@ impl JobDirectory {
     }
 
     pub(crate) fn record_bytes(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        self.write_synced(&format!("{name}.new"), bytes)?;
-        let to = self.join(name);
-        fs::rename(self.join(&format!("{name}.new")), &to).map_err(io_error("name", &to))?;
-        sync_directory(to.parent().unwrap_or(&self.path))
+        replace(&self.path, name, bytes)
     }
 
     /// Writes a record, whole or not at all, that need not survive power loss.
@@ -249,6 +284,11 @@ impl JobDirectory {
         }
     }
 
+    /// Answers what the shipper has noted when all was acknowledged.
+    pub(crate) fn shipped_whole<T: DeserializeOwned>(&self) -> Option<T> {
+        self.read(SHIPPED).ok()
+    }
+
     /// Answers the private directory for temporary files.
     pub(crate) fn tmpdir(&self) -> PathBuf {
         // Terraform's programs could write the record, and the directory it names is removed.
@@ -298,15 +338,23 @@ impl JobDirectory {
         remove_tree(&gone)
     }
 
-    /// Takes the directory out of the jobs, into `kept` beside them, for a person.
-    pub(crate) fn set_aside(&self) -> Result<(), Error> {
+    /// Takes the directory out of the jobs, into `kept` beside them, for a person; answers where
+    /// it is. What only terraform needed is removed. All logs in `kept` together have at most
+    /// `cap` bytes: the oldest go first. States stay.
+    pub(crate) fn set_aside(&self, cap: u64) -> Result<PathBuf, Error> {
         let jobs = self.path.parent().unwrap_or(&self.path);
         let kept = jobs.with_file_name("kept");
         private_directory(&kept)?;
+        remove_tree(&self.tmpdir())?;
+        for name in NOT_KEPT {
+            remove_tree(&self.join(name))?;
+        }
         let to = kept.join(self.path.file_name().unwrap_or_default());
         fs::rename(&self.path, &to).map_err(io_error("set aside", &self.path))?;
         sync_directory(&kept)?;
-        sync_directory(jobs)
+        sync_directory(jobs)?;
+        hold_logs_to(&kept, cap)?;
+        Ok(to)
     }
 
     fn make_tmpdir(&self) -> Result<(), Error> {
@@ -321,15 +369,48 @@ impl JobDirectory {
     }
 
     fn write_synced(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        let path = self.join(name);
-        let write = || {
-            latchkey_failpoint::check("run.disk")?;
-            let mut file = create_private(&path)?;
-            file.write_all(bytes)?;
-            file.sync_all()
-        };
-        write().map_err(io_error("write", &path))
+        write_synced(&self.join(name), bytes)
     }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let write = || {
+        latchkey_failpoint::check("run.disk")?;
+        let mut file = create_private(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(io_error("write", path))
+}
+
+/// Puts a file in place of an older one, whole or not at all; it survives power loss once this
+/// returns.
+pub(crate) fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
+    let (draft, to) = (directory.join(format!("{name}.new")), directory.join(name));
+    write_synced(&draft, bytes)?;
+    fs::rename(&draft, &to).map_err(io_error("name", &to))?;
+    sync_directory(to.parent().unwrap_or(directory))
+}
+
+fn hold_logs_to(kept: &Path, cap: u64) -> Result<(), Error> {
+    let mut logs = Vec::new();
+    for entry in fs::read_dir(kept).map_err(io_error("list", kept))? {
+        let log = entry.map_err(io_error("list", kept))?.path().join("log");
+        if let Ok(found) = fs::metadata(&log) {
+            logs.push((found.modified().ok(), found.len(), log));
+        }
+    }
+    logs.sort();
+    let mut total: u64 = logs.iter().map(|(_, bytes, _)| bytes).sum();
+    for (_, bytes, log) in logs {
+        if total <= cap {
+            break;
+        }
+        tracing::error!(log = %log.display(), bytes, "a log that was kept is removed: too many");
+        fs::remove_file(&log).map_err(io_error("remove", &log))?;
+        total -= bytes;
+    }
+    Ok(())
 }
 
 /// Opens a new or emptied file that only this user can read.
@@ -354,9 +435,12 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     serde_json::to_vec(value).expect("our records have string keys and no failing serializers")
 }
 
-/// Removes a tree without following links, also where terraform took our own permission away.
+/// Removes a tree or a file without following links, also where terraform took our own permission away.
 fn remove_tree(path: &Path) -> Result<(), Error> {
     match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return fs::remove_file(path).map_err(io_error("remove", path));
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
         other => return other.map_err(io_error("remove", path)),
@@ -395,6 +479,7 @@ pub(crate) mod tests {
             target: Vec::new(),
             replace: Vec::new(),
             has_state: false,
+            engine: None,
             terraform_version: String::new(),
             approved: None,
             queued_by: "ada".into(),
@@ -405,11 +490,15 @@ pub(crate) mod tests {
 
     pub(crate) fn settings() -> Settings {
         Settings {
+            engine: engine::Name::Terraform,
             terraform: "terraform".into(),
             terraform_version: "1.0.0".into(),
+            provider_cache: None,
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: longest_log(),
+            confinement: Confinement::default(),
+            hooks: Hooks::default(),
         }
     }
 
@@ -504,6 +593,28 @@ pub(crate) mod tests {
         assert!(tmp.as_os_str().len() <= LONGEST_TMPDIR && tmp.is_dir());
         dir.wipe().unwrap();
         assert!(!tmp.exists());
+    }
+
+    #[test]
+    fn what_is_set_aside_keeps_its_state_and_the_oldest_logs_go_first() {
+        let base = tempfile::tempdir().unwrap();
+        let jobs = base.path().join("jobs");
+        private_directory(&jobs).unwrap();
+        let mut kept = Vec::new();
+        for run_id in ["r1", "r2"] {
+            let lease = lease(run_id, Phase::Apply);
+            let dir = JobDirectory::create(&jobs, &lease, &spec(), &settings()).unwrap();
+            for name in ["log", "state/0001", "work/main.tf", "state/base"] {
+                fs::write(dir.join(name), "x".repeat(100)).unwrap();
+            }
+            kept.push(dir.set_aside(150).unwrap());
+        }
+        assert!(fs::read_dir(&jobs).unwrap().next().is_none());
+        for path in &kept {
+            assert!(path.join("state/0001").exists() && path.join("lease.json").exists());
+            assert!(!path.join("work").exists() && !path.join("state/base").exists());
+        }
+        assert!(!kept[0].join("log").exists() && kept[1].join("log").exists());
     }
 
     #[test]

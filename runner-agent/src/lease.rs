@@ -7,18 +7,21 @@
 
 use std::time::Duration;
 
-use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame as Request;
 use latchkey_proto::v1::lease_response::Frame as Response;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
+use latchkey_proto::v1::{self, Reason};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
+use tonic_types::StatusExt;
 
 /// For the first answer, and for `Welcome`.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+const CLOSE: Duration = Duration::from_secs(2);
 
 /// Missed answers to heartbeats after which the connection counts as dead.
 const MISSED: u32 = 3;
@@ -27,6 +30,8 @@ const MISSED: u32 = 3;
 pub(crate) enum Error {
     #[error("lease jobs: {0:?}: {1}")]
     Refused(tonic::Code, String),
+    #[error("lease jobs: the control plane runs on an old copy of its data: {0}")]
+    HistoryLost(String),
     #[error("lease jobs: the control plane did not answer in time")]
     Silent,
     #[error("lease jobs: the control plane closed the stream")]
@@ -44,6 +49,9 @@ pub(crate) struct Connection {
     interval: Duration,
     next_heartbeat: Instant,
     last_renewed: Instant,
+    /// Heartbeats sent, and answers to them.
+    beats: u64,
+    renewals: u64,
 }
 
 /// What a connection brings.
@@ -79,12 +87,42 @@ impl Connection {
             .clamp(Duration::from_millis(50), Duration::from_secs(300));
         let now = Instant::now();
         let next_heartbeat = now + interval;
-        Ok((Self { outbound, inbound, interval, next_heartbeat, last_renewed: now }, welcome))
+        let connection = Self {
+            outbound,
+            inbound,
+            interval,
+            next_heartbeat,
+            last_renewed: now,
+            beats: 0,
+            renewals: 0,
+        };
+        Ok((connection, welcome))
     }
 
     /// Sends a frame without waiting: a connection that takes none is as good as dead.
     pub(crate) fn send(&self, request: Request) -> Result<(), Error> {
         self.outbound.try_send(frame(request)).map_err(|_| Error::Stuck)
+    }
+
+    /// Sends a heartbeat, and answers its number.
+    pub(crate) fn beat(&mut self, held: Vec<v1::LeaseRef>) -> Result<u64, Error> {
+        self.send(Request::Heartbeat(v1::Heartbeat { held }))?;
+        self.beats += 1;
+        Ok(self.beats)
+    }
+
+    /// Answers how many heartbeats were answered.
+    pub(crate) fn renewals(&self) -> u64 {
+        self.renewals
+    }
+
+    /// Ends the stream behind what was sent: waits, not for long, until the other side has ended
+    /// it too.
+    pub(crate) async fn close(self) {
+        let Self { outbound, mut inbound, .. } = self;
+        drop(outbound);
+        let ended = async { while let Ok(Some(_)) = inbound.message().await {} };
+        let _ = tokio::time::timeout(CLOSE, ended).await;
     }
 
     /// Waits for the next frame or heartbeat. Safe to abandon and call again.
@@ -95,6 +133,7 @@ impl Connection {
                     match response.map_err(refused)?.ok_or(Error::Closed)?.frame {
                         Some(frame @ Response::Renewed(_)) => {
                             self.last_renewed = Instant::now();
+                            self.renewals += 1;
                             return Ok(Incoming::Frame(Box::new(frame)));
                         }
                         Some(frame) => return Ok(Incoming::Frame(Box::new(frame))),
@@ -119,5 +158,9 @@ fn frame(frame: Request) -> v1::LeaseRequest {
 }
 
 fn refused(status: tonic::Status) -> Error {
+    let details = status.get_error_details();
+    if details.error_info().is_some_and(|info| info.reason == Reason::HistoryLost.name()) {
+        return Error::HistoryLost(status.message().to_owned());
+    }
     Error::Refused(status.code(), status.message().to_owned())
 }

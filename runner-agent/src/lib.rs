@@ -15,12 +15,15 @@ mod digest;
 mod engine;
 mod enroll;
 mod extract;
+mod host;
 mod job;
 mod job_directory;
 mod lease;
+mod provider_cache;
 mod random;
 mod root_module;
 mod ship;
+mod spool;
 mod supervisor;
 mod untrusted;
 mod workspace;
@@ -33,6 +36,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
+
+pub use crate::engine::at_hand as engine_at_hand;
 
 use crate::config::{Arguments, Command, Config};
 
@@ -71,11 +76,17 @@ pub fn run(args: impl IntoIterator<Item = OsString>, program: Program) -> anyhow
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     match arguments.command {
         Command::Run(run) => {
-            let config = Config::check(run, program).context("failed to start the runner")?;
+            let config = Config::check(*run, program).context("failed to start the runner")?;
+            supervisor::harden().context("failed to keep secrets in memory")?;
             agent::run(config).context("failed to run the agent")
         }
         Command::Supervise { directory } => {
             supervisor::supervise(&directory).context("failed to supervise the job")
+        }
+        Command::Probe { directory } => {
+            let found = supervisor::isolation::attempt(&directory);
+            found.context("failed to say what was found")?;
+            Ok(ExitCode::SUCCESS)
         }
     }
 }

@@ -1,9 +1,13 @@
 //! From the job directory to the control plane, by offset and epoch.
 //!
 //! Everything here can be repeated: log bytes carry their offset, states their number, artifacts
-//! their digest. So a failure is answered by trying again, with jitter, but for two: `LEASE_LOST`
-//! means that nobody wants it any more, and what is malformed, too large or does not fit stays
-//! so. A state that is refused is brought as what terraform could not deliver.
+//! their digest. So a failure is answered by trying again, with jitter, but for what is malformed,
+//! too large or does not fit: that stays so. A state that is refused is brought as what terraform
+//! could not deliver.
+//!
+//! `LEASE_LOST` alone is no reason to stop: a control plane on an old copy of its data would say
+//! it of everything. It is believed once the lease stream says so too (`Standing`). Then all that
+//! the job has is brought to quarantine, after its end.
 
 use std::fs::File;
 use std::io;
@@ -13,6 +17,8 @@ use std::time::Duration;
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
+use prost::Message;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,7 +29,7 @@ use tonic_types::StatusExt;
 use crate::backoff::Backoff;
 use crate::digest::{self, Digester};
 use crate::job::{Failure as JobFailure, JobResult, Lease};
-use crate::job_directory::{self, JobDirectory, create_private};
+use crate::job_directory::{self, ERRORED_STATE, JobDirectory, STATE_DUMP, create_private};
 use crate::random;
 use crate::supervisor::control::{Stage, Status};
 use crate::supervisor::log::LONGEST_LINE;
@@ -43,38 +49,48 @@ pub(crate) enum Error {
     Directory(#[from] job_directory::Error),
 }
 
-/// Whether the control plane has something, in the run or in its quarantine.
+/// Whether the control plane has something.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Delivery {
     Acknowledged,
-    LeaseLost,
     /// For good, with the control plane's sentence.
     Refused(String),
 }
 
 /// What became of everything a job made.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Shipped {
     /// What the control plane has of the log.
     pub(crate) log_length: u64,
-    pub(crate) wanted: Wanted,
     /// Set when something of weight was refused: then the job did not end as it says.
     pub(crate) instead: Option<JobResult>,
     pub(crate) remains: Remains,
 }
 
-/// Whether anything at all was taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wanted {
-    Yes,
-    No,
-}
-
 /// Whether the only copy of a state is on this host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Remains {
     Nothing,
     State,
+}
+
+/// What became of what a lost lease left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Quarantined {
+    Whole,
+    /// Of a part at least, this host has the only copy.
+    Refused,
+}
+
+/// What is known of the lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Stands,
+    /// A heartbeat was answered without it.
+    InDoubt,
+    /// For good.
+    Lost,
 }
 
 pub(crate) enum Fetched {
@@ -88,6 +104,7 @@ pub(crate) struct Shipper {
     client: RunnerServiceClient<Channel>,
     lease: Lease,
     directory: JobDirectory,
+    standing: watch::Sender<Standing>,
 }
 
 enum Failure {
@@ -105,7 +122,32 @@ impl Shipper {
         lease: Lease,
         directory: JobDirectory,
     ) -> Self {
-        Self { client, lease, directory }
+        Self { client, lease, directory, standing: watch::channel(Standing::Stands).0 }
+    }
+
+    /// By `Welcome`.
+    pub(crate) fn lease_stands(&self) {
+        self.stand(|standing| standing == Standing::InDoubt, Standing::Stands);
+    }
+
+    /// By the answer to a heartbeat.
+    pub(crate) fn lease_is_in_doubt(&self) {
+        self.stand(|standing| standing == Standing::Stands, Standing::InDoubt);
+    }
+
+    /// By `Welcome` or `Revoke`.
+    pub(crate) fn lease_is_lost(&self) {
+        self.stand(|_| true, Standing::Lost);
+    }
+
+    fn stand(&self, from: impl Fn(Standing) -> bool, to: Standing) {
+        self.standing.send_if_modified(|standing| {
+            let moves = *standing != to && from(*standing);
+            if moves {
+                *standing = to;
+            }
+            moves
+        });
     }
 
     /// Fetches what the job needs into a file.
@@ -141,55 +183,122 @@ impl Shipper {
     }
 
     /// Follows a job to its end, and answers when all it made is acknowledged: log and states as
-    /// they grow, then the artifacts.
-    pub(crate) async fn ship_all(&self, status: watch::Receiver<Status>) -> Result<Shipped, Error> {
+    /// they grow, then the artifacts. Answers `None` at the end of a job whose lease is lost.
+    pub(crate) async fn ship_all(
+        &self,
+        mut status: watch::Receiver<Status>,
+    ) -> Result<Option<Shipped>, Error> {
+        let mut standing = self.standing.subscribe();
+        tokio::select! {
+            shipped = self.ship(&status) => return shipped.map(Some),
+            // Its sender is here.
+            _ = standing.wait_for(|standing| *standing == Standing::Lost) => {}
+        }
+        if status.wait_for(|status| status.stage() == Stage::Ended).await.is_err() {
+            // The job is being left behind with the agent.
+            std::future::pending::<()>().await;
+        }
+        Ok(None)
+    }
+
+    async fn ship(&self, status: &watch::Receiver<Status>) -> Result<Shipped, Error> {
         use v1::ArtifactKind::{Changes, ErroredState, Workspace};
         let ((log, length), states) =
             tokio::try_join!(self.follow_log(status.clone()), self.follow_states(status.clone()))?;
-        let mut shipped = Shipped {
-            log_length: length,
-            wanted: Wanted::No,
-            instead: None,
-            remains: Remains::Nothing,
-        };
+        let mut shipped = Shipped { log_length: length, instead: None, remains: Remains::Nothing };
         if let Delivery::Refused(reason) = &log {
             tracing::error!(%reason, length, "the log is refused from here on");
         }
-        shipped.count(&log);
         if let Some((sequence, reason)) = states.iter().find_map(refused) {
             tracing::error!(%reason, sequence, "a state is refused");
             let reason = format!("terraform's state was not accepted: {reason}");
             shipped.instead = Some(JobResult::failed(JobFailure::StateUndelivered, reason));
         }
-        states.iter().for_each(|(_, delivery)| shipped.count(delivery));
         if matches!(self.directory.result(), Ok(JobResult::Plan { .. })) {
             for (kind, name) in [(Workspace, "workspace.tar.gz"), (Changes, "changes.json")] {
-                let delivery = self.upload(kind, &self.directory.join(name), 0).await?;
-                shipped.count(&delivery);
-                if let Delivery::Refused(reason) = delivery {
+                if let Delivery::Refused(reason) =
+                    self.upload(kind, &self.directory.join(name), 0).await?
+                {
                     let reason = format!("{name} was not accepted: {reason}");
                     shipped.instead = Some(JobResult::failed(JobFailure::Errored, reason));
                 }
             }
         }
-        let errored = self.directory.join("errored.tfstate");
-        let left = match (errored.exists(), states.last()) {
-            (true, _) => Some(errored),
-            // The newest stands for all: it is what the others became. That nobody wants it is
-            // no reason to lose it.
-            (false, Some((sequence, Delivery::Refused(_) | Delivery::LeaseLost))) => {
-                Some(self.directory.join(&JobDirectory::state_name(*sequence)))
+        let errored = self.directory.join(ERRORED_STATE);
+        let mut left = Vec::new();
+        match (errored.exists(), states.last()) {
+            (true, _) => left.push((ErroredState, errored)),
+            // The newest stands for all: it is what the others became.
+            (false, Some((sequence, Delivery::Refused(_)))) => {
+                left.push((
+                    ErroredState,
+                    self.directory.join(&JobDirectory::state_name(*sequence)),
+                ));
             }
-            (false, Some((_, Delivery::Acknowledged)) | None) => None,
-        };
-        if let Some(left) = left {
-            let delivery = self.upload(ErroredState, &left, 0).await?;
-            shipped.count(&delivery);
-            if delivery != Delivery::Acknowledged {
+            (false, Some((_, Delivery::Acknowledged)) | None) => {}
+        }
+        let dump = self.directory.join(STATE_DUMP);
+        if dump.exists() {
+            left.push((v1::ArtifactKind::StateDump, dump));
+        }
+        for (kind, path) in left {
+            if let Delivery::Refused(reason) = self.upload(kind, &path, 0).await? {
+                tracing::error!(%reason, kind = kind.as_str_name(), "a state is refused");
                 shipped.remains = Remains::State;
             }
         }
         Ok(shipped)
+    }
+
+    /// Brings all that a job has left, which has ended and whose lease is lost: to be kept beside
+    /// the run. Safe to repeat.
+    pub(crate) async fn quarantine(&self, finished: &v1::Finished) -> Result<Quarantined, Error> {
+        use v1::ArtifactKind::{ErroredState, Log, Result, State, StateDump};
+        self.directory.note("finished", &finished.encode_to_vec())?;
+        let newest = self.directory.states()?.last().copied().unwrap_or(0);
+        let mut whole = Quarantined::Whole;
+        // What matters most goes first.
+        for (kind, name, sequence) in [
+            (State, JobDirectory::state_name(newest), newest),
+            (ErroredState, ERRORED_STATE.to_owned(), 0),
+            (StateDump, STATE_DUMP.to_owned(), 0),
+            (Result, "finished".to_owned(), 0),
+            (Log, "log".to_owned(), 0),
+        ] {
+            let path = self.directory.join(&name);
+            if std::fs::metadata(&path).map_or(0, |found| found.len()) == 0 {
+                continue;
+            }
+            if let Some(reason) = self.bring(kind, &path, sequence).await? {
+                let run_id = &self.lease.run_id;
+                let kind = kind.as_str_name();
+                tracing::warn!(%run_id, epoch = self.lease.epoch, kind, %reason, "not quarantined");
+                whole = Quarantined::Refused;
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Answers why it is not taken.
+    async fn bring(
+        &self,
+        kind: v1::ArtifactKind,
+        path: &Path,
+        sequence: u64,
+    ) -> Result<Option<String>, Error> {
+        let header = self.header(kind, path, sequence).await?;
+        let mut backoff = backoff();
+        loop {
+            match self.upload_once(&header, path).await {
+                Ok(()) => return Ok(None),
+                Err(Failure::LeaseLost) => return Ok(Some("the lease was never known".into())),
+                Err(Failure::Refused(reason)) => return Ok(Some(reason)),
+                Err(Failure::Local(error)) => return Err(error),
+                Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
+                    self.pause(&mut backoff, "bring something to quarantine", &failure).await;
+                }
+            }
+        }
     }
 
     async fn follow_states(
@@ -221,33 +330,36 @@ impl Shipper {
         }
     }
 
-    async fn upload(
+    async fn header(
         &self,
         kind: v1::ArtifactKind,
         path: &Path,
         sequence: u64,
-    ) -> Result<Delivery, Error> {
+    ) -> Result<v1::ArtifactHeader, Error> {
         let of = path.to_owned();
         let digest = tokio::task::spawn_blocking(move || digest::of_file(&of))
             .await
             .map_err(|error| Error::Read(io::Error::other(error)))?
             .map_err(Error::Read)?;
         let size = std::fs::metadata(path).map_err(Error::Read)?.len();
-        let header = v1::ArtifactHeader {
-            lease: Some(self.lease.to_wire()),
-            kind: kind.into(),
-            digest,
-            size,
-            sequence,
-        };
+        let lease = Some(self.lease.to_wire());
+        Ok(v1::ArtifactHeader { lease, kind: kind.into(), digest, size, sequence })
+    }
+
+    async fn upload(
+        &self,
+        kind: v1::ArtifactKind,
+        path: &Path,
+        sequence: u64,
+    ) -> Result<Delivery, Error> {
+        let header = self.header(kind, path, sequence).await?;
         let mut backoff = backoff();
         loop {
             match self.upload_once(&header, path).await {
                 Ok(()) => return Ok(Delivery::Acknowledged),
-                Err(Failure::LeaseLost) => return Ok(Delivery::LeaseLost),
                 Err(Failure::Refused(reason)) => return Ok(Delivery::Refused(reason)),
                 Err(Failure::Local(error)) => return Err(error),
-                Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
+                Err(failure @ (Failure::Again(_) | Failure::Offset(_) | Failure::LeaseLost)) => {
                     self.pause(&mut backoff, "upload an artifact", &failure).await;
                 }
             }
@@ -298,7 +410,6 @@ impl Shipper {
             let before = acknowledged;
             match self.log_stream(&mut status, &mut acknowledged).await {
                 Ok(()) => return Ok((Delivery::Acknowledged, acknowledged)),
-                Err(Failure::LeaseLost) => return Ok((Delivery::LeaseLost, acknowledged)),
                 Err(Failure::Refused(reason)) => {
                     return self.without_log(status, reason, acknowledged).await;
                 }
@@ -312,7 +423,7 @@ impl Shipper {
                         self.pause(&mut backoff, "append to the log", &failure).await;
                     }
                 }
-                Err(failure @ Failure::Again(_)) => {
+                Err(failure @ (Failure::Again(_) | Failure::LeaseLost)) => {
                     if acknowledged > before {
                         backoff.reset();
                     }
@@ -403,6 +514,9 @@ impl Shipper {
     }
 
     async fn pause(&self, backoff: &mut Backoff, what: &str, failure: &Failure) {
+        if matches!(failure, Failure::LeaseLost) {
+            self.stand(|standing| standing == Standing::InDoubt, Standing::Lost);
+        }
         let reason = match failure {
             Failure::Again(reason) => reason.clone(),
             Failure::Offset(expected) => format!("offset {expected} is expected"),
@@ -417,19 +531,10 @@ impl Shipper {
     }
 }
 
-impl Shipped {
-    fn count(&mut self, delivery: &Delivery) {
-        match delivery {
-            Delivery::Acknowledged | Delivery::Refused(_) => self.wanted = Wanted::Yes,
-            Delivery::LeaseLost => {}
-        }
-    }
-}
-
 fn refused((sequence, delivery): &(u64, Delivery)) -> Option<(u64, String)> {
     match delivery {
         Delivery::Refused(reason) => Some((*sequence, reason.clone())),
-        Delivery::Acknowledged | Delivery::LeaseLost => None,
+        Delivery::Acknowledged => None,
     }
 }
 

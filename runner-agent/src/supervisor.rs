@@ -11,13 +11,18 @@
 //! that finds `exec` has a dead predecessor (`succession`).
 
 mod apply;
+pub(crate) mod confine;
 pub(crate) mod control;
 mod credentials_endpoint;
 pub(crate) mod environment;
+pub(crate) mod hooks;
+pub(crate) mod isolation;
+pub(crate) mod limits;
 pub(crate) mod log;
 #[cfg(test)]
-mod loopback;
+pub(crate) mod loopback;
 mod mask;
+pub(crate) mod orphans;
 mod plan;
 mod plan_changes;
 mod state_endpoint;
@@ -41,6 +46,7 @@ use rustix::process::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use self::confine::Cage;
 use self::control::{Order, Stage, Status};
 use self::credentials_endpoint::{CredentialsEndpoint, Session};
 use self::environment::{CredentialsAccess, Sources, StateAccess};
@@ -50,6 +56,7 @@ use self::state_endpoint::StateEndpoint;
 use self::succession::Endpoints;
 use self::terraform::{Cancel, Terraform};
 use self::variables::Variables;
+use crate::agent::ENGINE_NOTE;
 use crate::job::{Failure, JobResult, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, Settings, create_private};
 
@@ -58,6 +65,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
 
 /// What terraform shows to get its credentials.
 const TOKEN_FILE: &str = "credentials-token";
+
+/// Terraform's own configuration, where the runner names none: an empty one, so that the host's is
+/// never used.
+const CLI_CONFIG: &str = "terraformrc";
 
 /// What the supervisor prints when it listens.
 pub(crate) const READY: &str = "supervisor ready";
@@ -70,6 +81,8 @@ pub(crate) enum Error {
     Listen(#[source] io::Error),
     #[error("serve terraform")]
     Endpoint(#[source] io::Error),
+    #[error("keep the job apart from others")]
+    Confine(#[source] io::Error),
     #[error("digest what was planned")]
     Digest(#[source] io::Error),
     #[error("finish a background task")]
@@ -97,10 +110,18 @@ fn isolate() -> io::Result<()> {
     // Signals of the agent's terminal or session end the agent, not the job.
     setsid()?;
     umask(Mode::from_raw_mode(0o077));
-    // A core would hold the session credentials.
+    harden()?;
+    rustix::thread::set_no_new_privs(true)?;
+    // What leaves its parent, and even its session, is found and ended.
+    orphans::adopt()?;
+    Ok(())
+}
+
+/// Keeps what is in memory there: credentials on their way, and the runner's key.
+pub(crate) fn harden() -> io::Result<()> {
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
-    // So would a debugger, and whatever terraform runs has our user. What we start is dumpable
-    // again.
+    // A core would hold them. So would a debugger, and whatever terraform runs has our user. What
+    // we start is dumpable again.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())
 }
@@ -117,7 +138,7 @@ async fn serve(directory: JobDirectory) -> Result<(), Error> {
     }
     // What a predecessor made durable is told from the first frame on.
     let states = directory.states()?.last().copied().unwrap_or(0);
-    let (status, _) = watch::channel(Status { states, ..Status::default() });
+    let (status, _) = watch::channel(Status { states, protocol: control::PROTOCOL, ..Status::default() });
     let (orders_to, orders) = mpsc::channel(16);
     let listener = control::listen(directory.path()).map_err(Error::Listen)?;
     let serving = tokio::spawn(control::serve(listener, orders_to, status.subscribe()));
@@ -168,11 +189,17 @@ impl Supervisor {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Isolate)?;
         let deadline = tokio::time::sleep(LONGEST_WAIT);
         tokio::pin!(deadline);
-        let order = tokio::select! {
-            order = self.orders.recv() => order,
-            () = &mut deadline => None,
-            _ = terminate.recv() => None,
-            _ = interrupt.recv() => None,
+        let order = loop {
+            let order = tokio::select! {
+                order = self.orders.recv() => order,
+                () = &mut deadline => None,
+                _ = terminate.recv() => None,
+                _ = interrupt.recv() => None,
+            };
+            // There is no log to say it in yet.
+            if !matches!(order, Some(Order::Note(_))) {
+                break order;
+            }
         };
         match order {
             Some(Order::Go(go)) => self.go(go).await,
@@ -188,7 +215,7 @@ impl Supervisor {
                 let reason = "canceled before terraform was started";
                 self.finish(&log, &JobResult::failed(Failure::Canceled, reason)).await
             }
-            Some(Order::Withdraw(_) | Order::GiveUp(_)) | None => Ok(()),
+            Some(Order::Withdraw(_) | Order::GiveUp(_) | Order::Note(_)) | None => Ok(()),
         }
     }
 
@@ -243,14 +270,23 @@ impl Supervisor {
         // Whoever stops the host signals terraform too; it must find its endpoints to the end.
         let mut terminate = signal(SignalKind::terminate()).map_err(Error::Isolate)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Isolate)?;
+        let environment =
+            self.environment(&variables, &state, credentials.as_ref(), &token_file)?;
+        let cage = Cage::of(&self.directory, &self.settings).map_err(Error::Confine)?;
+        let log = self.log(masker)?;
+        if let Ok(note) = std::fs::read_to_string(self.directory.join(ENGINE_NOTE)) {
+            log.own("note", "info", &note, serde_json::Value::Null);
+        }
         let terraform = Terraform {
             program: self.settings.terraform.clone(),
             root: self.directory.root(&self.spec),
             directory: self.directory.clone(),
-            environment: self.environment(&variables, &state, credentials.as_ref(), &token_file)?,
+            environment,
+            cage,
             cancel,
+            running: orphans::Running::default(),
+            log: log.clone(),
         };
-        let log = self.log(masker)?;
         let mut running = Running {
             directory: self.directory.clone(),
             lease: self.lease.clone(),
@@ -305,6 +341,7 @@ impl Supervisor {
                         credentials.iter().for_each(CredentialsEndpoint::withdraw);
                     }
                 }
+                Order::Note(text) => log.own("note", "warn", &text, serde_json::Value::Null),
                 Order::Refuse(_) => {}
             }
         };
@@ -394,8 +431,7 @@ impl Supervisor {
         credentials: Option<&CredentialsEndpoint>,
         token_file: &Path,
     ) -> Result<std::collections::BTreeMap<String, std::ffi::OsString>, Error> {
-        let own_config = self.directory.join("terraformrc");
-        // An empty one, so that the host's is never used.
+        let own_config = self.directory.join(CLI_CONFIG);
         create_private(&own_config).map_err(Error::Endpoint)?;
         let passed = self.settings.pass_env.iter();
         Ok(environment::build(Sources {

@@ -70,6 +70,24 @@ pub(crate) struct Settings {
     /// AWS region
     #[arg(long)]
     region: Option<String>,
+    /// A label that runners must have; may be repeated, and replaces those before
+    #[arg(long = "runner-label", value_name = "NAME=VALUE", value_parser = parse_label)]
+    runner_labels: Vec<(String, String)>,
+    /// Demand no labels any more
+    #[arg(long, conflicts_with = "runner_labels")]
+    no_runner_labels: bool,
+    /// What executes the jobs: terraform or tofu; '' takes the runner's own
+    #[arg(long, value_name = "NAME", value_parser = ["terraform", "tofu", ""], hide_possible_values = true)]
+    engine: Option<String>,
+    /// Exact version of the engine for plans, such as 1.9.0; '' takes the runner's own. An apply
+    /// uses what made its plan
+    #[arg(long, value_name = "VERSION")]
+    engine_version: Option<String>,
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write it as NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -198,7 +216,9 @@ impl Settings {
                 session_duration: self.session_duration,
                 plain_credentials: plain.into(),
                 region: self.region.unwrap_or_default(),
-                ..Default::default()
+                runner_labels: self.runner_labels.into_iter().collect(),
+                engine: self.engine.unwrap_or_default(),
+                engine_version: self.engine_version.unwrap_or_default(),
             }),
             request_id: Uuid::new_v4().to_string(),
         }
@@ -209,6 +229,7 @@ impl Settings {
         organization: String,
         environment: String,
     ) -> Result<v1::UpdateEnvironmentRequest, Failure> {
+        let replaces_labels = self.no_runner_labels || !self.runner_labels.is_empty();
         let request = v1::UpdateEnvironmentRequest {
             mfa_policy: self.mfa_policy.map(|policy| v1::MfaPolicy::from(policy).into()),
             auto_apply: self.auto_apply,
@@ -219,6 +240,10 @@ impl Settings {
                 .plain_credentials
                 .map(|plain| v1::PlainCredentials::from(plain).into()),
             region: self.region,
+            runner_labels: replaces_labels
+                .then(|| v1::RunnerLabels { labels: self.runner_labels.into_iter().collect() }),
+            engine: self.engine,
+            engine_version: self.engine_version,
             ..Default::default()
         };
         if request == v1::UpdateEnvironmentRequest::default() {
@@ -228,5 +253,44 @@ impl Settings {
             });
         }
         Ok(v1::UpdateEnvironmentRequest { organization, environment, ..request })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn update(args: &[&str]) -> v1::UpdateEnvironmentRequest {
+        let line = Line::try_parse_from([&["set"], args].concat()).unwrap();
+        line.settings.update("acme".into(), "web".into()).unwrap()
+    }
+
+    #[test]
+    fn labels_replace_those_before_and_can_be_taken_away() {
+        let set = update(&["--runner-label", "gpu=yes", "--runner-label", "zone=a"]);
+        assert_eq!(set.runner_labels.unwrap().labels.len(), 2);
+        let none = update(&["--no-runner-labels"]);
+        assert!(none.runner_labels.unwrap().labels.is_empty());
+        assert!(update(&["--region", "eu-central-1"]).runner_labels.is_none());
+        assert!(Line::try_parse_from(["set", "--runner-label", "gpu"]).is_err());
+    }
+
+    #[test]
+    fn an_engine_is_named_or_taken_back() {
+        let set = update(&["--engine", "tofu", "--engine-version", "1.9.0"]);
+        assert_eq!(
+            (set.engine.as_deref(), set.engine_version.as_deref()),
+            (Some("tofu"), Some("1.9.0"))
+        );
+        assert_eq!(update(&["--engine", ""]).engine.as_deref(), Some(""));
+        assert!(Line::try_parse_from(["set", "--engine", "pulumi"]).is_err());
     }
 }

@@ -1,10 +1,13 @@
 //! Environments and variables, as programs and people see them.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use latchkey_proto::v1;
 
 use crate::output::{fields, table};
+use crate::view::pool::labels;
 use crate::words::{Word, human_duration, time};
 
 #[derive(Debug, Serialize)]
@@ -19,6 +22,9 @@ pub(crate) struct EnvironmentView {
     session_duration_seconds: Option<i64>,
     plain_credentials: String,
     region: String,
+    runner_labels: BTreeMap<String, String>,
+    engine: Option<String>,
+    engine_version: Option<String>,
     create_time: Option<String>,
     active_run_id: Option<String>,
     frozen: Option<FrozenView>,
@@ -59,6 +65,9 @@ impl EnvironmentView {
             session_duration_seconds: settings.session_duration.map(|duration| duration.seconds),
             plain_credentials: settings.plain_credentials().snake(),
             region: settings.region,
+            runner_labels: settings.runner_labels.into_iter().collect(),
+            engine: some(&settings.engine),
+            engine_version: some(&settings.engine_version),
             working_directory: settings.working_directory,
             create_time: time(environment.create_time.as_ref()),
             active_run_id: some(&environment.active_run_id),
@@ -74,6 +83,9 @@ impl EnvironmentView {
     pub(crate) fn human(&self) -> String {
         let auto_apply = if self.auto_apply { "yes" } else { "no" };
         let pool = self.pool.clone().unwrap_or_else(|| "none: runs wait".to_owned());
+        let version = self.engine_version.clone().unwrap_or_default();
+        let engine = self.engine.clone().unwrap_or_else(|| "the runner's own".to_owned());
+        let engine = format!("{engine} {version}").trim_end().to_owned();
         let frozen = self
             .frozen
             .as_ref()
@@ -91,6 +103,8 @@ impl EnvironmentView {
             ("mfa policy", self.mfa_policy.replace('_', " ")),
             ("auto apply", auto_apply.to_owned()),
             ("pool", pool),
+            ("runner labels", labels(&self.runner_labels)),
+            ("engine", engine),
             ("session", self.session_duration_seconds.map(human_duration).unwrap_or_default()),
             ("without a code", self.plain_credentials.replace('_', " ")),
             ("region", self.region.clone()),

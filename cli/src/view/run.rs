@@ -37,6 +37,8 @@ pub(crate) struct RunView {
     approval: Option<ApprovalView>,
     outputs: Value,
     cancel_requested: bool,
+    cancel_request_time: Option<String>,
+    force_cancel_time: Option<String>,
     queue_position: Option<u32>,
 }
 
@@ -52,11 +54,14 @@ struct RefusalView {
 struct JobView {
     epoch: u64,
     runner_id: Option<String>,
+    runner_name: Option<String>,
+    last_heard_time: Option<String>,
     queue_time: Option<String>,
     start_time: Option<String>,
     end_time: Option<String>,
     authenticated: Option<AuthenticatedView>,
     log_length: u64,
+    quarantined: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -134,6 +139,8 @@ impl RunView {
             }),
             outputs: json(&run.outputs_json),
             cancel_requested: run.cancel_requested,
+            cancel_request_time: time(run.cancel_request_time.as_ref()),
+            force_cancel_time: time(run.force_cancel_time.as_ref()),
             queue_position: Some(run.queue_position).filter(|position| *position > 0),
         }
     }
@@ -144,6 +151,8 @@ impl JobView {
         JobView {
             epoch: job.epoch,
             runner_id: some(&job.runner_id),
+            runner_name: some(&job.runner_name),
+            last_heard_time: time(job.last_heard_time.as_ref()),
             queue_time: time(job.queue_time.as_ref()),
             start_time: time(job.start_time.as_ref()),
             end_time: time(job.end_time.as_ref()),
@@ -153,6 +162,7 @@ impl JobView {
                 expire_time: time(authenticated.expire_time.as_ref()),
             }),
             log_length: job.log_length,
+            quarantined: job.quarantined,
         }
     }
 }
@@ -214,6 +224,8 @@ pub(crate) fn show(run: &v1::Run) -> String {
         ("plan", job(run, Phase::Plan)),
         ("apply", job(run, Phase::Apply)),
         ("approved", approval(run)),
+        ("stopping", stopping(run)),
+        ("quarantine", quarantine(run)),
     ]));
     let authenticated = authenticated(run);
     if !authenticated.is_empty() {
@@ -332,6 +344,10 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
             Some(format!("latchkey confirm {id}, or latchkey discard {id}"))
         }
         RunState::Errored => Some(format!("latchkey logs {id}")),
+        RunState::Lost => Some(format!(
+            "wait for its runner, or latchkey quarantine list --run {id} and accept a state, or \
+             latchkey cancel {id} to give it up"
+        )),
         RunState::Unspecified
         | RunState::Pending
         | RunState::PlanQueued
@@ -341,9 +357,37 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
         | RunState::Planned
         | RunState::Applied
         | RunState::Canceled
-        | RunState::Discarded
-        | RunState::Lost => None,
+        | RunState::Discarded => None,
     }
+}
+
+/// Says from when on a run that was asked to stop can be killed, and how.
+pub(crate) fn force_hint(run: &v1::Run) -> Option<String> {
+    let from = run.force_cancel_time.as_ref()?;
+    Some(format!(
+        "from {} on, an owner can kill it: latchkey cancel {} --force",
+        human_time(Some(from)),
+        run.run_id
+    ))
+}
+
+fn stopping(run: &v1::Run) -> String {
+    let Some(asked) = &run.cancel_request_time else { return String::new() };
+    let mut text = format!("asked for at {}", human_time(Some(asked)));
+    if let Some(hint) = force_hint(run) {
+        text.push_str(&format!("; {hint}"));
+    }
+    text
+}
+
+fn quarantine(run: &v1::Run) -> String {
+    let of = |facts: &Option<v1::JobFacts>| facts.as_ref().map_or(0, |facts| facts.quarantined);
+    let things = match of(&run.plan) + of(&run.apply) {
+        0 => return String::new(),
+        1 => "1 thing".to_owned(),
+        count => format!("{count} things"),
+    };
+    format!("{things}: latchkey quarantine list --run {}", run.run_id)
 }
 
 /// Writes runs under each other.
@@ -379,11 +423,17 @@ fn job(run: &v1::Run, phase: Phase) -> String {
     let Some(facts) = facts.as_ref().filter(|facts| facts.epoch > 0) else {
         return String::new();
     };
-    let mut text = format!("on runner {}", facts.runner_id);
+    let mut text = match facts.runner_name.as_str() {
+        "" => format!("on runner {}", facts.runner_id),
+        name => format!("on runner {name} ({})", facts.runner_id),
+    };
     for (word, time) in [(" from", &facts.start_time), (" to", &facts.end_time)] {
         if time.is_some() {
             text.push_str(&format!("{word} {}", human_time(time.as_ref())));
         }
+    }
+    if facts.last_heard_time.is_some() {
+        text.push_str(&format!(", last heard {}", human_time(facts.last_heard_time.as_ref())));
     }
     text
 }
@@ -487,6 +537,39 @@ Outputs:
 next: latchkey authenticate 0199-run, or latchkey discard 0199-run
 ";
         assert_eq!(show(&sample()), expect);
+    }
+
+    #[test]
+    fn a_lost_apply_is_shown_with_what_is_known_and_what_can_be_done() {
+        let run = v1::Run {
+            state: RunState::Lost.into(),
+            apply: Some(v1::JobFacts {
+                epoch: 1,
+                runner_id: "runner-1".into(),
+                runner_name: "builder".into(),
+                start_time: at(30),
+                last_heard_time: at(60),
+                quarantined: 2,
+                ..Default::default()
+            }),
+            cancel_request_time: at(40),
+            force_cancel_time: at(70),
+            ..sample()
+        };
+        let text = show(&run);
+        for line in [
+            "apply       on runner builder (runner-1) from 2026-01-01 00:00:30 UTC, last heard \
+             2026-01-01 00:01:00 UTC\n",
+            "stopping    asked for at 2026-01-01 00:00:40 UTC; from 2026-01-01 00:01:10 UTC on, an \
+             owner can kill it: latchkey cancel 0199-run --force\n",
+            "quarantine  2 things: latchkey quarantine list --run 0199-run\n",
+            "latchkey cancel 0199-run to give it up\n",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+        let json = serde_json::to_value(RunView::new(&run)).unwrap();
+        assert_eq!(json["apply"]["last_heard_time"], "2026-01-01T00:01:00Z");
+        assert_eq!(json["force_cancel_time"], "2026-01-01T00:01:10Z");
     }
 
     #[test]

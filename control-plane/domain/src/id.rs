@@ -64,6 +64,8 @@ ids! {
     RunnerId
     /// One submitted token code and what became of it.
     AuthenticationId
+    /// Something a runner brought that is kept for a person; version 7, as run ids are.
+    QuarantinedId
 }
 
 /// An id that is not a UUID.

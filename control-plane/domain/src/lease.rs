@@ -14,6 +14,9 @@ pub struct Lease {
     pub granted_at: Timestamp,
     /// Length of the phase's log when the lease was granted: where this lease's offset 0 lies.
     pub log_base: u64,
+    /// Number of the environment's newest state version when the lease was granted; absent when
+    /// it had none. A plan reads this one, whatever is written meanwhile.
+    pub state: Option<u64>,
     /// Set by the commit that answers `Starting`. From then on the runner may execute terraform.
     pub released: Option<Released>,
 }
@@ -27,8 +30,14 @@ pub struct Released {
 
 impl Lease {
     /// Starts the lease that follows `last` for the same job.
-    pub fn after(last: Epoch, runner: RunnerId, log_base: u64, now: Timestamp) -> Self {
-        Self { runner, epoch: last.next(), granted_at: now, log_base, released: None }
+    pub fn after(
+        last: Epoch,
+        runner: RunnerId,
+        log_base: u64,
+        state: Option<u64>,
+        now: Timestamp,
+    ) -> Self {
+        Self { runner, epoch: last.next(), granted_at: now, log_base, state, released: None }
     }
 
     /// Tells whether a message of `runner` at `epoch` speaks for this lease.

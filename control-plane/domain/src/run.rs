@@ -20,6 +20,7 @@ mod step_tests;
 mod table;
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, RunnerId, UserId,
@@ -190,6 +191,10 @@ pub struct Run {
     pub outputs: Option<String>,
     /// Who asked a running phase to stop.
     pub cancel_requested_by: Option<String>,
+    /// When that was: a forced cancel has to wait for a grace from then.
+    pub cancel_requested_at: Option<Timestamp>,
+    /// Who had it killed: credentials are withdrawn from then on.
+    pub forced_by: Option<String>,
     /// The last code that was refused for the phase that waits: why the lock is red.
     pub refused_code: Option<RefusedCode>,
     /// One sentence: why the run waits or how it ended.
@@ -260,6 +265,9 @@ pub struct Planned {
     pub digest: Digest,
     pub applyable: bool,
     pub counts: Counts,
+    /// `terraform` or `tofu`: what the apply must use too.
+    pub engine: String,
+    /// Version of the engine.
     pub terraform_version: String,
 }
 
@@ -309,6 +317,8 @@ impl Run {
             approval: None,
             outputs: None,
             cancel_requested_by: None,
+            cancel_requested_at: None,
+            forced_by: None,
             refused_code: None,
             reason: None,
         }
@@ -379,6 +389,26 @@ impl Run {
     pub fn was_confirmed_by(&self, person: &str) -> bool {
         self.apply.authenticated.is_none()
             && self.approval.as_ref().is_some_and(|approval| approval.by == person)
+    }
+
+    /// Returns from when on a person may have a running phase killed; absent unless a graceful
+    /// cancel was asked for and terraform may still run.
+    pub fn force_cancel_time(&self, grace: Duration) -> Option<Timestamp> {
+        let may_run = match self.state {
+            RunState::Planning | RunState::Applying | RunState::Lost => true,
+            RunState::AwaitingPlanMfa
+            | RunState::Pending
+            | RunState::PlanQueued
+            | RunState::AwaitingConfirmation
+            | RunState::AwaitingApplyMfa
+            | RunState::ApplyQueued
+            | RunState::Planned
+            | RunState::Applied
+            | RunState::Errored
+            | RunState::Canceled
+            | RunState::Discarded => false,
+        };
+        self.cancel_requested_at.filter(|_| may_run).map(|at| at + grace)
     }
 
     /// Tells whether the run's kind ends after its plan and lets others pass.

@@ -1,7 +1,7 @@
 //! What jobs fetch and make: configurations, workspaces, states, plans' changes.
 //!
 //! Only the holder of the current lease changes what is current. What any other brings, and
-//! every `errored.tfstate`, is kept in quarantine beside the run, for a person to look at.
+//! every state that terraform could not deliver itself, goes to [`super::quarantine`].
 
 use std::sync::Arc;
 
@@ -9,25 +9,30 @@ use latchkey_domain::id::{Digest, OrganizationId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::App;
 use super::chunks::Chunks;
 use super::configurations::blob_error;
-use super::lease_job::lease_lost;
+use super::finish_job::JobResult;
+use super::quarantine::{Learned, outcome};
 use crate::auth::RunnerIdentity;
 use crate::blobs::{BlobReader, Upload};
 use crate::blocking;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
+use crate::store::keys::BlobUser;
 use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
-use crate::store::record::{Loaded, Millis, Text, encode};
+use crate::store::record::quarantine::{Kind, StateFacts};
+use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
 
 pub(super) const LARGEST_CHANGES: u64 = 32 << 20;
-const LARGEST_STATE: u64 = 256 << 20;
+pub(super) const LARGEST_STATE: u64 = 256 << 20;
 const LARGEST_WORKSPACE: u64 = 1 << 30;
+const LARGEST_LOG: u64 = 256 << 20;
+pub const LARGEST_RESULT: u64 = 1 << 20;
+const LONGEST_LINEAGE: usize = 256;
 const ATTEMPTS: usize = 16;
 
 /// What may be fetched for a job.
@@ -45,33 +50,75 @@ pub enum Made {
     State,
     Changes,
     ErroredState,
+    /// What terraform printed because it could write its state nowhere.
+    StateDump,
+    /// The whole log of a lease that was lost.
+    Log,
+    /// How a lease that was lost ended.
+    Result,
 }
 
 impl Made {
     const fn limit(self) -> u64 {
         match self {
             Made::Workspace => LARGEST_WORKSPACE,
-            Made::State | Made::ErroredState => LARGEST_STATE,
+            Made::State | Made::ErroredState | Made::StateDump => LARGEST_STATE,
             Made::Changes => LARGEST_CHANGES,
+            Made::Log => LARGEST_LOG,
+            Made::Result => LARGEST_RESULT,
         }
     }
 
     /// Stands for the kind in keys.
-    const fn number(self) -> u8 {
+    pub(super) const fn number(self) -> u8 {
         match self {
             Made::State => 0,
             Made::ErroredState => 1,
             Made::Workspace => 2,
             Made::Changes => 3,
+            Made::StateDump => 4,
+            Made::Log => 5,
+            Made::Result => 6,
         }
     }
 
-    const fn as_str(self) -> &'static str {
+    pub(super) const fn as_str(self) -> &'static str {
         match self {
             Made::Workspace => "workspace",
             Made::State => "state",
             Made::Changes => "changes",
             Made::ErroredState => "errored state",
+            Made::StateDump => "state dump",
+            Made::Log => "log",
+            Made::Result => "result",
+        }
+    }
+}
+
+impl From<Made> for Kind {
+    fn from(made: Made) -> Self {
+        match made {
+            Made::Workspace => Kind::Workspace,
+            Made::State => Kind::State,
+            Made::Changes => Kind::Changes,
+            Made::ErroredState => Kind::ErroredState,
+            Made::StateDump => Kind::StateDump,
+            Made::Log => Kind::Log,
+            Made::Result => Kind::Result,
+        }
+    }
+}
+
+impl From<Kind> for Made {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Workspace => Made::Workspace,
+            Kind::State => Made::State,
+            Kind::Changes => Made::Changes,
+            Kind::ErroredState => Made::ErroredState,
+            Kind::StateDump => Made::StateDump,
+            Kind::Log => Made::Log,
+            Kind::Result => Made::Result,
         }
     }
 }
@@ -83,20 +130,13 @@ pub struct ArtifactHeader {
     pub kind: Made,
     pub digest: Digest,
     pub size: u64,
+    /// Counts a lease's snapshots of its state; 0 for all else.
+    pub sequence: u64,
 }
 
-/// What is kept for a person: something a runner brought that is not, or not yet, current.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Quarantined {
-    pub kind: String,
-    pub digest: Text<Digest>,
-    pub runner: String,
-    pub at: Millis,
-}
-
-/// Where an upload will go.
+/// Where an upload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Destination {
+pub enum Destination {
     Current,
     Quarantine,
 }
@@ -109,6 +149,7 @@ pub struct ArtifactUpload {
     destination: Destination,
     blob: Upload,
     received: u64,
+    outcome: Option<String>,
 }
 
 impl std::fmt::Debug for ArtifactUpload {
@@ -131,13 +172,24 @@ impl App {
             (Needed::Workspace, Phase::Apply) => {
                 run.planned.as_ref().map(|planned| planned.digests.workspace)
             }
-            (Needed::State, Phase::Plan | Phase::Apply) => {
+            (Needed::State, Phase::Plan) => self.leased_state(run).await?,
+            (Needed::State, Phase::Apply) => {
                 subject.environment.value.state.as_ref().map(|state| state.digest.0)
             }
             (Needed::Configuration, Phase::Apply) | (Needed::Workspace, Phase::Plan) => None,
         };
         let digest = digest.ok_or_else(|| Error::not_found("artifact of this kind for the job"))?;
         self.blobs.read(run.request.organization, digest).await.map_err(blob_error)
+    }
+
+    /// Returns the state that a plan's lease fixed: others may write newer ones beside it.
+    async fn leased_state(&self, run: &Run) -> Result<Option<Digest>> {
+        let Some(number) = run.plan.lease.as_ref().and_then(|lease| lease.state) else {
+            return Ok(None);
+        };
+        let key = keys::state_version(run.request.environment, number);
+        let version: Option<Loaded<StateVersion>> = self.fetch(key).await?;
+        Ok(version.map(|version| version.value.digest.0))
     }
 
     pub async fn upload_artifact(
@@ -154,12 +206,14 @@ impl App {
         }
         let destination = match self.leased(runner, header.lease).await {
             Ok(subject) if can_make(&subject.run.value, header) => match header.kind {
-                Made::ErroredState => Destination::Quarantine,
-                Made::Workspace | Made::State | Made::Changes => Destination::Current,
+                Made::ErroredState | Made::StateDump => Destination::Quarantine,
+                Made::Workspace | Made::State | Made::Changes | Made::Log | Made::Result => {
+                    Destination::Current
+                }
             },
             Ok(_) => return Err(Error::field("header", "this job makes nothing of this kind now")),
             Err(error) if error.reason() == Reason::LeaseLost => {
-                self.check_once_held(runner, header.lease).await?;
+                self.check_quarantine(runner, header).await?;
                 Destination::Quarantine
             }
             Err(error) => return Err(error),
@@ -177,68 +231,35 @@ impl App {
             destination,
             blob,
             received: 0,
+            outcome: None,
         })
-    }
-
-    /// Takes nothing into quarantine but from who held the job at that epoch: what others say of
-    /// a run is not worth a byte of disk.
-    async fn check_once_held(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<()> {
-        let run = match self.run(lease.job.run).await {
-            Ok(run) => run.value,
-            Err(_) => return Err(lease_lost()),
-        };
-        let held = run.job(lease.job.phase).was_held_by(runner.id, lease.epoch);
-        if held { Ok(()) } else { Err(lease_lost()) }
-    }
-
-    /// Keeps the newest of each kind that a lease brings back.
-    async fn record_quarantined(
-        &self,
-        runner: &RunnerIdentity,
-        header: ArtifactHeader,
-    ) -> Result<()> {
-        let LeaseRef { job, epoch, .. } = header.lease;
-        let key = keys::quarantine(job.run, job.phase, epoch, header.kind.number().into());
-        let record = Quarantined {
-            kind: header.kind.as_str().to_owned(),
-            digest: Text(header.digest),
-            runner: runner.id.to_string(),
-            at: self.now().into(),
-        };
-        let draft = self
-            .draft(
-                runner.organization,
-                runner.audit_name(),
-                "quarantine",
-                format!("run {}", job.run),
-            )
-            .with("kind", header.kind.as_str())
-            .with("epoch", epoch.get());
-        let before: Option<Loaded<Quarantined>> = self.fetch(key.clone()).await?;
-        let mut batch = Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft);
-        if let Some(before) = before
-            && before.value.digest != record.digest
-        {
-            let garbage = keys::garbage(runner.organization, &before.value.digest.0);
-            batch = batch.put(garbage, Expect::Anything, []);
-        }
-        self.store.commit(batch).await?;
-        Ok(())
     }
 
     /// Notes what a lease made, in place of what it made before.
     async fn record_made(&self, runner: &RunnerIdentity, header: ArtifactHeader) -> Result<()> {
+        let organization = runner.organization;
         let key = made_key(header.lease, header.kind);
-        let before: Option<Loaded<Text<Digest>>> = self.fetch(key.clone()).await?;
-        let mut batch = Batch::new().put(key, Expect::Anything, encode(&Text(header.digest)));
-        if let Some(before) = before
-            && before.value.0 != header.digest
-        {
-            let garbage = keys::garbage(runner.organization, &before.value.0);
-            batch = batch.put(garbage, Expect::Anything, []);
+        for _ in 0..ATTEMPTS {
+            // The lease may have been lost while the data came.
+            self.leased(runner, header.lease).await?;
+            let before: Option<Loaded<Text<Digest>>> = self.fetch(key.clone()).await?;
+            let expect = before.as_ref().map_or(Expect::Absent, |known| Expect::At(known.version));
+            let mut batch = Batch::new().put(key.clone(), expect, encode(&Text(header.digest)));
+            if let Some(before) = before
+                && before.value.0 != header.digest
+            {
+                let garbage = keys::garbage(organization, &before.value.0);
+                batch = batch.put(garbage, Expect::Anything, []);
+            }
+            let user = BlobUser::Made(header.lease.job.run);
+            let batch = self.claim_blob(batch, organization, &header.digest, user).await?;
+            match self.store.commit(batch).await {
+                Ok(_) => return Ok(()),
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
         }
-        self.store.commit(batch).await?;
-        Ok(())
+        Err(changes_too_fast())
     }
 
     /// Tells whether a lease has uploaded this content as this kind.
@@ -252,15 +273,17 @@ impl App {
         Ok(made.is_some_and(|made| made.value.0 == digest))
     }
 
-    /// Reads lineage and serial out of a stored state, part by part.
+    /// Reads lineage and serial out of a stored state, part by part; `None` if it is none.
     async fn state_facts(
         &self,
         organization: OrganizationId,
         digest: Digest,
-    ) -> Result<StateFacts> {
+    ) -> Result<Option<StateFacts>> {
         let mut reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
         let (sender, chunks) = mpsc::channel(4);
-        let parsed = blocking::spawn(move || serde_json::from_reader(Chunks::new(chunks)));
+        let parsed = blocking::spawn(move || {
+            serde_json::from_reader::<_, StateFacts>(Chunks::new(chunks))
+        });
         while let Some(chunk) = reader.next().await.map_err(blob_error)? {
             if sender.send(chunk).await.is_err() {
                 break;
@@ -268,7 +291,11 @@ impl App {
         }
         drop(sender);
         let facts = parsed.await.map_err(Error::internal)?;
-        facts.map_err(|_| Error::field("data", "it is not a Terraform state"))
+        let fits = |facts: &StateFacts| {
+            (1..=LONGEST_LINEAGE).contains(&facts.lineage.len())
+                && !facts.lineage.contains(char::is_control)
+        };
+        Ok(facts.ok().filter(fits))
     }
 
     /// Makes a state the environment's newest, if it continues the one before.
@@ -319,7 +346,10 @@ impl App {
                 .with("serial", facts.serial)
                 .with("digest", header.digest.to_string());
             let record = encode(&EnvironmentRecord::from(&next));
-            let batch = Batch::new()
+            let user = BlobUser::State(next.id);
+            let batch = self
+                .claim_blob(Batch::new(), run.request.organization, &header.digest, user)
+                .await?
                 .check(subject.run.key.clone(), Expect::At(subject.run.version))
                 .put(environment.key.clone(), Expect::At(environment.version), record)
                 .put(keys::state_version(next.id, number), Expect::Absent, encode(&version))
@@ -330,8 +360,60 @@ impl App {
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
             }
         }
-        Err(Error::refused(Reason::ChangedMeanwhile, "the run changes too fast; send it again"))
+        Err(changes_too_fast())
     }
+
+    /// Gives what was uploaded its place.
+    async fn settle_upload(
+        &self,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+        destination: Destination,
+        outcome: Option<String>,
+    ) -> Result<Destination> {
+        let state = match header.kind {
+            Made::State | Made::ErroredState | Made::StateDump => {
+                self.state_facts(runner.organization, header.digest).await?
+            }
+            Made::Workspace | Made::Changes | Made::Log | Made::Result => None,
+        };
+        let learned = Learned { state: state.clone(), outcome };
+        let recorded = match (destination, header.kind, state) {
+            (Destination::Quarantine, _, _) => {
+                self.quarantine(runner, header, learned).await?;
+                return Ok(Destination::Quarantine);
+            }
+            (Destination::Current, Made::State, Some(facts)) => {
+                self.record_state(runner, header, facts).await
+            }
+            (Destination::Current, Made::State, None) => {
+                return Err(Error::field("data", "it is not a Terraform state"));
+            }
+            (
+                Destination::Current,
+                Made::Workspace
+                | Made::Changes
+                | Made::ErroredState
+                | Made::StateDump
+                | Made::Log
+                | Made::Result,
+                _,
+            ) => self.record_made(runner, header).await,
+        };
+        match recorded {
+            Ok(()) => Ok(Destination::Current),
+            // The lease was lost on the way: what came is kept all the same.
+            Err(error) if error.reason() == Reason::LeaseLost => {
+                self.quarantine(runner, header, learned).await?;
+                Ok(Destination::Quarantine)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn changes_too_fast() -> Error {
+    Error::refused(Reason::ChangedMeanwhile, "the run changes too fast; send it again")
 }
 
 fn made_key(lease: LeaseRef, kind: Made) -> crate::store::Key {
@@ -344,15 +426,11 @@ fn can_make(run: &Run, header: ArtifactHeader) -> bool {
     let released = run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some());
     let kind_fits = match header.kind {
         Made::Workspace | Made::Changes => phase == Phase::Plan,
-        Made::State | Made::ErroredState => phase == Phase::Apply,
+        Made::State | Made::ErroredState | Made::StateDump => phase == Phase::Apply,
+        // A current lease appends its log and says how it ended.
+        Made::Log | Made::Result => false,
     };
     released && kind_fits
-}
-
-#[derive(Debug, Deserialize)]
-struct StateFacts {
-    lineage: String,
-    serial: u64,
 }
 
 impl ArtifactUpload {
@@ -364,32 +442,27 @@ impl ArtifactUpload {
         self.blob.write(data).await.map_err(blob_error)
     }
 
-    /// Ends the upload; answers when what it changes is durable.
-    pub async fn finish(self) -> Result<()> {
-        let Self { app, runner, header, destination, blob, received } = self;
-        if received != header.size {
+    /// Says what a result, which is on its way in, says.
+    pub fn says(&mut self, result: &JobResult) {
+        self.outcome = Some(outcome(self.header.lease.job.phase, result));
+    }
+
+    /// Ends the upload; answers when what it changes is durable, and where it went.
+    pub async fn finish(self) -> Result<Destination> {
+        if self.received != self.header.size {
             return Err(Error::field("data", "it is shorter than the header says"));
         }
+        let Self { app, runner, header, destination, blob, outcome, .. } = self;
         blob.finish().await.map_err(blob_error)?;
         latchkey_failpoint::reach("cp.artifact.stored");
-        let recorded = match (destination, header.kind) {
-            (Destination::Current, Made::State) => {
-                let facts = app.state_facts(runner.organization, header.digest).await?;
-                app.record_state(&runner, header, facts).await
-            }
-            (Destination::Current, Made::Workspace | Made::Changes | Made::ErroredState) => {
-                app.record_made(&runner, header).await
-            }
-            (Destination::Quarantine, _) => return app.record_quarantined(&runner, header).await,
-        };
+        let settled = app.settle_upload(&runner, header, destination, outcome).await;
         latchkey_failpoint::reach("cp.artifact.recorded");
-        match recorded {
-            // The lease was lost on the way: what came is kept all the same.
-            Err(error) if error.reason() == Reason::LeaseLost => {
-                app.check_once_held(&runner, header.lease).await?;
-                app.record_quarantined(&runner, header).await
-            }
-            recorded => recorded,
+        if settled.is_err() {
+            // What was refused is nobody's, unless equal content is somebody's.
+            let note = keys::garbage(runner.organization, &header.digest);
+            app.store.commit(Batch::new().put(note, Expect::Anything, [])).await?;
+            app.collect_garbage_soon();
         }
+        settled
     }
 }

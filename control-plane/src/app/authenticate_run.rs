@@ -134,8 +134,10 @@ impl App {
         request: &crate::store::Key,
     ) -> Result<Counted> {
         for _ in 0..ATTEMPTS {
+            self.check_history()?;
             let subject = self.subject(submission.run).await?;
             check_waiting(&subject, submission)?;
+            self.check_codes_open().await?;
             let organization = subject.run.value.request.organization;
             let settings = &subject.environment.value.settings;
             let triple = self.triple_for(organization, user, &settings.region).await?;
@@ -287,7 +289,7 @@ impl App {
 
     /// Closes a record without a word to the run: the code was not refused, or the run has moved
     /// on.
-    async fn record_refusal(
+    pub(super) async fn record_refusal(
         &self,
         mut record: Authentication,
         (reason, message, aws_request_id): &(Reason, String, Option<String>),
@@ -640,7 +642,7 @@ fn refused_locally(refused: device::Refused) -> Error {
     }
 }
 
-fn rfc3339(time: Timestamp) -> String {
+pub(super) fn rfc3339(time: Timestamp) -> String {
     jiff::Timestamp::from_millisecond(time.as_millis())
         .map_or_else(|_| String::new(), |t| t.to_string())
 }

@@ -1,5 +1,6 @@
 //! Environments: made, shown and set.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,12 +14,15 @@ use serde_json::Value;
 use super::{App, Page, PageRequest, check_name, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
+use crate::job::{ENGINES, is_label};
 use crate::store::record::environment::{
     Environment, EnvironmentRecord, PlainCredentials, Settings,
 };
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Scan, keys};
 
+/// How many labels an environment may demand.
+const MOST_LABELS: usize = 16;
 const SHORTEST_SESSION: Duration = Duration::from_secs(15 * 60);
 const LONGEST_SESSION: Duration = Duration::from_secs(36 * 3600);
 
@@ -33,6 +37,10 @@ pub struct SettingsChange {
     pub session_duration: Option<Duration>,
     pub plain_credentials: Option<PlainCredentials>,
     pub region: Option<String>,
+    /// All labels, in place of those before.
+    pub runner_labels: Option<BTreeMap<String, String>>,
+    pub engine: Option<String>,
+    pub engine_version: Option<String>,
 }
 
 /// An environment with the names that people know.
@@ -157,7 +165,7 @@ impl App {
         self.store.commit(batch).await.map_err(|error| match error {
             CommitError::Conflict { .. } | CommitError::Store(_) => Error::from(error),
         })?;
-        if next.settings.pool != value.settings.pool {
+        if asks(&next.settings) != asks(&value.settings) {
             self.offer_again(&next).await?;
         }
         self.environment_view(next, standing.organization_name).await
@@ -237,6 +245,9 @@ impl App {
             session_duration,
             plain_credentials,
             region,
+            runner_labels,
+            engine,
+            engine_version,
         } = change;
         settings.policy = policy.unwrap_or(settings.policy);
         settings.auto_apply = auto_apply.unwrap_or(settings.auto_apply);
@@ -258,6 +269,12 @@ impl App {
             }
             settings.region = region;
         }
+        if let Some(labels) = runner_labels {
+            settings.runner_labels = checked_labels(labels)?;
+        }
+        settings.engine = engine.unwrap_or(settings.engine);
+        settings.engine_version = engine_version.unwrap_or(settings.engine_version);
+        check_engine(&settings.engine, &settings.engine_version)?;
         if let Some(name) = pool {
             settings.pool = if name.is_empty() {
                 None
@@ -309,6 +326,65 @@ fn checked_directory(directory: String) -> Result<String> {
         .join("/"))
 }
 
+/// What of the settings decides who may take a job.
+fn asks(settings: &Settings) -> (Option<PoolId>, &BTreeMap<String, String>, &str, &str) {
+    let Settings { pool, runner_labels, engine, engine_version, .. } = settings;
+    (*pool, runner_labels, engine, engine_version)
+}
+
+fn checked_labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
+    if labels.len() > MOST_LABELS {
+        return Err(Error::field("runner_labels", "an environment demands up to 16 labels"));
+    }
+    if labels.iter().all(|(name, value)| is_label(name, value)) {
+        return Ok(labels);
+    }
+    let message = "a label is NAME=VALUE, each of up to 63 letters, digits, `.`, `_`, `-` and `/`";
+    Err(Error::field("runner_labels", message))
+}
+
+/// Checks that an engine is known, and that its version names exactly one.
+fn check_engine(engine: &str, version: &str) -> Result<()> {
+    if !engine.is_empty() && !ENGINES.contains(&engine) {
+        return Err(Error::field("engine", "it is terraform or tofu, or empty"));
+    }
+    if version.is_empty() {
+        return Ok(());
+    }
+    if engine.is_empty() {
+        let message = "say which engine it is a version of: terraform or tofu";
+        return Err(Error::field("engine", message));
+    }
+    if is_exact(version) {
+        return Ok(());
+    }
+    Err(Error::field("engine_version", "give one exact version, such as 1.9.0 or 1.10.0-rc1"))
+}
+
+/// Tells whether this is one semantic version, without build metadata: two builds of a version
+/// could not be told apart.
+fn is_exact(version: &str) -> bool {
+    let (core, pre) = match version.split_once('-') {
+        Some((core, pre)) => (core, Some(pre)),
+        None => (version, None),
+    };
+    let is_number = |part: &str| {
+        (1..=9).contains(&part.len())
+            && part.bytes().all(|b| b.is_ascii_digit())
+            && (part == "0" || !part.starts_with('0'))
+    };
+    let is_identifier = |part: &str| {
+        let digits = part.bytes().all(|b| b.is_ascii_digit());
+        !part.is_empty()
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && (!digits || part == "0" || !part.starts_with('0'))
+    };
+    version.len() <= 64
+        && core.split('.').count() == 3
+        && core.split('.').all(is_number)
+        && pre.is_none_or(|pre| pre.split('.').all(is_identifier))
+}
+
 /// Settings as audit records show them.
 fn shown(settings: &Settings) -> Value {
     serde_json::json!({
@@ -326,5 +402,43 @@ fn shown(settings: &Settings) -> Value {
             PlainCredentials::None => "none",
         },
         "region": settings.region,
+        "runner_labels": settings.runner_labels,
+        "engine": settings.engine,
+        "engine_version": settings.engine_version,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_version_is_exact_and_says_of_what() {
+        for version in ["1.9.0", "1.10.0-rc1", "1.10.0-alpha.20241009", "0.12.31"] {
+            assert!(check_engine("tofu", version).is_ok(), "{version}");
+        }
+        for version in
+            ["1.9", "1.9.x", "~> 1.9", "01.9.0", "1.9.0-", "1.9.0-01", "1.9.0+build", "v1.9.0", "*"]
+        {
+            let error = check_engine("terraform", version).unwrap_err();
+            assert_eq!(error.field_name(), Some("engine_version"), "{version}");
+        }
+        assert_eq!(check_engine("", "1.9.0").unwrap_err().field_name(), Some("engine"));
+        assert_eq!(check_engine("pulumi", "").unwrap_err().field_name(), Some("engine"));
+        assert!(check_engine("tofu", "").is_ok());
+    }
+
+    #[test]
+    fn labels_are_few_and_plain() {
+        let one = |name: &str, value: &str| {
+            checked_labels(BTreeMap::from([(name.to_owned(), value.to_owned())]))
+        };
+        assert!(one("gpu", "yes").is_ok());
+        assert!(one("net/zone", "eu-1.a").is_ok());
+        for (name, value) in [("", "x"), ("a b", "x"), ("a", "\u{1b}[2J"), ("a", "")] {
+            assert!(one(name, value).is_err(), "{name:?}={value:?}");
+        }
+        let many = (0..17).map(|n| (format!("l{n}"), "x".to_owned())).collect();
+        assert!(checked_labels(many).is_err());
+    }
 }

@@ -15,7 +15,7 @@ use super::configurations::blob_error;
 use super::lease_job::lease_lost;
 use crate::auth::{RunnerIdentity, sha256};
 use crate::error::{Error, Result};
-use crate::job::LeaseRef;
+use crate::job::{ENGINES, LeaseRef, TERRAFORM};
 
 pub(super) const LONGEST_REASON: usize = 1024;
 const LONGEST_VERSION: usize = 64;
@@ -24,7 +24,14 @@ const LARGEST_OUTPUTS: usize = 24 * 1024;
 /// How a job ended.
 #[derive(Clone, Debug)]
 pub enum JobResult {
-    Planned { digests: PlanDigests, applyable: bool, counts: Counts, terraform_version: String },
+    Planned {
+        digests: PlanDigests,
+        applyable: bool,
+        counts: Counts,
+        /// Empty is terraform.
+        engine: String,
+        terraform_version: String,
+    },
     Applied { outputs: Option<String> },
     Failed { kind: FailureKind, reason: String },
 }
@@ -54,10 +61,17 @@ impl App {
                 Error::refused(Reason::LogOffset, message).with("expected", stored.to_string())
             );
         }
+        let result = match job.phase {
+            Phase::Apply if self.left_a_state(runner, lease).await? => undelivered(result),
+            Phase::Plan | Phase::Apply => result,
+        };
         let runner_id = runner.id;
         let actor = runner.audit_name();
         match (job.phase, result) {
-            (Phase::Plan, JobResult::Planned { digests, applyable, counts, terraform_version }) => {
+            (
+                Phase::Plan,
+                JobResult::Planned { digests, applyable, counts, engine, terraform_version },
+            ) => {
                 for (kind, digest) in
                     [(Made::Workspace, digests.workspace), (Made::Changes, digests.changes)]
                 {
@@ -72,6 +86,7 @@ impl App {
                     digests,
                     applyable,
                     counts,
+                    engine: engine_of(&engine)?,
                     terraform_version: printable(&terraform_version, LONGEST_VERSION),
                 };
                 self.advance(job.run, &actor, "finish_plan", |subject| {
@@ -159,6 +174,15 @@ impl App {
     }
 }
 
+/// Reads which engine made a plan: its apply will ask for the same.
+fn engine_of(engine: &str) -> Result<String> {
+    match engine {
+        "" => Ok(TERRAFORM.to_owned()),
+        name if ENGINES.contains(&name) => Ok(name.to_owned()),
+        _ => Err(Error::field("engine", "it is terraform or tofu")),
+    }
+}
+
 /// One digest over the four that an approval is bound to.
 pub fn digest_of(digests: &PlanDigests) -> Digest {
     let PlanDigests { plan, workspace, lock_file, changes } = digests;
@@ -180,6 +204,21 @@ pub fn digest_of(digests: &PlanDigests) -> Digest {
 fn fits(outputs: &str) -> bool {
     serde_json::from_str::<serde::de::IgnoredAny>(outputs).is_ok()
         && serde_json::to_string(outputs).is_ok_and(|quoted| quoted.len() <= LARGEST_OUTPUTS)
+}
+
+/// Makes an end that leaves a state in quarantine one that a person must deal with, whatever the
+/// runner calls it.
+fn undelivered(result: JobResult) -> JobResult {
+    let reason = match result {
+        JobResult::Failed { kind: FailureKind::EndedUnknown, .. } | JobResult::Planned { .. } => {
+            return result;
+        }
+        JobResult::Failed { reason, .. } => reason,
+        JobResult::Applied { .. } => {
+            "the apply says that it ended well, but it left a state that it could not deliver".into()
+        }
+    };
+    JobResult::Failed { kind: FailureKind::StateUndelivered, reason }
 }
 
 fn failure(kind: FailureKind, reason: String) -> Failure {

@@ -1,11 +1,12 @@
 //! A control plane without processes: use cases over the memory store and the simulated AWS.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_aws_simulator::{Clock as SimulatedClock, Simulator, World};
 use latchkey_domain::device::WINDOW;
-use latchkey_domain::id::{Digest, Generation, OrganizationId, PoolId, RunnerId};
+use latchkey_domain::id::{Digest, OrganizationId, PoolId, RunnerId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Counts, PlanDigests, Run, RunKind};
 use latchkey_domain::time::Timestamp;
@@ -29,7 +30,7 @@ use crate::dispatch;
 use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::run_log::{self, RunLogs};
-use crate::seal::MasterKey;
+use crate::seal::{IfMissing, MasterKey};
 use crate::store::memory::Memory;
 use crate::store::record::variable::Category;
 use crate::store::{Batch, Expect, Store, keys};
@@ -48,7 +49,7 @@ pub(crate) struct Fixture {
     endpoint: String,
     directory: tempfile::TempDir,
     /// Kept, so that messages to dispatch are not refused.
-    _inbox: dispatch::Inbox,
+    inbox: std::sync::Mutex<Option<dispatch::Inbox>>,
 }
 
 impl Fixture {
@@ -70,23 +71,48 @@ impl Fixture {
 
     async fn bare(aws: Simulator, endpoint: String) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let master = Arc::new(MasterKey::ephemeral());
+        let key_file = directory.path().join("key");
+        let master = Arc::new(MasterKey::open(&key_file, IfMissing::Create).unwrap());
         let store: Arc<dyn Store> = Arc::new(Memory::new());
         // Well within a window, so that no test straddles two.
         let window = i64::try_from(WINDOW.as_millis()).unwrap();
         let now = Wall.now().as_millis().div_euclid(window) * window + 10_000;
         let clock = Arc::new(Manual::new(Timestamp::from_millis(now)));
-        let (app, inbox) = app(&directory, &master, &store, &clock, &endpoint).await;
+        let (app, inbox) = app(directory.path(), &master, &store, &clock, &endpoint).await;
         let secret = app.prepare_bootstrap().await.unwrap().unwrap();
         let token = app.bootstrap(&secret, ORGANIZATION, "ada").await.unwrap();
         let owner = app.caller(&token).await.unwrap();
-        Self { app, aws, owner, clock, store, master, endpoint, directory, _inbox: inbox }
+        let inbox = Some(inbox).into();
+        let fixture = Self { app, aws, owner, clock, store, master, endpoint, directory, inbox };
+        fixture.dispatch();
+        fixture
     }
 
     /// The same data in a new process, as after a crash. STS is where `endpoint` says.
     pub(crate) async fn restarted(&self, endpoint: Option<&str>) -> Arc<App> {
         let endpoint = endpoint.unwrap_or(&self.endpoint);
-        app(&self.directory, &self.master, &self.store, &self.clock, endpoint).await.0
+        app(self.directory(), &self.master, &self.store, &self.clock, endpoint).await.0
+    }
+
+    /// Where its files are: all that a data directory has, but the records.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn key_file(&self) -> PathBuf {
+        self.directory().join("key")
+    }
+
+    /// A control plane on other data, under the same master key and clock.
+    pub(crate) async fn on(&self, data: &Path, store: &Arc<dyn Store>) -> Arc<App> {
+        app(data, &self.master, store, &self.clock, &self.endpoint).await.0
+    }
+
+    /// Lets dispatch run, for tests of what it does and knows.
+    pub(crate) fn dispatch(&self) {
+        let Some(inbox) = self.inbox.lock().unwrap().take() else { return };
+        let leases: Arc<dyn dispatch::Leases> = Arc::clone(&self.app) as Arc<dyn dispatch::Leases>;
+        tokio::spawn(inbox.run(leases, self.app.lease_term));
     }
 
     pub(crate) async fn set(&self, name: &str, value: &str) {
@@ -206,7 +232,13 @@ impl Fixture {
         kind: Made,
         data: &[u8],
     ) -> Result<Digest> {
-        let header = ArtifactHeader { lease, kind, digest: sha256(data), size: data.len() as u64 };
+        let header = ArtifactHeader {
+            lease,
+            kind,
+            digest: sha256(data),
+            size: data.len() as u64,
+            sequence: 0,
+        };
         let mut upload = self.app.upload_artifact(runner, header).await?;
         upload.write(data).await?;
         upload.finish().await?;
@@ -222,6 +254,7 @@ impl Fixture {
             digests: PlanDigests { plan: changes, workspace, lock_file: None, changes },
             applyable: true,
             counts: Counts { add: 1, ..Counts::default() },
+            engine: "terraform".into(),
             terraform_version: "1.11.4".into(),
         };
         self.app.finish_job(&runner, lease, 0, result).await.unwrap();
@@ -230,7 +263,7 @@ impl Fixture {
 }
 
 async fn app(
-    directory: &tempfile::TempDir,
+    path: &Path,
     master: &Arc<MasterKey>,
     store: &Arc<dyn Store>,
     clock: &Arc<Manual>,
@@ -238,8 +271,7 @@ async fn app(
 ) -> (Arc<App>, dispatch::Inbox) {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let clock: Arc<dyn Clock> = Arc::clone(clock) as Arc<dyn Clock>;
-    let path = directory.path();
-    let authority = Authority::open(&path.join("ca"), master, Arc::clone(&clock)).unwrap();
+    let authority = Authority::open(&path.join("authority"), master, Arc::clone(&clock)).unwrap();
     let (handle, inbox) = dispatch::channel();
     let app = App {
         store: Arc::clone(store),
@@ -250,10 +282,13 @@ async fn app(
         master: Arc::clone(master),
         authority: Arc::new(authority),
         dispatch: handle,
-        generation: Generation::FIRST,
+        generation: crate::runtime::generation(&**store).await.unwrap(),
         session_floor: SESSION_FLOOR,
         lease_term: Duration::from_secs(30),
+        force_cancel_grace: Duration::from_secs(30),
         gates: super::run_output::Gates::default(),
+        history: super::history::History::default(),
+        revocations: crate::auth::revocation::Revocations::default(),
         uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
     };
     (Arc::new(app), inbox)

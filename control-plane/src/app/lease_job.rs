@@ -11,19 +11,22 @@ use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 
 use super::App;
-use super::transition::Subject;
+use super::transition::{Decision, Subject, wanted};
 use crate::auth::RunnerIdentity;
-use crate::dispatch::Leases;
+use crate::dispatch::{Leases, Wanted};
 use crate::error::{Error, Result};
 use crate::job::{JobSpec, LeaseRef};
-use crate::store::BoxFuture;
+use crate::store::{Batch, BoxFuture};
 
 /// What is to become of a job that a runner says it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
     Keep,
-    /// Keep, and ask terraform to stop: a person did so while the runner could not hear.
-    KeepCanceled,
+    /// Keep, and ask terraform to stop, or kill it: a person did so while the runner could not
+    /// hear.
+    KeepCanceled {
+        force: bool,
+    },
     GiveUp,
 }
 
@@ -34,13 +37,14 @@ impl App {
         job: JobId,
         runner: RunnerId,
     ) -> Result<(LeaseRef, JobSpec)> {
+        self.check_history()?;
         let gate = self.gates.of(job);
         let _locked = gate.lock.lock().await;
         let run = self.run(job.run).await?.value;
         if run.open_phase() != Some(job.phase) {
             return Err(latchkey_domain::run::Refusal::WrongState.into());
         }
-        let spec = self.job_spec(&run, job.phase).await?;
+        let mut spec = self.job_spec(&run, job.phase).await?;
         let mut length = self.log_length(job.run, job.phase).await?;
         if length > 0 {
             // A log at its limit takes no more; the job is granted all the same.
@@ -49,13 +53,22 @@ impl App {
                 Err(error) => tracing::warn!(%job, error = %error, "the log says nothing of it"),
             }
         }
+        let (record, expect) = self.guard_of(runner).await?;
         let advance = self
-            .advance(job.run, &format!("runner {runner}"), "grant_lease", |_| {
-                Ok(Event::Granted { phase: job.phase, runner, log_base: length })
+            .advance_with(job.run, &format!("runner {runner}"), "grant_lease", |subject| {
+                let state = subject.environment.value.state.as_ref().map(|state| state.number);
+                let event =
+                    Event::Granted { phase: job.phase, runner, log_base: length, state };
+                let batch = Batch::new().check(record.clone(), expect);
+                Ok(Decision { batch, ..Decision::from(event) })
             })
             .await?;
         latchkey_failpoint::reach("cp.grant.committed");
-        let epoch = advance.into_run().job(job.phase).epoch;
+        let run = advance.into_run();
+        let granted = run.job(job.phase);
+        let epoch = granted.epoch;
+        // The one that is fixed for the lease, and not what was there a moment before.
+        spec.has_state = granted.lease.as_ref().is_some_and(|lease| lease.state.is_some());
         self.dispatch.watch(job, epoch, runner);
         self.gates.of(job).epoch.store(epoch.get(), Ordering::SeqCst);
         Ok((LeaseRef { job, epoch, generation: self.generation }, spec))
@@ -65,13 +78,13 @@ impl App {
         let request = &run.request;
         let environment = self.environment(request.organization, request.environment).await?.value;
         let organization = self.organization(request.organization).await?.value.name;
-        let (archive, approved, terraform_version) = match (phase, &run.planned) {
-            (Phase::Plan, _) => (request.configuration, None, String::new()),
-            (Phase::Apply, Some(planned)) => (
-                planned.digests.workspace,
-                Some(planned.digests.clone()),
-                planned.terraform_version.clone(),
-            ),
+        let Wanted { engine, version: terraform_version } =
+            wanted(run, phase, &environment.settings);
+        let (archive, approved) = match (phase, &run.planned) {
+            (Phase::Plan, _) => (request.configuration, None),
+            (Phase::Apply, Some(planned)) => {
+                (planned.digests.workspace, Some(planned.digests.clone()))
+            }
             (Phase::Apply, None) => {
                 return Err(Error::internal("an apply was granted without a plan"));
             }
@@ -85,6 +98,7 @@ impl App {
             target: request.target.clone(),
             replace: request.replace.clone(),
             has_state: environment.state.is_some(),
+            engine,
             terraform_version,
             approved,
             queued_by: request.queued_by.name().to_owned(),
@@ -112,6 +126,8 @@ impl App {
 
     /// Ends a lease whose runner has been silent for a whole term.
     pub async fn expire(self: &Arc<Self>, job: JobId, epoch: Epoch) -> Result<()> {
+        // On an old copy it is not for us to say what became of a job.
+        self.check_history()?;
         let advance = self
             .advance(job.run, "system", "expire_lease", |_| {
                 Ok(Event::LeaseExpired { phase: job.phase, epoch })
@@ -141,9 +157,11 @@ impl App {
         match returned {
             Ok(advance) => {
                 self.dispatch.watch(job, epoch, runner.id);
-                Ok(match advance.into_run().cancel_requested_by {
-                    Some(_) => Held::KeepCanceled,
-                    None => Held::Keep,
+                let run = advance.into_run();
+                Ok(match (run.forced_by, run.cancel_requested_by) {
+                    (Some(_), _) => Held::KeepCanceled { force: true },
+                    (None, Some(_)) => Held::KeepCanceled { force: false },
+                    (None, None) => Held::Keep,
                 })
             }
             Err(error) if matches!(error.reason(), Reason::LeaseLost | Reason::NotFound) => {
@@ -151,21 +169,6 @@ impl App {
             }
             Err(error) => Err(error),
         }
-    }
-
-    pub(super) fn check_generation(&self, lease: LeaseRef) -> Result<()> {
-        if lease.generation == self.generation {
-            return Ok(());
-        }
-        if lease.generation > self.generation {
-            tracing::error!(
-                told = lease.generation.get(),
-                own = self.generation.get(),
-                "a runner has seen a later history than this control plane has: it runs on an \
-                 old copy of its data"
-            );
-        }
-        Err(lease_lost())
     }
 
     /// Fetches the run of a lease, if the runner holds it now.
@@ -234,18 +237,32 @@ impl Leases for App {
         Box::pin(async move {
             match App::grant(&self, job, runner).await {
                 Ok(granted) => Ok(Some(granted)),
-                Err(error) if error.reason() == Reason::WrongState => Ok(None),
+                Err(error)
+                    if matches!(error.reason(), Reason::WrongState | Reason::HistoryLost) =>
+                {
+                    Ok(None)
+                }
                 Err(error) => Err(error),
             }
         })
     }
 
     fn expire(self: Arc<Self>, job: JobId, epoch: Epoch) -> BoxFuture<'static, Result<()>> {
-        Box::pin(async move { App::expire(&self, job, epoch).await })
+        Box::pin(async move {
+            match App::expire(&self, job, epoch).await {
+                // Nothing is left to watch: the alarm has been told.
+                Err(error) if error.reason() == Reason::HistoryLost => Ok(()),
+                done => done,
+            }
+        })
     }
 
     fn offer_if_open(self: Arc<Self>, job: JobId) -> BoxFuture<'static, Result<()>> {
         Box::pin(async move { App::offer_if_open(&self, job).await })
+    }
+
+    fn two_of_one(self: Arc<Self>, runner: RunnerId) -> BoxFuture<'static, Result<()>> {
+        Box::pin(async move { self.record_fight(runner).await })
     }
 
     fn generation(&self) -> Generation {

@@ -8,13 +8,13 @@ use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::environments::request_owner;
-use super::{App, Page, PageRequest, check_name, check_request_id};
+use super::runners::revoked;
+use super::{App, check_name, check_request_id};
 use crate::auth::{Caller, Right, RunnerIdentity, token_digest};
 use crate::authority::Issued;
-use crate::dispatch::Connected;
 use crate::error::{Error, Result};
 use crate::store::record::runner::{Pool, PoolToken, Runner};
-use crate::store::record::{Loaded, Text, decode, encode};
+use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
 
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(15 * 60);
@@ -29,14 +29,6 @@ fn rejected() -> Error {
         Reason::PoolTokenRejected,
         "the pool token is unknown, used up or expired; make one with `latchkey pool token`",
     )
-}
-
-/// A runner, and what this process knows of its connection.
-#[derive(Debug)]
-pub struct RunnerView {
-    pub runner: Runner,
-    pub pool: String,
-    pub connected: Option<Connected>,
 }
 
 /// A runner's identity, made now.
@@ -175,6 +167,7 @@ impl App {
             if !found.value.bought_by.contains(&Text(fingerprint)) {
                 return Err(rejected());
             }
+            self.identity_guard(known.value.0).await?;
             let issued = self.authority.issue(request, known.value.0)?;
             return Ok(Some(Enrolled { runner: known.value.0, issued }));
         }
@@ -193,6 +186,10 @@ impl App {
             organization: sold.organization,
             key: Text(fingerprint),
             enrolled_at: self.now().into(),
+            said: None,
+            drained_at: None,
+            revoked_at: None,
+            fought_at: None,
         };
         let draft = self
             .draft(organization, format!("runner {id}"), "enroll_runner", format!("runner {id}"))
@@ -223,40 +220,11 @@ impl App {
             self.fetch(keys::runner_by_key(key.as_bytes())).await?.ok_or_else(unknown)?;
         let found: Loaded<Runner> =
             self.fetch(keys::runner(id.value.0)).await?.ok_or_else(unknown)?;
-        let Runner { id, name, pool, organization, .. } = found.value;
-        Ok(RunnerIdentity { id: id.0, name, pool: pool.0, organization: organization.0 })
-    }
-
-    pub async fn list_runners(
-        &self,
-        caller: &Caller,
-        organization: &str,
-        page: PageRequest,
-    ) -> Result<Page<RunnerView>> {
-        let standing = self.standing(caller, organization, Right::Read).await?;
-        let size = page.size()?;
-        let after = page.after::<RunnerId>()?;
-        let connected = self.dispatch.connected().await;
-        let mut views = vec![];
-        for (key, found) in self.list(keys::pools_of(standing.organization)).await? {
-            let pool: Pool = decode(&key, &found)?;
-            for (key, _) in self.list(keys::runners_by_pool(pool.id.0)).await? {
-                let Some(id) = key.last_id().map(RunnerId::from_bytes) else { continue };
-                let Some(runner) = self.fetch::<Runner>(keys::runner(id)).await? else { continue };
-                views.push(RunnerView {
-                    runner: runner.value,
-                    pool: pool.name.clone(),
-                    connected: connected.get(&id).cloned(),
-                });
-            }
+        let Runner { id, name, pool, organization, revoked_at, .. } = found.value;
+        if revoked_at.is_some() {
+            return Err(revoked());
         }
-        views.sort_by_key(|view| view.runner.id.0);
-        let mut items: Vec<RunnerView> =
-            views.into_iter().filter(|view| Some(view.runner.id.0) > after).collect();
-        let more = items.len() > size;
-        items.truncate(size);
-        let next = items.last().filter(|_| more).map(|view| view.runner.id.0.to_string());
-        Ok(Page { items, next })
+        Ok(RunnerIdentity { id: id.0, name, pool: pool.0, organization: organization.0 })
     }
 }
 

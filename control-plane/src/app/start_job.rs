@@ -45,6 +45,8 @@ pub enum Start {
     Revoked {
         reason: String,
     },
+    /// A person had it killed: there is nothing to start with.
+    Forced,
 }
 
 impl App {
@@ -58,6 +60,9 @@ impl App {
         let LeaseRef { job, epoch, .. } = lease;
         let phase = job.phase;
         let held = subject.run.value.job(phase).lease.as_ref().ok_or_else(lease_lost)?;
+        if subject.run.value.forced_by.is_some() {
+            return Ok(Start::Forced);
+        }
         let plain = if held.released.is_some() {
             None
         } else {
@@ -115,17 +120,22 @@ impl App {
         self: &Arc<Self>,
         runner: &RunnerIdentity,
         lease: LeaseRef,
-    ) -> Result<Go> {
+    ) -> Result<Start> {
         let subject = self.leased(runner, lease).await?;
         let run = &subject.run.value;
+        if run.forced_by.is_some() {
+            return Ok(Start::Forced);
+        }
         let held = run.job(lease.job.phase).lease.as_ref();
         match held.and_then(|held| held.released) {
-            Some(_) => self.go(run, lease.job.phase).await,
+            Some(_) => self.go(run, lease.job.phase).await.map(Start::Go),
             None => Err(lease_lost()),
         }
     }
 
     async fn go(&self, run: &Run, phase: Phase) -> Result<Go> {
+        // Last: the alarm may have come since the lease was looked at.
+        self.check_history()?;
         let request = &run.request;
         Ok(Go {
             session: self.session_of(run.id, phase).await?,

@@ -14,9 +14,9 @@ use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 use serde_json::Value;
 
 use super::App;
-use crate::dispatch::Place;
+use crate::dispatch::{Place, Wanted};
 use crate::error::{Error, Result};
-use crate::store::record::environment::{Environment, EnvironmentRecord};
+use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
@@ -216,7 +216,8 @@ impl App {
                 Effect::GiveTurn => self.give_turn_soon(run),
                 Effect::Offer(job) => self.offer(run, job.phase, environment),
                 Effect::Withdraw(job) => self.dispatch.withdraw(job),
-                Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch),
+                Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch, false),
+                Effect::Kill(job, epoch) => self.dispatch.cancel(job, epoch, true),
                 Effect::Revoke(job, epoch) => self.dispatch.revoke(job, epoch, &reason(run)),
                 Effect::DropPlan => self.collect_garbage_soon(),
             }
@@ -226,18 +227,29 @@ impl App {
     /// Tells dispatch that a job waits. Without a pool it goes on waiting for one.
     pub(super) fn offer(&self, run: &Run, phase: Phase, environment: &Environment) {
         if let Some(pool) = environment.settings.pool {
-            let place = self.place(run, phase, pool);
+            let place = place(run, phase, &environment.settings, pool);
             self.dispatch.open(run.job_id(phase), place, run.job(phase).epoch);
         }
     }
+}
 
-    /// Where a job may run: an apply by the version that made its plan only.
-    pub(super) fn place(&self, run: &Run, phase: Phase, pool: PoolId) -> Place {
-        let version = match phase {
-            Phase::Plan => None,
-            Phase::Apply => run.planned.as_ref().map(|planned| planned.terraform_version.clone()),
-        };
-        Place { pool, version }
+/// Where a job may run.
+pub(super) fn place(run: &Run, phase: Phase, settings: &Settings, pool: PoolId) -> Place {
+    let labels = settings.runner_labels.clone();
+    Place { pool, phase, labels, wanted: wanted(run, phase, settings) }
+}
+
+/// What a job runs by: a plan by what the settings say, an apply by what made its plan only.
+pub(super) fn wanted(run: &Run, phase: Phase, settings: &Settings) -> Wanted {
+    match (phase, &run.planned) {
+        (Phase::Apply, Some(planned)) => Wanted {
+            engine: planned.engine.clone(),
+            version: planned.terraform_version.clone(),
+        },
+        (Phase::Plan, _) | (Phase::Apply, None) => Wanted {
+            engine: settings.engine.clone(),
+            version: settings.engine_version.clone(),
+        },
     }
 }
 

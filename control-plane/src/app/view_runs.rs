@@ -6,15 +6,20 @@ use std::sync::Arc;
 use latchkey_domain::id::{Digest, EnvironmentId, RunId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
+use latchkey_domain::time::Timestamp;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::artifacts::LARGEST_CHANGES;
 use super::configurations::blob_error;
+use super::transition::place;
 use super::{App, Page, PageRequest};
 use crate::auth::{Caller, Right};
 use crate::blobs::BlobError;
-use crate::error::Result;
+use crate::dispatch::Waiting;
+use crate::error::{Result, rfc3339};
+use crate::store::record::Loaded;
+use crate::store::record::runner::Runner;
 use crate::store::{Scan, keys};
 
 /// What the lock beside a run shows.
@@ -35,11 +40,25 @@ pub struct RunView {
     pub lock: Lock,
     pub plan_log_length: u64,
     pub apply_log_length: u64,
+    pub plan_facts: JobFacts,
+    pub apply_facts: JobFacts,
+    /// From when on an owner may have it killed.
+    pub force_cancel_time: Option<Timestamp>,
     /// 1 is next; 0 when it does not wait for its turn.
     pub queue_position: u32,
     pub detail: Detail,
     /// The reduced `show -json` of its plan; only where one run is shown.
     pub changes: Option<Arc<Value>>,
+}
+
+/// What is known of a phase beyond the run's record; only where one run is shown.
+#[derive(Clone, Debug, Default)]
+pub struct JobFacts {
+    /// Of who held it last.
+    pub runner_name: String,
+    /// When the lease's holder was last heard of.
+    pub last_heard: Option<Timestamp>,
+    pub quarantined: u32,
 }
 
 /// How much of a run is shown.
@@ -95,7 +114,63 @@ impl App {
         if view.run.reason.is_none() {
             view.run.reason = self.what_it_waits_for(&view.run).await?;
         }
+        view.plan_facts = self.job_facts(&view.run, Phase::Plan).await?;
+        view.apply_facts = self.job_facts(&view.run, Phase::Apply).await?;
+        self.say_what_is_known(&mut view);
         Ok(view)
+    }
+
+    async fn job_facts(&self, run: &Run, phase: Phase) -> Result<JobFacts> {
+        let job = run.job(phase);
+        let Some(last_holder) = job.last_holder() else { return Ok(JobFacts::default()) };
+        let runner: Option<Loaded<Runner>> = self.fetch(keys::runner(last_holder)).await?;
+        let last_heard = match &job.lease {
+            Some(lease) => {
+                let seen = self.dispatch.see(vec![lease.runner]).await;
+                seen.get(&lease.runner).and_then(|seen| seen.last_seen)
+            }
+            None => None,
+        };
+        Ok(JobFacts {
+            runner_name: runner.map(|runner| runner.value.name).unwrap_or_default(),
+            last_heard,
+            quarantined: self.count_quarantined(run, phase).await?,
+        })
+    }
+
+    /// Adds to a run's reason what a person can know and do where its runner is silent.
+    fn say_what_is_known(&self, view: &mut RunView) {
+        let RunView { run, plan_facts, apply_facts, .. } = view;
+        let facts = match run.state {
+            RunState::Planning => plan_facts,
+            RunState::Applying | RunState::Lost => apply_facts,
+            RunState::AwaitingPlanMfa
+            | RunState::Pending
+            | RunState::PlanQueued
+            | RunState::AwaitingConfirmation
+            | RunState::AwaitingApplyMfa
+            | RunState::ApplyQueued
+            | RunState::Planned
+            | RunState::Applied
+            | RunState::Errored
+            | RunState::Canceled
+            | RunState::Discarded => return,
+        };
+        let mut known = vec![];
+        known.extend(run.reason.take());
+        let silence = 2 * self.lease_term / 3;
+        if let Some(heard) = facts.last_heard.filter(|heard| *heard + silence < self.now()) {
+            known.push(format!("its runner has been silent since {}", rfc3339(heard)));
+        }
+        if run.state == RunState::Lost {
+            let id = run.id;
+            let count = facts.quarantined;
+            known.push(format!(
+                "wait for the runner to come back, recover a state (`latchkey quarantine list \
+                 --run {id}`: {count} there), or give the run up with `latchkey cancel {id}`"
+            ));
+        }
+        run.reason = Some(known.join("; ")).filter(|known| !known.is_empty());
     }
 
     /// Lists an environment's runs, newest first.
@@ -180,6 +255,9 @@ impl App {
             environment,
             plan_log_length: 0,
             apply_log_length: 0,
+            plan_facts: JobFacts::default(),
+            apply_facts: JobFacts::default(),
+            force_cancel_time: run.force_cancel_time(self.force_cancel_grace),
             queue_position: 0,
             detail: Detail::Line,
             changes: None,
@@ -227,16 +305,20 @@ impl App {
             return Ok(Some(reason.into()));
         };
         let name = self.pool(organization, pool).await?.name;
-        let place = self.place(run, phase, pool);
-        let connected = self.dispatch.connected().await;
-        let suited = connected.values().filter(|runner| runner.suits(&place)).count();
-        Ok(match (suited, place.version) {
-            (0, Some(version)) => Some(format!(
-                "waits for a runner of pool {name} that has version {version}, which made the plan"
-            )),
-            (0, None) => Some(format!("waits for a runner: none of pool {name} is connected")),
-            (_, _) => None,
-        })
+        let place = place(run, phase, &environment.settings, pool);
+        let reason = match self.dispatch.why_waiting(place).await {
+            Some(Waiting::NobodyThere) => {
+                format!("waits for a runner of pool {name}: none is connected")
+            }
+            Some(Waiting::NobodySuits { lacking }) => {
+                format!("waits for a runner of pool {name} {lacking}")
+            }
+            Some(Waiting::NobodyIdle) => format!(
+                "waits for a runner of pool {name}: all suitable runners are busy or draining"
+            ),
+            Some(Waiting::Soon) | None => return Ok(None),
+        };
+        Ok(Some(reason))
     }
 
     async fn what_holds_it_up(&self, run: &Run) -> Result<Option<String>> {

@@ -204,3 +204,20 @@ async fn a_blob_too_large_to_hold_is_not_gotten() {
     let error = blobs.get(organization(1), digest, 99).await.unwrap_err();
     assert!(matches!(error, BlobError::TooLarge { limit: 99 }));
 }
+
+#[tokio::test]
+async fn held_blobs_are_deleted_only_afterwards() {
+    let root = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open(root.path(), Arc::new(MasterKey::ephemeral())).unwrap();
+    let digest = blobs.put(organization(1), b"kept").await.unwrap();
+    let held = blobs.hold().await;
+    let deleting = tokio::spawn({
+        let blobs = blobs.clone();
+        async move { blobs.delete(organization(1), digest).await }
+    });
+    tokio::task::yield_now().await;
+    assert!(blobs.is_held() && blobs.exists(organization(1), digest).await.unwrap());
+    drop(held);
+    deleting.await.unwrap().unwrap();
+    assert!(!blobs.exists(organization(1), digest).await.unwrap());
+}

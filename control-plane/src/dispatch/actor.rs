@@ -1,6 +1,11 @@
 //! The actor: one task that owns all of dispatch's state.
+//!
+//! Nothing here grows with runners times jobs: who is idle, and how much, is kept up to date as
+//! jobs come and go, and open jobs with the same demands stand in one line, of which only the
+//! oldest is ever tried.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +13,7 @@ use latchkey_domain::id::{Epoch, JobId, PoolId, RunnerId};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Connected, Introduction, Leases, Message, Place, ToRunner};
+use super::{Abilities, Introduction, Leases, Message, Place, Seen, Standing, ToRunner, Waiting};
 use crate::auth::RunnerIdentity;
 use crate::job::{JobSpec, LeaseRef};
 
@@ -17,6 +22,11 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a runner that gave a job back is offered nothing.
 const REST: Duration = Duration::from_secs(5);
+
+/// How often streams of one runner may end each other within [`FIGHT`] before it is an alarm: a
+/// host that was copied keeps its original's identity, and both come back as long as they live.
+const MOST_TAKEOVERS: usize = 5;
+const FIGHT: Duration = Duration::from_secs(60);
 
 /// Tells one stream of a runner from the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,34 +37,63 @@ pub(super) struct Actor {
     /// For the answers of tasks that the actor starts.
     own: mpsc::Sender<Message>,
     term: Duration,
-    /// Jobs that wait, by pool; job ids sort by the age of their run.
-    open: HashMap<PoolId, BTreeMap<JobId, Place>>,
+    pools: HashMap<PoolId, Pool>,
     /// Where each open job is listed.
-    pool_of: HashMap<JobId, PoolId>,
+    place_of: HashMap<JobId, Arc<Place>>,
     runners: HashMap<RunnerId, Connection>,
+    /// What outlives a connection.
+    known: HashMap<RunnerId, Known>,
     leases: HashMap<JobId, Watched>,
     /// Jobs whose grant is being committed.
     granting: HashMap<JobId, RunnerId>,
+    /// Runners that rest, to be looked at by the next tick.
+    resting: Vec<RunnerId>,
     connections: u64,
+}
+
+/// The jobs and the idle runners of a pool.
+#[derive(Default)]
+struct Pool {
+    /// Jobs that wait, by what they demand; job ids sort by the age of their run.
+    open: BTreeMap<Arc<Place>, BTreeSet<JobId>>,
+    /// Runners that may have another job, by how many; the last is the idlest.
+    idle: BTreeSet<(u32, Reverse<RunnerId>)>,
 }
 
 struct Connection {
     id: ConnectionId,
     pool: PoolId,
-    slots: u32,
-    engines: Vec<(String, String)>,
+    abilities: Abilities,
     frames: mpsc::Sender<ToRunner>,
     last_seen: latchkey_domain::time::Timestamp,
+    standing: Standing,
+    draining: bool,
     /// Set when it gave a job back: it is offered nothing until then.
-    rests_until: Instant,
+    rests_until: Option<Instant>,
+    /// With how many free slots it stands among its pool's idle.
+    listed: Option<u32>,
 }
 
 impl Connection {
-    fn suits(&self, place: &Place) -> bool {
-        !self.frames.is_closed()
-            && self.rests_until <= Instant::now()
-            && place.admits(self.pool, &self.engines)
+    /// How many more jobs it may have; `None` when it may have none.
+    fn free(&self, taken: usize) -> Option<u32> {
+        if self.standing.drained || self.draining || self.rests_until.is_some() {
+            return None;
+        }
+        let taken = u32::try_from(taken).unwrap_or(u32::MAX);
+        self.abilities.slots.checked_sub(taken).filter(|free| *free > 0)
     }
+}
+
+/// What is known of a runner whether or not it is connected.
+#[derive(Default)]
+struct Known {
+    /// Jobs that it holds or is being granted.
+    taken: BTreeSet<JobId>,
+    last_seen: Option<latchkey_domain::time::Timestamp>,
+    /// When one of its streams ended another, within [`FIGHT`].
+    takeovers: VecDeque<Instant>,
+    alarmed: Option<Instant>,
 }
 
 /// A lease and when it ends without a heartbeat.
@@ -74,11 +113,13 @@ impl Actor {
             decider,
             own,
             term,
-            open: HashMap::new(),
-            pool_of: HashMap::new(),
+            pools: HashMap::new(),
+            place_of: HashMap::new(),
             runners: HashMap::new(),
+            known: HashMap::new(),
             leases: HashMap::new(),
             granting: HashMap::new(),
+            resting: vec![],
             connections: 0,
         }
     }
@@ -94,6 +135,7 @@ impl Actor {
                 },
                 _ = tick.tick() => {
                     self.expire();
+                    self.wake_rested();
                     self.match_all();
                 }
             }
@@ -108,16 +150,17 @@ impl Actor {
                 if overtaken || self.granting.contains_key(&job) {
                     return;
                 }
-                self.leases.remove(&job);
+                self.forget_lease(job);
                 self.withdraw(job);
-                self.pool_of.insert(job, pool);
-                self.open.entry(pool).or_default().insert(job, place);
+                let place = Arc::new(place);
+                self.place_of.insert(job, Arc::clone(&place));
+                self.pools.entry(pool).or_default().open.entry(place).or_default().insert(job);
                 self.match_pool(pool);
             }
             Message::Withdraw { job } => self.withdraw(job),
-            Message::Cancel { job, epoch } => {
+            Message::Cancel { job, epoch, force } => {
                 let lease = self.lease_ref(job, epoch);
-                self.tell_holder(job, epoch, ToRunner::Cancel { lease, force: false });
+                self.tell_holder(job, epoch, ToRunner::Cancel { lease, force });
             }
             Message::Revoke { job, epoch, reason } => {
                 let lease = self.lease_ref(job, epoch);
@@ -131,7 +174,7 @@ impl Actor {
             }
             Message::Disconnect { runner, connection } => {
                 if self.runners.get(&runner).is_some_and(|known| known.id == connection) {
-                    self.runners.remove(&runner);
+                    self.drop_connection(runner);
                 }
             }
             Message::Heartbeat { runner, held, reply } => {
@@ -146,7 +189,9 @@ impl Actor {
             }
             Message::Rest { runner } => {
                 if let Some(connection) = self.runners.get_mut(&runner) {
-                    connection.rests_until = Instant::now() + REST;
+                    connection.rests_until = Some(Instant::now() + REST);
+                    self.resting.push(runner);
+                    self.relist(runner);
                 }
             }
             Message::WatchUnknown { job, epoch, runner } => {
@@ -155,8 +200,8 @@ impl Actor {
                 }
             }
             Message::Watch { job, epoch, runner } => self.watch(job, epoch, runner),
-            Message::Granted { job, place, runner, lease } => {
-                self.granted(job, place.pool, runner, lease);
+            Message::Granted { job, pool, runner, lease } => {
+                self.granted(job, pool, runner, lease);
             }
             Message::Expired { job, epoch, settled } => {
                 if settled {
@@ -165,8 +210,23 @@ impl Actor {
                     watched.deadline = Instant::now() + self.term;
                 }
             }
-            Message::List { reply } => {
-                let _ = reply.send(self.list());
+            Message::Standing { runner, standing } => self.stand(runner, standing),
+            Message::Draining { runner, connection } => {
+                let known = self.runners.get_mut(&runner);
+                if let Some(known) = known.filter(|known| known.id == connection) {
+                    known.draining = true;
+                    self.relist(runner);
+                }
+            }
+            Message::Expel { runner } => {
+                self.drop_connection(runner);
+            }
+            Message::See { runners, reply } => {
+                let seen = runners.into_iter().map(|runner| (runner, self.see(runner))).collect();
+                let _ = reply.send(seen);
+            }
+            Message::WhyWaiting { place, reply } => {
+                let _ = reply.send(self.why_waiting(&place));
             }
         }
     }
@@ -176,10 +236,14 @@ impl Actor {
     }
 
     fn withdraw(&mut self, job: JobId) {
-        if let Some(pool) = self.pool_of.remove(&job)
-            && let Some(open) = self.open.get_mut(&pool)
+        let Some(place) = self.place_of.remove(&job) else { return };
+        if let Some(pool) = self.pools.get_mut(&place.pool)
+            && let Some(line) = pool.open.get_mut(&place)
         {
-            open.remove(&job);
+            line.remove(&job);
+            if line.is_empty() {
+                pool.open.remove(&place);
+            }
         }
     }
 
@@ -191,23 +255,142 @@ impl Actor {
     ) -> ConnectionId {
         self.connections += 1;
         let id = ConnectionId(self.connections);
+        let Introduction { abilities, held, standing, draining } = introduction;
         let connection = Connection {
             id,
             pool: runner.pool,
-            slots: introduction.slots,
-            engines: introduction.engines,
+            abilities,
             frames,
             last_seen: self.decider.now(),
-            rests_until: Instant::now(),
+            standing,
+            draining,
+            rests_until: None,
+            listed: None,
         };
-        if let Some(earlier) = self.runners.insert(runner.id, connection) {
+        if let Some(earlier) = self.drop_connection(runner.id)
+            && !earlier.frames.is_closed()
+        {
             tracing::warn!(runner_id = %runner.id, "a second stream of one runner took over");
             let _ = earlier.frames.try_send(ToRunner::Superseded);
+            self.taken_over(runner.id);
         }
-        for lease in introduction.held {
+        self.runners.insert(runner.id, connection);
+        for lease in held {
             self.watch(lease.job, lease.epoch, runner.id);
         }
+        self.relist(runner.id);
+        if standing.drained {
+            self.tell(runner.id, ToRunner::Drain);
+        }
         id
+    }
+
+    /// Raises an alarm when streams of one runner keep ending each other.
+    fn taken_over(&mut self, runner: RunnerId) {
+        let now = Instant::now();
+        let known = self.known.entry(runner).or_default();
+        known.takeovers.push_back(now);
+        known.takeovers.retain(|at| now.duration_since(*at) < FIGHT);
+        let quiet = known.alarmed.is_none_or(|at| now.duration_since(at) >= FIGHT);
+        if known.takeovers.len() <= MOST_TAKEOVERS || !quiet {
+            return;
+        }
+        known.alarmed = Some(now);
+        known.takeovers.clear();
+        tracing::error!(runner_id = %runner,
+            "two programs use this runner's identity and keep ending each other's streams: a \
+             host was copied; revoke the runner and enroll each host by itself");
+        let decider = Arc::clone(&self.decider);
+        tokio::spawn(async move {
+            if let Err(error) = decider.two_of_one(runner).await {
+                tracing::error!(runner_id = %runner, error = %error, "the alarm is not recorded");
+            }
+        });
+    }
+
+    fn stand(&mut self, runner: RunnerId, standing: Standing) {
+        let Some(connection) = self.runners.get_mut(&runner) else { return };
+        if connection.standing.version > standing.version {
+            return;
+        }
+        let before = std::mem::replace(&mut connection.standing, standing);
+        let pool = connection.pool;
+        match (before.drained, standing.drained) {
+            (false, true) => self.tell(runner, ToRunner::Drain),
+            (true, false) => self.tell(runner, ToRunner::Resume),
+            (true, true) | (false, false) => return,
+        }
+        self.relist(runner);
+        self.match_pool(pool);
+    }
+
+    /// Takes a runner's stream out of dispatch; what it holds stays held until its term is over.
+    fn drop_connection(&mut self, runner: RunnerId) -> Option<Connection> {
+        let connection = self.runners.remove(&runner)?;
+        if let Some(free) = connection.listed
+            && let Some(pool) = self.pools.get_mut(&connection.pool)
+        {
+            pool.idle.remove(&(free, Reverse(runner)));
+        }
+        self.known.entry(runner).or_default().last_seen = Some(connection.last_seen);
+        Some(connection)
+    }
+
+    /// Puts a runner in its place among the idle, after something that decides it has changed.
+    fn relist(&mut self, runner: RunnerId) {
+        let Some(connection) = self.runners.get_mut(&runner) else { return };
+        let taken = self.known.get(&runner).map_or(0, |known| known.taken.len());
+        let free = connection.free(taken);
+        if connection.listed == free {
+            return;
+        }
+        let idle = &mut self.pools.entry(connection.pool).or_default().idle;
+        if let Some(before) = connection.listed {
+            idle.remove(&(before, Reverse(runner)));
+        }
+        if let Some(free) = free {
+            idle.insert((free, Reverse(runner)));
+        }
+        connection.listed = free;
+    }
+
+    /// Counts a job against a runner's slots.
+    fn take(&mut self, runner: RunnerId, job: JobId) {
+        self.known.entry(runner).or_default().taken.insert(job);
+        self.relist(runner);
+    }
+
+    /// Gives a slot back, unless the runner has the job for another reason still.
+    fn give_back(&mut self, runner: RunnerId, job: JobId) {
+        let leased = self.leases.get(&job).is_some_and(|watched| watched.runner == runner);
+        if leased || self.granting.get(&job) == Some(&runner) {
+            return;
+        }
+        if let Some(known) = self.known.get_mut(&runner) {
+            known.taken.remove(&job);
+        }
+        self.relist(runner);
+    }
+
+    fn forget_lease(&mut self, job: JobId) -> Option<RunnerId> {
+        let runner = self.leases.remove(&job)?.runner;
+        self.give_back(runner, job);
+        Some(runner)
+    }
+
+    fn wake_rested(&mut self) {
+        let now = Instant::now();
+        for runner in std::mem::take(&mut self.resting) {
+            let Some(connection) = self.runners.get_mut(&runner) else { continue };
+            match connection.rests_until {
+                Some(until) if until > now => self.resting.push(runner),
+                Some(_) => {
+                    connection.rests_until = None;
+                    self.relist(runner);
+                }
+                None => {}
+            }
+        }
     }
 
     fn watch(&mut self, job: JobId, epoch: Epoch, runner: RunnerId) {
@@ -215,7 +398,11 @@ impl Actor {
             return;
         }
         let deadline = Instant::now() + self.term;
-        self.leases.insert(job, Watched { epoch, runner, deadline });
+        let before = self.leases.insert(job, Watched { epoch, runner, deadline });
+        self.take(runner, job);
+        if let Some(before) = before.filter(|before| before.runner != runner) {
+            self.give_back(before.runner, job);
+        }
     }
 
     fn renew(&mut self, runner: RunnerId, held: Vec<LeaseRef>) -> Vec<LeaseRef> {
@@ -239,16 +426,16 @@ impl Actor {
         if watched.epoch != epoch {
             return;
         }
-        let runner = watched.runner;
-        self.leases.remove(&job);
-        if let Some(pool) = self.runners.get(&runner).map(|connection| connection.pool) {
+        let runner = self.forget_lease(job);
+        let connection = runner.and_then(|runner| self.runners.get(&runner));
+        if let Some(pool) = connection.map(|connection| connection.pool) {
             self.match_pool(pool);
         }
     }
 
     /// Looks at every pool again, for runners that have rested.
     fn match_all(&mut self) {
-        let pools: Vec<_> = self.open.keys().copied().collect();
+        let pools: Vec<_> = self.pools.keys().copied().collect();
         for pool in pools {
             self.match_pool(pool);
         }
@@ -256,15 +443,10 @@ impl Actor {
 
     /// Offers a pool's open jobs, oldest first, to its idlest runners that can run them.
     fn match_pool(&mut self, pool: PoolId) {
-        loop {
-            let next = self.open.get(&pool).and_then(|open| {
-                open.iter()
-                    .filter(|(job, _)| !self.granting.contains_key(job))
-                    .find_map(|(job, place)| Some((*job, place.clone(), self.idlest(place)?)))
-            });
-            let Some((job, place, runner)) = next else { return };
+        while let Some((job, place, runner)) = self.next_match(pool) {
             self.withdraw(job);
             self.granting.insert(job, runner);
+            self.take(runner, job);
             let (decider, own) = (Arc::clone(&self.decider), self.own.clone());
             tokio::spawn(async move {
                 let granted = Arc::clone(&decider).grant(job, runner).await;
@@ -274,7 +456,8 @@ impl Actor {
                     None
                 });
                 let lease = lease.map(|(lease, spec)| (lease, Box::new(spec)));
-                let _ = own.send(Message::Granted { job, place, runner, lease }).await;
+                let pool = place.pool;
+                let _ = own.send(Message::Granted { job, pool, runner, lease }).await;
                 if failed {
                     tokio::time::sleep(RETRY_PAUSE).await;
                     if let Err(error) = decider.offer_if_open(job).await {
@@ -285,22 +468,30 @@ impl Actor {
         }
     }
 
-    fn idlest(&self, place: &Place) -> Option<RunnerId> {
-        self.runners
-            .iter()
-            .filter(|(_, connection)| connection.suits(place))
-            .filter_map(|(id, connection)| {
-                let busy = self.busy(*id);
-                (busy < connection.slots).then(|| (connection.slots - busy, *id))
-            })
-            .max_by_key(|(idle, id)| (*idle, std::cmp::Reverse(*id)))
-            .map(|(_, id)| id)
+    fn next_match(&self, pool: PoolId) -> Option<(JobId, Arc<Place>, RunnerId)> {
+        let pool = self.pools.get(&pool)?;
+        if pool.idle.is_empty() {
+            return None;
+        }
+        let oldest = |(place, line): (&'_ Arc<Place>, &BTreeSet<JobId>)| {
+            line.first().map(|job| (*job, Arc::clone(place)))
+        };
+        let mut lines: Vec<_> = pool.open.iter().filter_map(oldest).collect();
+        lines.sort_unstable_by_key(|(job, _)| *job);
+        lines.into_iter().find_map(|(job, place)| {
+            let runner = self.idlest(pool, &place)?;
+            Some((job, place, runner))
+        })
     }
 
-    fn busy(&self, runner: RunnerId) -> u32 {
-        let leased = self.leases.values().filter(|watched| watched.runner == runner).count();
-        let granting = self.granting.values().filter(|granting| **granting == runner).count();
-        u32::try_from(leased + granting).unwrap_or(u32::MAX)
+    fn idlest(&self, pool: &Pool, place: &Place) -> Option<RunnerId> {
+        let suits = |runner: &RunnerId| {
+            self.runners.get(runner).is_some_and(|connection| {
+                !connection.frames.is_closed()
+                    && place.admits(connection.pool, &connection.abilities)
+            })
+        };
+        pool.idle.iter().rev().map(|(_, Reverse(runner))| *runner).find(suits)
     }
 
     fn granted(
@@ -312,6 +503,7 @@ impl Actor {
     ) {
         self.granting.remove(&job);
         let Some((lease, spec)) = lease else {
+            self.give_back(runner, job);
             self.match_pool(pool);
             return;
         };
@@ -325,11 +517,14 @@ impl Actor {
         let Some(watched) = self.leases.get(&job).filter(|watched| watched.epoch == epoch) else {
             return;
         };
-        let runner = watched.runner;
+        self.tell(watched.runner, frame);
+    }
+
+    fn tell(&mut self, runner: RunnerId, frame: ToRunner) {
         let Some(connection) = self.runners.get(&runner) else { return };
         if connection.frames.try_send(frame).is_err() {
             tracing::warn!(runner_id = %runner, "a runner does not read its stream; dropped");
-            self.runners.remove(&runner);
+            self.drop_connection(runner);
         }
     }
 
@@ -357,23 +552,42 @@ impl Actor {
         }
     }
 
-    fn list(&self) -> HashMap<RunnerId, Connected> {
-        let held = |runner: RunnerId| {
-            let mine = self.leases.iter().filter(move |(_, watched)| watched.runner == runner);
-            mine.map(|(job, _)| *job).collect()
+    fn see(&self, runner: RunnerId) -> Seen {
+        let (connection, known) = (self.runners.get(&runner), self.known.get(&runner));
+        let held = |job: &JobId| {
+            let watched = self.leases.get(job).filter(|watched| watched.runner == runner)?;
+            Some((*job, watched.epoch))
         };
-        self.runners
-            .iter()
-            .map(|(id, connection)| {
-                let connected = Connected {
-                    pool: connection.pool,
-                    slots: connection.slots,
-                    engines: connection.engines.clone(),
-                    held: held(*id),
-                    last_seen: connection.last_seen,
-                };
-                (*id, connected)
-            })
-            .collect()
+        Seen {
+            connected: connection.is_some(),
+            draining: connection.is_some_and(|connection| connection.draining),
+            last_seen: connection
+                .map(|connection| connection.last_seen)
+                .or_else(|| known.and_then(|known| known.last_seen)),
+            held: known.map_or(vec![], |known| known.taken.iter().filter_map(held).collect()),
+        }
+    }
+
+    fn why_waiting(&self, place: &Place) -> Waiting {
+        let of_pool: Vec<&Connection> =
+            self.runners.values().filter(|connection| connection.pool == place.pool).collect();
+        if of_pool.is_empty() {
+            return Waiting::NobodyThere;
+        }
+        let abilities: Vec<&Abilities> =
+            of_pool.iter().map(|connection| &connection.abilities).collect();
+        let mut suited =
+            of_pool.iter().filter(|known| place.admits(place.pool, &known.abilities)).peekable();
+        if suited.peek().is_none() {
+            return Waiting::NobodySuits { lacking: place.lacking(&abilities) };
+        }
+        if suited.any(|connection| connection.listed.is_some()) {
+            Waiting::Soon
+        } else {
+            Waiting::NobodyIdle
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use crate::app::PageRequest;
 use crate::app::environments::EnvironmentView;
-use crate::app::view_runs::{Detail, Lock, RunView};
+use crate::app::quarantine::next_steps;
+use crate::app::view_runs::{Detail, JobFacts, Lock, RunView};
 use crate::error::{Error, Result};
 use crate::job::{JobSpec, LeaseRef};
 use crate::store::record::environment::PlainCredentials;
@@ -166,8 +167,8 @@ pub(super) fn run(view: RunView) -> v1::Run {
                 aws_request_id: refused.aws_request_id.clone().unwrap_or_default(),
             }
         }),
-        plan: Some(job(&run.plan, view.plan_log_length)),
-        apply: Some(job(&run.apply, view.apply_log_length)),
+        plan: Some(job(&run.plan, &view.plan_facts, view.plan_log_length)),
+        apply: Some(job(&run.apply, &view.apply_facts, view.apply_log_length)),
         plan_result: run.planned.as_ref().map(|planned| plan(planned, changes.as_deref())),
         approval: run.approval.as_ref().map(|approval| v1::Approval {
             user: approval.by.clone(),
@@ -184,11 +185,12 @@ pub(super) fn run(view: RunView) -> v1::Run {
             .unwrap_or_default(),
         cancel_requested: run.cancel_requested_by.is_some(),
         queue_position: *queue_position,
-        ..Default::default()
+        cancel_request_time: run.cancel_requested_at.map(timestamp),
+        force_cancel_time: view.force_cancel_time.map(timestamp),
     }
 }
 
-fn job(job: &Job, log_length: u64) -> v1::JobFacts {
+fn job(job: &Job, facts: &JobFacts, log_length: u64) -> v1::JobFacts {
     v1::JobFacts {
         epoch: job.epoch.get(),
         runner_id: job.last_holder().map(|runner| runner.to_string()).unwrap_or_default(),
@@ -204,7 +206,9 @@ fn job(job: &Job, log_length: u64) -> v1::JobFacts {
             }
         }),
         log_length,
-        ..Default::default()
+        runner_name: facts.runner_name.clone(),
+        last_heard_time: facts.last_heard.map(timestamp),
+        quarantined: facts.quarantined,
     }
 }
 
@@ -221,9 +225,9 @@ fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
         applyable: planned.applyable,
         digest: planned.digest.to_string(),
         terraform_version: planned.terraform_version.clone(),
+        engine: planned.engine.clone(),
         truncated: shown.len() < listed.len(),
         change_list: shown,
-        ..Default::default()
     }
 }
 
@@ -262,6 +266,10 @@ fn resource_change(change: &Value) -> v1::ResourceChange {
 
 pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
     let EnvironmentView { environment, organization_name, pool_name } = view;
+    let frozen = environment.hold.frozen.as_ref().map(|frozen| v1::Frozen {
+        run_id: frozen.run.to_string(),
+        reason: next_steps(&environment.name, frozen),
+    });
     let settings = environment.settings;
     v1::Environment {
         environment_id: environment.id.to_string(),
@@ -279,14 +287,13 @@ pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
             }
             .into(),
             region: settings.region,
-            ..Default::default()
+            runner_labels: settings.runner_labels.into_iter().collect(),
+            engine: settings.engine,
+            engine_version: settings.engine_version,
         }),
         create_time: Some(timestamp(environment.created_at)),
         active_run_id: environment.hold.holder.map(|run| run.to_string()).unwrap_or_default(),
-        frozen: environment
-            .hold
-            .frozen
-            .map(|frozen| v1::Frozen { run_id: frozen.run.to_string(), reason: frozen.reason }),
+        frozen,
         state_serial: environment.state.as_ref().map_or(0, |state| state.serial),
         state_lineage: environment.state.map(|state| state.lineage).unwrap_or_default(),
     }
@@ -330,6 +337,6 @@ pub(super) fn job_spec(spec: JobSpec) -> v1::JobSpec {
         queued_by: spec.queued_by,
         message: spec.message,
         region: spec.region,
-        ..Default::default()
+        engine: spec.engine,
     }
 }

@@ -76,6 +76,9 @@ impl EnvironmentService for Service {
                 convert::plain_credentials,
             )?,
             region: request.region,
+            runner_labels: request.runner_labels.map(|given| given.labels.into_iter().collect()),
+            engine: request.engine,
+            engine_version: request.engine_version,
         };
         let view = self
             .app
@@ -122,5 +125,8 @@ fn given(settings: v1::EnvironmentSettings) -> Result<SettingsChange, Error> {
         session_duration: convert::duration("session_duration", settings.session_duration)?,
         plain_credentials: convert::plain_credentials(settings.plain_credentials)?,
         region: Some(settings.region).filter(|region| !region.is_empty()),
+        runner_labels: Some(settings.runner_labels.into_iter().collect()),
+        engine: Some(settings.engine),
+        engine_version: Some(settings.engine_version),
     })
 }

@@ -162,8 +162,12 @@ impl RunService for Service {
         request: Request<v1::CancelRequest>,
     ) -> Result<Response<v1::CancelResponse>, Status> {
         let caller = caller(&request)?;
-        let id = parse_run_id(&request.into_inner().run_id)?;
-        let run = self.app.cancel_run(&caller, id).await?;
+        let v1::CancelRequest { run_id, force } = request.into_inner();
+        let id = parse_run_id(&run_id)?;
+        let run = match force {
+            true => self.app.force_cancel_run(&caller, id).await?,
+            false => self.app.cancel_run(&caller, id).await?,
+        };
         Ok(Response::new(v1::CancelResponse { run: self.shown(run).await? }))
     }
 

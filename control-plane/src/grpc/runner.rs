@@ -4,6 +4,7 @@
 //! them; what dispatch has to say comes over a channel of its own, and both go out in one
 //! stream.
 
+use latchkey_domain::id::Generation;
 use latchkey_domain::run::{Counts, FailureKind, PlanDigests};
 use latchkey_proto::v1::finished::Result as WireResult;
 use latchkey_proto::v1::lease_request::Frame as In;
@@ -11,28 +12,31 @@ use latchkey_proto::v1::lease_response::Frame as Out;
 use latchkey_proto::v1::runner_service_server::RunnerService;
 use latchkey_proto::v1::upload_artifact_request::Part;
 use latchkey_proto::v1::{self, Reason};
+use prost::Message;
 use secrecy::ExposeSecret;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, Service, convert, next_part};
-use crate::app::artifacts::{ArtifactHeader, Made, Needed};
+use super::revocable::{unless_revoked, until_revoked};
+use super::{Answers, Service, convert, introduction, next_part};
+use crate::app::artifacts::{ArtifactHeader, Destination, Made, Needed};
 use crate::app::finish_job::JobResult;
+use crate::app::history::Seen;
 use crate::app::lease_job::Held;
 use crate::app::parse_digest;
 use crate::app::run_output::Piece;
 use crate::app::start_job::{Go, Start};
 use crate::auth::RunnerIdentity;
-use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
+use crate::auth::revocation::Revocation;
+use crate::dispatch::{ConnectionId, Introduction, RUNNER_QUEUE, ToRunner};
 use crate::error::Error;
 use crate::job::LeaseRef;
 use crate::store::record::variable::Category;
 
 /// The most that one runner may say it holds.
 const MOST_HELD: usize = 256;
-const MOST_SLOTS: u32 = 256;
 
 /// Two would do; three forgive a lost one.
 const HEARTBEATS_PER_TERM: u32 = 3;
@@ -53,6 +57,7 @@ impl RunnerService for Service {
         &self,
         request: Request<v1::EnrollRequest>,
     ) -> Result<Response<v1::EnrollResponse>, Status> {
+        self.app.check_history()?;
         let v1::EnrollRequest { pool_token, certificate_request, name } = request.into_inner();
         let enrolled = self.app.enroll(&pool_token.into(), &certificate_request, &name).await?;
         Ok(Response::new(v1::EnrollResponse {
@@ -74,15 +79,17 @@ impl RunnerService for Service {
                 return Err(Error::field("frame", "the first frame is Hello").into());
             }
         };
+        let revocation = self.app.revocations.of(runner.id);
         let (answers, outgoing) = mpsc::channel(RUNNER_QUEUE);
-        let service = self.clone();
+        let (service, revoked) = (self.clone(), revocation.clone());
         tokio::spawn(async move {
             let sender = answers.clone();
-            if let Err(status) = service.hold_leases(runner, hello, frames, answers).await {
+            let held = service.hold_leases(runner, hello, frames, answers, revoked).await;
+            if let Err(status) = held {
                 let _ = sender.send(Err(status)).await;
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+        Ok(Response::new(until_revoked(revocation, ReceiverStream::new(outgoing))))
     }
 
     async fn fetch_artifact(
@@ -90,6 +97,7 @@ impl RunnerService for Service {
         request: Request<v1::FetchArtifactRequest>,
     ) -> Result<Response<Self::FetchArtifactStream>, Status> {
         let runner = identity(&request)?;
+        let revocation = self.app.revocations.of(runner.id);
         let v1::FetchArtifactRequest { lease, kind } = request.into_inner();
         let needed = match v1::ArtifactKind::try_from(kind) {
             Ok(v1::ArtifactKind::Configuration) => Needed::Configuration,
@@ -120,7 +128,7 @@ impl RunnerService for Service {
                 }
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
+        Ok(Response::new(until_revoked(revocation, ReceiverStream::new(parts))))
     }
 
     async fn upload_artifact(
@@ -128,25 +136,8 @@ impl RunnerService for Service {
         request: Request<Streaming<v1::UploadArtifactRequest>>,
     ) -> Result<Response<v1::UploadArtifactResponse>, Status> {
         let runner = identity(&request)?;
-        let mut parts = request.into_inner();
-        let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
-            Some(Part::Header(header)) => artifact_header(header)?,
-            Some(Part::Data(_)) | None => {
-                return Err(Error::field("header", "the first message carries the header").into());
-            }
-        };
-        let mut upload = self.app.upload_artifact(&runner, header).await?;
-        while let Some(message) = next_part(&mut parts).await? {
-            match message.part {
-                Some(Part::Data(data)) => upload.write(&data).await?,
-                Some(Part::Header(_)) | None => {
-                    let message = "only the first message carries a header";
-                    return Err(Error::field("data", message).into());
-                }
-            }
-        }
-        upload.finish().await?;
-        Ok(Response::new(v1::UploadArtifactResponse { quarantined: false }))
+        let revocation = self.app.revocations.of(runner.id);
+        unless_revoked(revocation, self.take_upload(&runner, request.into_inner())).await
     }
 
     async fn append_log(
@@ -154,6 +145,8 @@ impl RunnerService for Service {
         request: Request<Streaming<v1::AppendLogRequest>>,
     ) -> Result<Response<Self::AppendLogStream>, Status> {
         let runner = identity(&request)?;
+        let revocation = self.app.revocations.of(runner.id);
+        let revoked = revocation.clone();
         let mut chunks = request.into_inner();
         let app = std::sync::Arc::clone(&self.app);
         let (sender, answers) = mpsc::channel(16);
@@ -196,17 +189,67 @@ impl RunnerService for Service {
                 };
                 tokio::try_join!(reading, appending).map(drop)
             };
-            if let Err(status) = append.await {
+            if let Err(status) = unless_revoked(revoked, append).await {
                 let _: Result<(), _> = sender.send(Err::<_, Status>(status)).await;
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+        Ok(Response::new(until_revoked(revocation, ReceiverStream::new(answers))))
+    }
+}
+
+/// Whose stream it is, and which of them.
+#[derive(Clone, Debug)]
+struct Speaker {
+    runner: RunnerIdentity,
+    connection: ConnectionId,
+}
+
+/// Frames that are being answered. What is being committed is committed, whoever hears of it.
+struct Answering(JoinSet<Result<(), Status>>);
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.detach_all();
     }
 }
 
 type Outgoing = mpsc::Sender<Result<v1::LeaseResponse, Status>>;
 
 impl Service {
+    async fn take_upload(
+        &self,
+        runner: &RunnerIdentity,
+        mut parts: Streaming<v1::UploadArtifactRequest>,
+    ) -> Result<Response<v1::UploadArtifactResponse>, Status> {
+        let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
+            Some(Part::Header(header)) => artifact_header(header)?,
+            Some(Part::Data(_)) | None => {
+                return Err(Error::field("header", "the first message carries the header").into());
+            }
+        };
+        let mut upload = self.app.upload_artifact(runner, header).await?;
+        let mut result = (header.kind == Made::Result).then(Vec::new);
+        while let Some(message) = next_part(&mut parts).await? {
+            match message.part {
+                Some(Part::Data(data)) => {
+                    upload.write(&data).await?;
+                    if let Some(result) = &mut result {
+                        result.extend_from_slice(&data);
+                    }
+                }
+                Some(Part::Header(_)) | None => {
+                    let message = "only the first message carries a header";
+                    return Err(Error::field("data", message).into());
+                }
+            }
+        }
+        if let Some(result) = result {
+            upload.says(&encoded_result(&result)?);
+        }
+        let quarantined = upload.finish().await? == Destination::Quarantine;
+        Ok(Response::new(v1::UploadArtifactResponse { quarantined }))
+    }
+
     /// Steps 1 and 2 of the protocol, then all others until the stream ends.
     async fn hold_leases(
         &self,
@@ -214,19 +257,27 @@ impl Service {
         hello: v1::Hello,
         mut frames: Streaming<v1::LeaseRequest>,
         answers: Outgoing,
+        revocation: Revocation,
     ) -> Result<(), Status> {
-        if hello.held.len() > MOST_HELD || !(1..=MOST_SLOTS).contains(&hello.slots) {
-            let message = "a runner has 1 to 256 slots and holds up to 256 jobs";
-            return Err(Error::field("hello", message).into());
+        if hello.held.len() > MOST_HELD {
+            return Err(Error::field("held", "a runner holds up to 256 jobs").into());
         }
+        let said = introduction::said(&hello)?;
+        let standing = self.app.introduce(&runner, &said).await?;
+        let held = hello.held.into_iter().map(|held| convert::lease(Some(held)));
+        let held = held.collect::<Result<Vec<_>, _>>()?;
+        let seen = Seen {
+            generation: Generation::new(hello.seen_generation),
+            history: hello.seen_history,
+        };
+        self.app.greet(&runner, seen, &held).await?;
         let (mut keep, mut give_up, mut canceled) = (vec![], vec![], vec![]);
-        for held in hello.held {
-            let lease = convert::lease(Some(held))?;
+        for lease in held {
             match self.app.take_up(&runner, lease).await {
                 Ok(Held::Keep) => keep.push(lease),
-                Ok(Held::KeepCanceled) => {
+                Ok(Held::KeepCanceled { force }) => {
                     keep.push(lease);
-                    canceled.push(lease);
+                    canceled.push((lease, force));
                 }
                 Ok(Held::GiveUp) => give_up.push(lease),
                 Err(error) if error.reason() == Reason::LeaseLost => give_up.push(lease),
@@ -242,25 +293,30 @@ impl Service {
             .ok(),
             keep: keep.iter().copied().map(convert::lease_out).collect(),
             give_up: give_up.into_iter().map(convert::lease_out).collect(),
-            history: 0,
+            history: self.app.store.history().get(),
         };
         send(&answers, Out::Welcome(welcome)).await?;
-        for lease in canceled {
-            let lease = Some(convert::lease_out(lease));
-            send(&answers, Out::Cancel(v1::CancelJob { lease, force: false })).await?;
+        for (lease, force) in canceled {
+            cancel(&answers, lease, force).await?;
         }
         let (to_runner, mut from_dispatch) = mpsc::channel(RUNNER_QUEUE);
         let introduction = Introduction {
-            slots: hello.slots,
-            engines: hello.engines.iter().take(8).map(engine).collect(),
+            abilities: (&said).into(),
             held: keep,
+            standing,
+            draining: hello.draining,
         };
         let connected = self.app.dispatch.connect(runner.clone(), introduction, to_runner).await;
         let Some(connection) = connected else {
             return Err(Status::unavailable("the control plane is stopping"));
         };
         tracing::info!(runner_id = %runner.id, "a runner connected");
-        let ended = self.converse(&runner, &mut frames, &mut from_dispatch, &answers).await;
+        let ended = unless_revoked(revocation, async {
+            self.app.confirm_standing(runner.id).await?;
+            let speaker = Speaker { runner: runner.clone(), connection };
+            self.converse(&speaker, &mut frames, &mut from_dispatch, &answers).await
+        })
+        .await;
         self.app.dispatch.disconnect(runner.id, connection);
         tracing::info!(runner_id = %runner.id, "a runner disconnected");
         ended
@@ -270,21 +326,18 @@ impl Service {
     /// that waits for AWS holds up neither heartbeats nor other jobs.
     async fn converse(
         &self,
-        runner: &RunnerIdentity,
+        speaker: &Speaker,
         frames: &mut Streaming<v1::LeaseRequest>,
         from_dispatch: &mut mpsc::Receiver<ToRunner>,
         answers: &Outgoing,
     ) -> Result<(), Status> {
-        let mut answering = JoinSet::new();
-        let ended = self.exchange(runner, frames, from_dispatch, answers, &mut answering).await;
-        // What is being committed is committed, whoever hears of it.
-        answering.detach_all();
-        ended
+        let mut answering = Answering(JoinSet::new());
+        self.exchange(speaker, frames, from_dispatch, answers, &mut answering.0).await
     }
 
     async fn exchange(
         &self,
-        runner: &RunnerIdentity,
+        speaker: &Speaker,
         frames: &mut Streaming<v1::LeaseRequest>,
         from_dispatch: &mut mpsc::Receiver<ToRunner>,
         answers: &Outgoing,
@@ -292,12 +345,14 @@ impl Service {
     ) -> Result<(), Status> {
         loop {
             tokio::select! {
+                // The runner keeps all it has, and comes back.
+                () = self.app.history.lost() => self.app.check_history()?,
                 frame = frames.message(), if answering.len() < MOST_AT_ONCE => match frame {
                     Ok(Some(v1::LeaseRequest { frame: Some(frame) })) => {
-                        let (service, runner) = (self.clone(), runner.clone());
+                        let (service, speaker) = (self.clone(), speaker.clone());
                         let answers = answers.clone();
                         answering.spawn(async move {
-                            service.answer(&runner, frame, &answers).await
+                            service.answer(&speaker, frame, &answers).await
                         });
                     }
                     Ok(Some(v1::LeaseRequest { frame: None })) => {
@@ -305,7 +360,7 @@ impl Service {
                     }
                     Ok(None) => return Ok(()),
                     Err(status) => {
-                        tracing::info!(runner_id = %runner.id, code = %status.code(),
+                        tracing::info!(runner_id = %speaker.runner.id, code = %status.code(),
                             "a runner's stream broke");
                         return Ok(());
                     }
@@ -326,12 +381,8 @@ impl Service {
         }
     }
 
-    async fn answer(
-        &self,
-        runner: &RunnerIdentity,
-        frame: In,
-        answers: &Outgoing,
-    ) -> Result<(), Status> {
+    async fn answer(&self, speaker: &Speaker, frame: In, answers: &Outgoing) -> Result<(), Status> {
+        let runner = &speaker.runner;
         match frame {
             In::Hello(_) => Err(Error::field("frame", "Hello is the first frame only").into()),
             In::Accept(accept) => {
@@ -351,13 +402,16 @@ impl Service {
                 match self.app.start_job(runner, lease).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
+                    Ok(Start::Forced) => cancel(answers, lease, true).await,
                     Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
             In::Again(again) => {
                 let lease = convert::lease(again.lease)?;
                 match self.app.start_again(runner, lease).await {
-                    Ok(go) => send(answers, go_out(lease, go)).await,
+                    Ok(Start::Go(go)) => send(answers, go_out(lease, go)).await,
+                    Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
+                    Ok(Start::Forced) => cancel(answers, lease, true).await,
                     Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
@@ -369,9 +423,13 @@ impl Service {
                 let held = held.collect::<Result<Vec<_>, _>>()?;
                 let renewed = self.app.dispatch.heartbeat(runner.id, held).await;
                 let lease = renewed.into_iter().map(convert::lease_out).collect();
-                send(answers, Out::Renewed(v1::Renewed { lease, history: 0 })).await
+                let history = self.app.store.history().get();
+                send(answers, Out::Renewed(v1::Renewed { lease, history })).await
             }
-            In::Draining(v1::Draining {}) => Ok(()),
+            In::Draining(v1::Draining {}) => {
+                self.app.dispatch.draining(runner.id, speaker.connection);
+                Ok(())
+            }
             In::Finished(finished) => {
                 let lease = convert::lease(finished.lease)?;
                 let result = job_result(finished.result)?;
@@ -450,6 +508,11 @@ async fn send(answers: &Outgoing, frame: Out) -> Result<(), Status> {
         .map_err(|_| Status::cancelled("the runner is gone"))
 }
 
+async fn cancel(answers: &Outgoing, lease: LeaseRef, force: bool) -> Result<(), Status> {
+    let lease = Some(convert::lease_out(lease));
+    send(answers, Out::Cancel(v1::CancelJob { lease, force })).await
+}
+
 async fn revoke(answers: &Outgoing, lease: LeaseRef, reason: String) -> Result<(), Status> {
     let lease = Some(convert::lease_out(lease));
     send(answers, Out::Revoke(v1::Revoke { lease, reason })).await
@@ -469,6 +532,7 @@ impl Service {
             Reason::StoreUnavailable
             | Reason::Internal
             | Reason::ChangedMeanwhile
+            | Reason::HistoryLost
             | Reason::Unspecified => Err(error.into()),
             Reason::LeaseLost => {
                 self.app.dispatch.lost_by(runner.id, lease.job, lease.epoch);
@@ -486,7 +550,6 @@ impl Service {
             | Reason::PlanChanged
             | Reason::PersonRequired
             | Reason::CancelGrace
-            | Reason::HistoryLost
             | Reason::TripleIncomplete
             | Reason::SerialUnusable
             | Reason::AccountNotListed
@@ -515,11 +578,6 @@ impl Service {
     }
 }
 
-fn engine(engine: &v1::Engine) -> (String, String) {
-    let short = |text: &str| text.chars().filter(|c| !c.is_control()).take(64).collect();
-    (short(&engine.name), short(&engine.version))
-}
-
 /// `None` ends the stream.
 fn from_dispatch_out(message: ToRunner) -> Option<Out> {
     match message {
@@ -533,6 +591,8 @@ fn from_dispatch_out(message: ToRunner) -> Option<Out> {
         ToRunner::Revoke { lease, reason } => {
             Some(Out::Revoke(v1::Revoke { lease: Some(convert::lease_out(lease)), reason }))
         }
+        ToRunner::Drain => Some(Out::Drain(v1::Drain {})),
+        ToRunner::Resume => Some(Out::Resume(v1::Resume {})),
         ToRunner::Superseded => None,
     }
 }
@@ -564,14 +624,10 @@ fn artifact_header(header: v1::ArtifactHeader) -> Result<ArtifactHeader, Error> 
         Ok(v1::ArtifactKind::State) => Made::State,
         Ok(v1::ArtifactKind::Changes) => Made::Changes,
         Ok(v1::ArtifactKind::ErroredState) => Made::ErroredState,
-        Ok(
-            v1::ArtifactKind::Unspecified
-            | v1::ArtifactKind::Configuration
-            | v1::ArtifactKind::StateDump
-            | v1::ArtifactKind::Log
-            | v1::ArtifactKind::Result,
-        )
-        | Err(_) => {
+        Ok(v1::ArtifactKind::StateDump) => Made::StateDump,
+        Ok(v1::ArtifactKind::Log) => Made::Log,
+        Ok(v1::ArtifactKind::Result) => Made::Result,
+        Ok(v1::ArtifactKind::Unspecified | v1::ArtifactKind::Configuration) | Err(_) => {
             return Err(Error::field("kind", "a job makes nothing of this kind"));
         }
     };
@@ -580,7 +636,15 @@ fn artifact_header(header: v1::ArtifactHeader) -> Result<ArtifactHeader, Error> 
         kind,
         digest: parse_digest("digest", &header.digest)?,
         size: header.size,
+        sequence: header.sequence,
     })
+}
+
+/// Reads the result that an old lease brings as an artifact.
+fn encoded_result(frame: &[u8]) -> Result<JobResult, Error> {
+    let finished = v1::Finished::decode(frame)
+        .map_err(|_| Error::field("data", "it is not an encoded Finished frame"))?;
+    job_result(finished.result)
 }
 
 fn job_result(result: Option<WireResult>) -> Result<JobResult, Error> {
@@ -599,6 +663,7 @@ fn job_result(result: Option<WireResult>) -> Result<JobResult, Error> {
                 digests,
                 applyable,
                 counts: Counts { add, change, destroy, import },
+                engine: plan.engine,
                 terraform_version: version,
             })
         }
@@ -620,3 +685,6 @@ fn job_result(result: Option<WireResult>) -> Result<JobResult, Error> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

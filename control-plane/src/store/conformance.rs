@@ -9,8 +9,8 @@ use latchkey_domain::time::Timestamp;
 
 use super::feed::{Seen, What};
 use super::{
-    Batch, CommitError, Expect, Key, SCAN_LIMIT, Scan, Store, StoreError, VALUE_LIMIT, Version,
-    keys, list,
+    Batch, CommitError, Expect, Key, SCAN_LIMIT, Scan, Snapshot, Store, StoreError, VALUE_LIMIT,
+    Version, Versioned, keys, list,
 };
 use crate::audit::{Draft, Head, Record, verify_stored};
 
@@ -60,6 +60,9 @@ conformance! {
     the_feed_reports_only_its_prefix
     a_lagging_reader_is_told
     a_commit_outlives_a_caller_that_stops_waiting
+    a_snapshot_shows_one_version_whatever_is_committed_meanwhile
+    snapshots_do_not_disturb_each_other
+    history_grows_with_every_commit
 }
 
 type Tested = Arc<dyn Store>;
@@ -431,4 +434,83 @@ async fn a_commit_outlives_a_caller_that_stops_waiting(store: Tested) {
     }
     assert!(matches!(feed.next().await, Seen::Change(_)));
     assert_eq!(value(&store, &user(1)).await.as_deref(), Some(b"x".as_slice()));
+}
+
+async fn taken(mut snapshot: Box<dyn Snapshot>) -> Vec<(Key, Versioned)> {
+    let mut all = Vec::new();
+    loop {
+        let page = snapshot.next().await.unwrap();
+        if page.is_empty() {
+            return all;
+        }
+        all.extend(page);
+    }
+}
+
+async fn everything(store: &Tested) -> Vec<(Key, Versioned)> {
+    let mut all = Vec::new();
+    for kind in keys::Kind::ALL {
+        all.extend(list(&**store, keys::all(*kind)).await.unwrap());
+    }
+    all
+}
+
+async fn a_snapshot_shows_one_version_whatever_is_committed_meanwhile(store: Tested) {
+    for number in 0..3000 {
+        put(&store, run(number * 2), &number.to_be_bytes()).await;
+    }
+    store.commit(Batch::new().audit(draft(1, "begin"))).await.unwrap();
+    let before = everything(&store).await;
+    let mut snapshot = store.snapshot().await.unwrap();
+    assert_eq!(snapshot.version(), store.newest().await.unwrap());
+    let mut seen = snapshot.next().await.unwrap();
+    for number in 0..3000 {
+        // Before, at and behind where the reader is: changed, made, made and removed, removed.
+        put(&store, run(number * 2), b"changed").await;
+        put(&store, run(number * 2 + 1), b"new").await;
+        if number.is_multiple_of(3) {
+            let batch = Batch::new().delete(run(number * 2), Expect::Anything);
+            store.commit(batch.delete(run(number * 2 + 1), Expect::Anything)).await.unwrap();
+        }
+        if number.is_multiple_of(500) {
+            seen.extend(snapshot.next().await.unwrap());
+        }
+        if number.is_multiple_of(7) {
+            store.commit(Batch::new().audit(draft(1, "again"))).await.unwrap();
+        }
+    }
+    seen.extend(taken(snapshot).await);
+    assert_eq!(seen.len(), before.len());
+    assert!(seen == before, "the snapshot is not what there was");
+}
+
+async fn snapshots_do_not_disturb_each_other(store: Tested) {
+    for number in 0..600 {
+        put(&store, run(number), b"first").await;
+    }
+    let first = store.snapshot().await.unwrap();
+    for number in 300..900 {
+        put(&store, run(number), b"second").await;
+    }
+    let (before, second) = (everything(&store).await, store.snapshot().await.unwrap());
+    drop(store.snapshot().await.unwrap());
+    for number in 0..900 {
+        put(&store, run(number), b"third").await;
+    }
+    assert!(first.version() < second.version());
+    assert!(taken(second).await == before);
+    let first = taken(first).await;
+    assert_eq!(first.len(), 600);
+    assert!(first.iter().all(|(_, found)| found.value == b"first"));
+}
+
+async fn history_grows_with_every_commit(store: Tested) {
+    let start = store.history();
+    let version = put(&store, user(1), b"ada").await;
+    assert!(store.history() >= version && version > start);
+    assert_eq!(store.newest().await.unwrap(), version);
+    let conflict = Batch::new().put(user(1), Expect::Absent, b"x".as_slice());
+    assert_conflict(store.commit(conflict).await, &user(1));
+    assert_eq!(store.newest().await.unwrap(), version);
+    assert!(store.history() >= version);
 }

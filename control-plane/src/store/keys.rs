@@ -11,8 +11,8 @@
 use std::fmt;
 
 use latchkey_domain::id::{
-    AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, PoolId, RunId, RunnerId,
-    ServiceTokenId, UserId,
+    AuthenticationId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
+    QuarantinedId, RunId, RunnerId, ServiceTokenId, UserId,
 };
 use latchkey_domain::policy::Phase;
 
@@ -72,6 +72,10 @@ kinds! {
     PendingRun = 0x36
     Artifact = 0x37
     Garbage = 0x38
+    Quarantined = 0x39
+    QuarantineTally = 0x3a
+    QuarantineQuota = 0x3b
+    BlobUse = 0x3c
     Authentication = 0x40
     AuthenticationOpen = 0x41
     Device = 0x42
@@ -144,6 +148,10 @@ impl Key {
             | Kind::PendingRun
             | Kind::Artifact
             | Kind::Garbage
+            | Kind::Quarantined
+            | Kind::QuarantineTally
+            | Kind::QuarantineQuota
+            | Kind::BlobUse
             | Kind::Authentication
             | Kind::AuthenticationOpen
             | Kind::Device
@@ -158,8 +166,8 @@ impl Key {
         std::str::from_utf8(self.0.get(1 + fixed..)?).ok()
     }
 
-    /// Takes a key as an adapter found it.
-    pub(super) fn from_stored(bytes: impl Into<Vec<u8>>) -> Self {
+    /// Takes a key as an adapter or a backup found it.
+    pub(crate) fn from_stored(bytes: impl Into<Vec<u8>>) -> Self {
         Self(bytes.into())
     }
 }
@@ -427,16 +435,96 @@ pub fn session(run: RunId, phase: Phase) -> Key {
     key(Kind::Session, &[run.as_bytes(), &phase_byte(phase)])
 }
 
-/// What a runner with an old epoch brought back.
-pub fn quarantine(run: RunId, phase: Phase, epoch: Epoch, number: u32) -> Key {
+/// What somebody still needs a blob for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlobUser {
+    /// A state version of the environment.
+    State(EnvironmentId),
+    /// What a job of the run made.
+    Made(RunId),
+    Quarantined(QuarantinedId),
+}
+
+pub fn blob_use(organization: OrganizationId, digest: &Digest, user: BlobUser) -> Key {
+    let (tag, id) = match user {
+        BlobUser::State(environment) => (b"s", *environment.as_bytes()),
+        BlobUser::Made(run) => (b"m", *run.as_bytes()),
+        BlobUser::Quarantined(id) => (b"q", *id.as_bytes()),
+    };
+    key(Kind::BlobUse, &[organization.as_bytes(), digest.as_bytes(), tag, &id])
+}
+
+pub fn blob_uses(organization: OrganizationId, digest: &Digest) -> Prefix {
+    prefix(Kind::BlobUse, &[organization.as_bytes(), digest.as_bytes()])
+}
+
+/// Returns the user of a [`blob_use`] key.
+pub fn read_blob_user(key: &Key) -> Option<BlobUser> {
+    let id = key.last_id()?;
+    match key.0.get(1 + 16 + 32)? {
+        b's' => Some(BlobUser::State(EnvironmentId::from_bytes(id))),
+        b'm' => Some(BlobUser::Made(RunId::from_bytes(id))),
+        b'q' => Some(BlobUser::Quarantined(QuarantinedId::from_bytes(id))),
+        _ => None,
+    }
+}
+
+// Quarantine
+
+/// What names one thing that a lease may bring back: the newest is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuarantineSlot {
+    pub organization: OrganizationId,
+    pub run: RunId,
+    pub phase: Phase,
+    pub epoch: Epoch,
+    pub generation: Generation,
+    pub runner: RunnerId,
+    pub kind: u8,
+}
+
+/// Which record has what a lease brought back.
+pub fn quarantine(slot: QuarantineSlot) -> Key {
+    let QuarantineSlot { organization, run, phase, epoch, generation, runner, kind } = slot;
     key(
         Kind::Quarantine,
-        &[run.as_bytes(), &phase_byte(phase), &epoch.get().to_be_bytes(), &number.to_be_bytes()],
+        &[
+            organization.as_bytes(),
+            run.as_bytes(),
+            &phase_byte(phase),
+            &epoch.get().to_be_bytes(),
+            &generation.get().to_be_bytes(),
+            runner.as_bytes(),
+            &[kind],
+        ],
     )
 }
 
-pub fn quarantine_of(run: RunId) -> Prefix {
-    prefix(Kind::Quarantine, &[run.as_bytes()])
+pub fn quarantine_of(organization: OrganizationId, run: RunId) -> Prefix {
+    prefix(Kind::Quarantine, &[organization.as_bytes(), run.as_bytes()])
+}
+
+pub fn quarantine_of_phase(organization: OrganizationId, run: RunId, phase: Phase) -> Prefix {
+    prefix(Kind::Quarantine, &[organization.as_bytes(), run.as_bytes(), &phase_byte(phase)])
+}
+
+/// What is kept for a person.
+pub fn quarantined(organization: OrganizationId, id: QuarantinedId) -> Key {
+    key(Kind::Quarantined, &[organization.as_bytes(), id.as_bytes()])
+}
+
+pub fn quarantined_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::Quarantined, &[organization.as_bytes()])
+}
+
+/// How much of a run is in quarantine.
+pub fn quarantine_tally(organization: OrganizationId, run: RunId) -> Key {
+    key(Kind::QuarantineTally, &[organization.as_bytes(), run.as_bytes()])
+}
+
+/// Of which runs a runner has brought things that it was never seen to hold.
+pub fn quarantine_quota(runner: RunnerId) -> Key {
+    key(Kind::QuarantineQuota, &[runner.as_bytes()])
 }
 
 // Authentications
@@ -546,6 +634,17 @@ mod tests {
         let runner_id = RunnerId::from_bytes([6; 16]);
         let authentication_id = AuthenticationId::from_bytes([7; 16]);
         let scope = VariableScope::Personal(organization, user_id);
+        let quarantined_id = QuarantinedId::from_bytes([8; 16]);
+        let digest = Digest::from_bytes([9; 32]);
+        let slot = QuarantineSlot {
+            organization,
+            run: run_id,
+            phase: Phase::Plan,
+            epoch: Epoch::new(1),
+            generation: Generation::FIRST,
+            runner: runner_id,
+            kind: 0,
+        };
         let pairs = [
             (membership(organization, user_id), memberships_of(organization)),
             (membership_by_user(user_id, organization), memberships_by_user(user_id)),
@@ -556,7 +655,12 @@ mod tests {
             (run_by_environment(environment_id, run_id), runs_by_environment(environment_id)),
             (run_by_organization(organization, run_id), runs_by_organization(organization)),
             (open_run(run_id), open_runs()),
-            (quarantine(run_id, Phase::Plan, Epoch::new(1), 0), quarantine_of(run_id)),
+            (quarantine(slot), quarantine_of(organization, run_id)),
+            (quarantined(organization, quarantined_id), quarantined_of(organization)),
+            (
+                blob_use(organization, &digest, BlobUser::Made(run_id)),
+                blob_uses(organization, &digest),
+            ),
             (authentication(run_id, authentication_id), authentications_of(run_id)),
             (authentication_open(authentication_id), authentications_open()),
             (pool(organization, pool_id), pools_of(organization)),
@@ -585,6 +689,9 @@ mod tests {
         assert_eq!(variable(scope, "region").name(), Some("region"));
         assert_eq!(variable(VariableScope::Run(run_id), "region").name(), Some("region"));
         assert_eq!(run(run_id).name(), None);
+        let user = BlobUser::Made(run_id);
+        let use_key = blob_use(organization_of(1), &Digest::from_bytes([2; 32]), user);
+        assert_eq!(read_blob_user(&use_key), Some(user));
     }
 
     #[test]

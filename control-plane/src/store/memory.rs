@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::feed::{Feed, Publisher};
 use super::plan::{changes, plan};
 use super::{
-    Batch, BoxFuture, CommitError, Key, Order, Prefix, Scan, Store, StoreError, Version, Versioned,
+    Batch, BoxFuture, CommitError, Key, Order, Prefix, SCAN_LIMIT, Scan, Snapshot, Store,
+    StoreError, Version, Versioned,
 };
 
 /// Records in a map.
@@ -90,11 +91,46 @@ impl Store for Memory {
         Box::pin(async move { Ok(self.scan_now(&scan)) })
     }
 
+    fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, StoreError>> {
+        Box::pin(async move {
+            let records = self.records();
+            let left = records.by_key.clone().into_iter();
+            Ok(Box::new(Taken { version: Version(records.last), left }) as Box<dyn Snapshot>)
+        })
+    }
+
+    fn history(&self) -> Version {
+        Version(self.records().last)
+    }
+
+    fn newest(&self) -> BoxFuture<'_, Result<Version, StoreError>> {
+        Box::pin(async move { Ok(self.history()) })
+    }
+
     fn watch(&self, prefix: Prefix) -> Feed {
         self.publisher.watch(prefix)
     }
 
     fn failed(&self) -> BoxFuture<'_, Arc<str>> {
         Box::pin(std::future::pending())
+    }
+}
+
+/// A snapshot: the records as they were, copied.
+struct Taken {
+    version: Version,
+    left: std::collections::btree_map::IntoIter<Vec<u8>, Versioned>,
+}
+
+impl Snapshot for Taken {
+    fn version(&self) -> Version {
+        self.version
+    }
+
+    fn next(&mut self) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>> {
+        Box::pin(async move {
+            let page = self.left.by_ref().take(SCAN_LIMIT);
+            Ok(page.map(|(key, record)| (Key::from_stored(key), record)).collect())
+        })
     }
 }

@@ -7,6 +7,7 @@
 pub mod authentication;
 pub mod environment;
 pub mod people;
+pub mod quarantine;
 pub mod run;
 pub mod runner;
 pub mod variable;

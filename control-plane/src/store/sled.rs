@@ -20,9 +20,14 @@
 //!   nothing. So every batch writes its version to one record, the last durable one is noted in
 //!   a file beside the database, and [`open`] refuses a database that ends before the note.
 //!
+//! - It has no snapshots. So the writer keeps for a snapshot under way what it is about to change
+//!   ([`snapshot`]).
+//!
 //! Sled's `Mode` is left alone: 0.34.7 stores it and never reads it.
 
+mod load;
 mod open;
+mod snapshot;
 mod writer;
 
 use std::collections::BTreeSet;
@@ -34,11 +39,14 @@ use std::thread::JoinHandle;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use self::load::{LoadError, load};
 pub use self::open::{OpenError, exists};
+use self::snapshot::{Reading, Snapshots};
 use self::writer::{Disk, Job};
 use super::feed::{Feed, Publisher};
 use super::{
-    Batch, BoxFuture, CommitError, Key, Order, Prefix, Scan, Store, StoreError, Version, Versioned,
+    Batch, BoxFuture, CommitError, Key, Order, Prefix, Scan, Snapshot, Store, StoreError, Version,
+    Versioned,
 };
 
 /// Batches that wait for the writer before a caller has to wait.
@@ -74,6 +82,8 @@ struct Shared {
     /// part.
     applied: RwLock<Applied>,
     progress: watch::Sender<Progress>,
+    /// Snapshots that are being read.
+    snapshots: Snapshots,
     publisher: Publisher,
     /// Held, not used: it keeps other processes out. Last, so that sled closes first.
     _lock: File,
@@ -114,6 +124,7 @@ impl Sled {
             database: opened.database,
             applied: RwLock::new(Applied { version: last, removed: BTreeSet::new() }),
             progress: watch::Sender::new(Progress { durable: last, failed: None }),
+            snapshots: Snapshots::default(),
             publisher: Publisher::new(),
             _lock: opened.lock,
         });
@@ -256,6 +267,23 @@ impl Store for Sled {
             self.shared.durable(needed).await?;
             Ok(page)
         })
+    }
+
+    fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, StoreError>> {
+        Box::pin(async move {
+            let reading = Reading::begin(Arc::clone(&self.shared));
+            self.shared.durable(reading.version().get()).await?;
+            Ok(Box::new(reading) as Box<dyn Snapshot>)
+        })
+    }
+
+    fn history(&self) -> Version {
+        Version(self.shared.progress.borrow().durable)
+    }
+
+    fn newest(&self) -> BoxFuture<'_, Result<Version, StoreError>> {
+        // One process has the database open, and it is this one.
+        Box::pin(async move { Ok(self.history()) })
     }
 
     fn watch(&self, prefix: Prefix) -> Feed {

@@ -2,10 +2,15 @@
 //!
 //! ```text
 //! accepted ─prepared─► starting ─Go─► executing ─► ended ─shipped─► Finished ─Recorded─► wiped
-//!     │                    │
-//!     ├─ refused ──────────┼─ ended, shipped ─► Decline ─────────────► wiped
+//!     │                    │              │          │                 │
+//!     │                    │              └ given up ┴───── revoked ───┴► quarantine ──► wiped
+//!     ├─ refused ──────────┼─ ended, shipped ─► Decline ─────────────► wiped   or set aside
 //!     └─ canceled ─────────┴─ ended, shipped, or lost ─► NeverStarted ► wiped
 //! ```
+//!
+//! A job whose lease is given up when terraform may have run goes on to its end: a plan is asked
+//! to stop, an apply is not. What it has then goes to quarantine under its old lease. That a lease
+//! is lost, only the lease stream says: an answer to an upload alone is not believed.
 //!
 //! A result is `Finished` only for a job that was given its `Go`: before that, a job that cannot
 //! be prepared is declined with the reason, and one that was canceled is handed back. Neither is
@@ -20,25 +25,26 @@
 //! The task keeps what it waits for and says it again after every `Welcome`; the job directory
 //! tells a restarted agent where to go on.
 
-use std::collections::VecDeque;
 use std::fs::File;
-use std::mem::discriminant;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Duration;
+use tokio::time::{Duration, Instant, sleep_until};
 
 use super::link::{self, Link};
 use super::prepare::{self, Prepared};
+use super::told::{Event, Inbox, Rest, Told};
 use crate::Program;
 use crate::backoff::Backoff;
-use crate::job::{Failure, JobResult, Lease, Spec};
+use crate::engine::Engines;
+use crate::job::{Failure, JobResult, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, Stage};
 use crate::random;
-use crate::ship::{self, Remains, Shipped, Shipper, Wanted};
+use crate::ship::{self, Remains, Shipped, Shipper};
 use crate::supervisor::control::{self, Order, Status};
+use crate::supervisor::orphans;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
@@ -52,38 +58,22 @@ pub(super) enum Error {
     Directory(#[from] job_directory::Error),
 }
 
-/// What the lease stream tells a job.
-#[derive(Debug)]
-pub(super) enum Told {
-    /// After `Welcome`: the lease stands.
-    Keep,
-    /// After `Welcome`: it does not.
-    GiveUp,
-    Go(v1::Go),
-    Cancel {
-        force: bool,
-    },
-    Revoke,
-    Recorded,
-    /// The answer to a heartbeat did not name the lease: the control plane is done with it.
-    NotRenewed,
-}
-
-/// What a job tells the agent.
-pub(super) enum Event {
-    Send(Frame),
-    Done(Lease),
-}
-
 /// How a job left this host.
 enum End {
     /// The control plane has everything.
     Recorded,
-    /// Nobody wants it any more.
+    /// Nobody wants it any more, and nothing ran that could have left something.
     GivenUp,
-    /// The control plane knows the end, but would not take the last state.
+    /// The control plane has everything beside the run, for a person.
+    Quarantined,
+    /// The only copy of something is here.
     Kept,
 }
+
+/// How long a plan that nobody wants may take to stop.
+const GRACE_OF_A_PLAN: Duration = Duration::from_secs(30);
+
+const SHUTTING_DOWN: &str = "canceled: the runner is shutting down";
 
 /// Why a job is taken up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,77 +83,6 @@ pub(super) enum Origin {
     Found,
     /// An earlier attempt of this process failed on this host.
     Failed,
-}
-
-/// What is told to a job, in order. While the job waits for something else, it is kept.
-pub(super) struct Inbox {
-    told: mpsc::Receiver<Told>,
-    /// One of each kind at most.
-    later: VecDeque<Told>,
-}
-
-impl Inbox {
-    pub(super) fn new(told: mpsc::Receiver<Told>) -> Self {
-        Self { told, later: VecDeque::new() }
-    }
-
-    /// Waits for what is told next. Safe to abandon and call again.
-    async fn next(&mut self) -> Told {
-        if let Some(told) = self.later.pop_front() {
-            return told;
-        }
-        match self.told.recv().await {
-            Some(told) => told,
-            // The agent is leaving, and this task with it.
-            None => std::future::pending().await,
-        }
-    }
-
-    async fn pause(&mut self, wait: Duration) {
-        let wait = tokio::time::sleep(wait);
-        tokio::pin!(wait);
-        loop {
-            tokio::select! {
-                () = &mut wait => return,
-                Some(told) = self.told.recv() => {
-                    self.later.retain(|earlier| !earlier.is_replaced_by(&told));
-                    self.later.push_back(told);
-                }
-            }
-        }
-    }
-}
-
-impl Told {
-    fn is_replaced_by(&self, later: &Self) -> bool {
-        match (self, later) {
-            (Self::Cancel { force }, Self::Cancel { force: later }) => force == later,
-            (earlier, later) => discriminant(earlier) == discriminant(later),
-        }
-    }
-}
-
-/// How long a host that could not prepare a job keeps it before it hands it back: it may be
-/// offered again at once. Shared by all jobs.
-#[derive(Clone)]
-pub(super) struct Rest(Arc<Mutex<Backoff>>);
-
-impl Default for Rest {
-    fn default() -> Self {
-        let backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
-        Self(Arc::new(Mutex::new(backoff)))
-    }
-}
-
-impl Rest {
-    pub(super) fn after_a_failure(&self) -> Duration {
-        let mut backoff = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        backoff.next(0.5 + random::fraction() / 2.0)
-    }
-
-    fn is_over(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).reset();
-    }
 }
 
 pub(super) struct Job {
@@ -176,6 +95,9 @@ pub(super) struct Job {
     pub(super) told: Inbox,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) rest: Rest,
+    pub(super) engines: Arc<Engines>,
+    /// In bytes: how much of logs that nobody takes this host keeps.
+    pub(super) most_kept: u64,
     /// The supervisor's, once it is known that none lives; held until the directory is gone.
     pub(super) lock: Option<File>,
 }
@@ -204,12 +126,18 @@ impl Job {
         match end {
             End::Recorded => tracing::info!(lease = ?self.lease, "the job is recorded"),
             End::GivenUp => tracing::info!(lease = ?self.lease, "the job is given up"),
-            End::Kept => tracing::error!(lease = ?self.lease, "a state stays on this host"),
+            End::Quarantined => {
+                tracing::warn!(lease = ?self.lease, "the lease was lost: all is in quarantine");
+            }
+            End::Kept => {}
         }
         latchkey_failpoint::reach("run.wiping");
         let cleared = match end {
-            End::Recorded | End::GivenUp => self.directory.wipe(),
-            End::Kept => self.directory.set_aside(),
+            End::Recorded | End::GivenUp | End::Quarantined => self.directory.wipe(),
+            End::Kept => self.directory.set_aside(self.most_kept).map(|kept| {
+                let kept = kept.display();
+                tracing::error!(lease = ?self.lease, %kept, "what nobody takes stays on this host");
+            }),
         };
         if let Err(error) = cleared {
             let error = &error as &dyn std::error::Error;
@@ -245,12 +173,18 @@ impl Job {
             }
             (Stage::Starting | Stage::Executed | Stage::Ended, _) => None,
         };
+        if let Some(shipped) = self.directory.shipped_whole() {
+            // Nothing is left but to say so, whatever became of the lease since.
+            return self.finish(shipped).await;
+        }
         match self.follow(link).await? {
-            Followed::Shipped(Shipped { remains: Remains::State, wanted: Wanted::No, .. }) => {
-                Ok(End::Kept)
+            Followed::Shipped(Some(shipped)) => {
+                // A hint only: without it everything is sent again.
+                let hint = serde_json::to_vec(&shipped).expect("its fields have a JSON form");
+                self.directory.note(job_directory::SHIPPED, &hint)?;
+                self.finish(shipped).await
             }
-            Followed::Shipped(Shipped { wanted: Wanted::No, .. }) => Ok(End::GivenUp),
-            Followed::Shipped(shipped) => self.finish(shipped).await,
+            Followed::Shipped(None) => self.quarantine().await,
             Followed::NeverStarted => self.never_started().await,
             Followed::GivenUp => Ok(End::GivenUp),
         }
@@ -261,15 +195,20 @@ impl Job {
         // It starts while the archive is fetched.
         let started = link::start(&self.program, &self.directory)?;
         let prepared = {
-            let preparing =
-                prepare::prepare(&self.shipper, &self.directory, &self.lease, &self.spec);
+            let preparing = prepare::prepare(
+                &self.shipper,
+                &self.directory,
+                &self.engines,
+                &self.lease,
+                &self.spec,
+            );
             tokio::pin!(preparing);
             loop {
                 tokio::select! {
                     prepared = &mut preparing => break prepared,
                     told = self.told.next() => match told {
                         Told::GiveUp | Told::Revoke => break Ok(Prepared::LeaseLost),
-                        Told::Cancel { .. } => {
+                        Told::Cancel { .. } | Told::ShutDown => {
                             let reason = "canceled before terraform was started".into();
                             break Ok(Prepared::Refused(Failure::Canceled, reason));
                         }
@@ -317,6 +256,9 @@ impl Job {
         // For a job found on disk, it is said with the first `Keep`.
         let mut says_at_once = self.origin != Origin::Found;
         let mut given_up = false;
+        // What a supervisor is told again when it was replaced.
+        let mut stopping = false;
+        let mut force_at = None;
         loop {
             if link.is_none() && status_to.borrow().stage() != control::Stage::Ended {
                 let reached = tokio::select! {
@@ -327,6 +269,9 @@ impl Job {
                     Reached::Attached(attached) => {
                         let now = *attached.status.borrow();
                         publish(&status_to, now);
+                        if stopping {
+                            attached.send(Order::Cancel(false)).await;
+                        }
                         link = Some(attached);
                         // What was answered meanwhile may not have reached the supervisor.
                         let ask = self.asks(now);
@@ -349,6 +294,15 @@ impl Job {
                         continue;
                     };
                     publish(&status_to, status);
+                    let executing = status.stage() == control::Stage::Executing;
+                    let is_plan = self.lease.phase == Phase::Plan;
+                    if given_up && executing && is_plan && !stopping {
+                        stopping = true;
+                        force_at = Some(Instant::now() + GRACE_OF_A_PLAN);
+                        if let Some(link) = &link {
+                            link.send(Order::Cancel(false)).await;
+                        }
+                    }
                     let ask = self.asks(status);
                     let newly = ask.is_some() && !asked;
                     asked = ask.is_some();
@@ -356,36 +310,75 @@ impl Job {
                         self.say(ask).await;
                     }
                 }
+                () = at(force_at) => {
+                    force_at = None;
+                    if let Some(link) = &link {
+                        link.send(Order::Cancel(true)).await;
+                    }
+                }
                 told = self.told.next() => {
                     let status = *status_to.borrow();
                     latchkey_failpoint::reach("run.told");
                     let executing = status.stage() >= control::Stage::Executing;
+                    let is_plan = self.lease.phase == Phase::Plan;
                     let orders = match told {
                         Told::Keep => {
+                            self.shipper.lease_stands();
                             if let Some(ask) = self.asks(status) {
                                 self.say(ask).await;
                             }
                             vec![]
                         }
                         Told::Go(go) => vec![Order::Go(go)],
-                        Told::Cancel { force } => vec![Order::Cancel(force)],
-                        // Terraform goes on, and what it brings is shipped: it goes to
-                        // quarantine. A replacement that waits for secrets need not any more.
-                        Told::GiveUp if executing => {
-                            if status.wants_secrets { vec![Order::GiveUp(true)] } else { vec![] }
+                        Told::Cancel { force } => {
+                            stopping = true;
+                            vec![Order::Cancel(force)]
                         }
-                        Told::Revoke if executing => vec![Order::Withdraw(true)],
+                        Told::ShutDown if stopping => vec![],
+                        Told::ShutDown if status.stage() == control::Stage::Waiting => {
+                            stopping = true;
+                            vec![Order::Cancel(false)]
+                        }
+                        Told::ShutDown => {
+                            stopping = true;
+                            vec![Order::Note(SHUTTING_DOWN.into()), Order::Cancel(false)]
+                        }
+                        // An apply goes on; a plan changes nothing that would be missed. Secrets
+                        // that a replacement waits for do not come any more.
+                        Told::GiveUp | Told::Revoke if executing => {
+                            self.shipper.lease_is_lost();
+                            let withdrawn = matches!(told, Told::Revoke);
+                            let mut orders = vec![];
+                            if withdrawn {
+                                orders.push(Order::Withdraw(true));
+                            }
+                            if status.wants_secrets {
+                                orders.push(Order::GiveUp(true));
+                            }
+                            if is_plan && !stopping {
+                                stopping = true;
+                                force_at = Some(Instant::now() + GRACE_OF_A_PLAN);
+                                orders.push(Order::Cancel(false));
+                            }
+                            orders
+                        }
                         // The supervisor leaves, unless it is executing by now; its end, or its
                         // next status, tells which.
                         Told::GiveUp => {
                             given_up = true;
+                            self.shipper.lease_is_lost();
                             vec![Order::GiveUp(true)]
                         }
                         Told::Revoke => {
                             given_up = true;
+                            self.shipper.lease_is_lost();
                             vec![Order::GiveUp(true), Order::Withdraw(true)]
                         }
-                        Told::Recorded | Told::NotRenewed => vec![],
+                        Told::NotRenewed => {
+                            self.shipper.lease_is_in_doubt();
+                            vec![]
+                        }
+                        Told::Recorded => vec![],
                     };
                     if let Some(link) = &link {
                         for order in orders {
@@ -430,8 +423,16 @@ impl Job {
 
     /// Answers `None` while a supervisor may live that does not answer.
     async fn try_to_reach(&mut self) -> Result<Option<Reached>, Error> {
-        if let Ok(link) = link::attach(self.directory.path()).await {
-            return Ok(Some(Reached::Attached(link)));
+        match link::attach(self.directory.path()).await {
+            Ok(link) => return Ok(Some(Reached::Attached(link))),
+            Err(error @ link::Error::Protocol(_)) => return Err(error.into()),
+            // Dead, perhaps: its lock tells.
+            Err(
+                link::Error::Start(_)
+                | link::Error::Attach(_)
+                | link::Error::Directory(_)
+                | link::Error::Silent,
+            ) => {}
         }
         if self.directory.stage() == Stage::Ended {
             return Ok(Some(Reached::Ended));
@@ -447,6 +448,11 @@ impl Job {
                 Reached::Attached(started.attach(self.directory.path()).await?)
             }
             Stage::Accepted | Stage::Starting => {
+                // What reads only, and hooks: nothing of it may meet the next attempt.
+                let ended = orphans::end_all_of(&self.directory);
+                if !ended.is_empty() {
+                    tracing::warn!(lease = ?self.lease, ?ended, "a dead supervisor left processes");
+                }
                 self.lock = Some(lock);
                 Reached::Nobody
             }
@@ -467,7 +473,7 @@ impl Job {
                 Told::GiveUp | Told::Revoke | Told::Recorded | Told::NotRenewed => {
                     return Ok(End::GivenUp);
                 }
-                Told::Go(_) | Told::Cancel { .. } => {}
+                Told::Go(_) | Told::Cancel { .. } | Told::ShutDown => {}
             }
         }
     }
@@ -478,7 +484,7 @@ impl Job {
             Some(instead) => instead,
             None => self.directory.result()?,
         };
-        let executed = self.directory.join("exec").exists();
+        let executed = self.has_executed();
         if let JobResult::Failed { kind, reason, .. } = &result {
             if *kind == Failure::Canceled && !executed {
                 return self.never_started().await;
@@ -488,24 +494,49 @@ impl Job {
                 return self.leave_with(Frame::Decline(v1::Decline { lease, reason })).await;
             }
         }
-        let finished = Frame::Finished(v1::Finished {
-            lease: Some(self.lease.to_wire()),
-            log_length: shipped.log_length,
-            result: Some(result.to_wire()),
-        });
-        let end = match shipped.remains {
-            Remains::Nothing => End::Recorded,
-            Remains::State => End::Kept,
-        };
+        let finished = Frame::Finished(self.finished(&result, shipped.log_length));
         latchkey_failpoint::reach("run.finished.sending");
         self.say(finished.clone()).await;
         latchkey_failpoint::reach("run.finished.sent");
         loop {
-            match self.told.next().await {
-                Told::Recorded | Told::Revoke => return Ok(end),
-                Told::Keep | Told::GiveUp => self.say(finished.clone()).await,
-                Told::Go(_) | Told::Cancel { .. } | Told::NotRenewed => {}
+            match (self.told.next().await, shipped.remains) {
+                (Told::Recorded, Remains::Nothing) => return Ok(End::Recorded),
+                (Told::Recorded, Remains::State) => return Ok(End::Kept),
+                (Told::Revoke, _) => return self.quarantine().await,
+                // A given up lease may be one whose end was recorded: the answer was lost.
+                (Told::Keep | Told::GiveUp, _) => self.say(finished.clone()).await,
+                (
+                    Told::Go(_) | Told::Cancel { .. } | Told::NotRenewed | Told::ShutDown,
+                    Remains::Nothing | Remains::State,
+                ) => {}
             }
+        }
+    }
+
+    /// Brings what a lost lease left, beside the run.
+    async fn quarantine(&mut self) -> Result<End, Error> {
+        if !self.has_executed() {
+            return Ok(End::GivenUp);
+        }
+        let log = std::fs::metadata(self.directory.join("log")).map_or(0, |log| log.len());
+        let finished = self.finished(&self.directory.result()?, log);
+        Ok(match self.shipper.quarantine(&finished).await? {
+            ship::Quarantined::Whole => End::Quarantined,
+            // A plan can be repeated: nothing of it is worth a person's time.
+            ship::Quarantined::Refused if self.lease.phase == Phase::Plan => End::GivenUp,
+            ship::Quarantined::Refused => End::Kept,
+        })
+    }
+
+    fn has_executed(&self) -> bool {
+        self.directory.join("exec").exists()
+    }
+
+    fn finished(&self, result: &JobResult, log_length: u64) -> v1::Finished {
+        v1::Finished {
+            lease: Some(self.lease.to_wire()),
+            log_length,
+            result: Some(result.to_wire()),
         }
     }
 
@@ -515,7 +546,7 @@ impl Job {
 
     async fn say(&self, frame: Frame) {
         // The agent is gone only when all of this ends.
-        let _ = self.events.send(Event::Send(frame)).await;
+        let _ = self.events.send(Event::Send(Box::new(frame))).await;
     }
 
     /// Answers what the directory alone knows.
@@ -548,7 +579,8 @@ enum Reached {
 }
 
 enum Followed {
-    Shipped(Shipped),
+    /// `None`: it has ended, and the lease is lost.
+    Shipped(Option<Shipped>),
     NeverStarted,
     GivenUp,
 }
@@ -571,6 +603,13 @@ async fn next_status(link: &mut Option<Link>) -> Option<Status> {
             Ok(()) => Some(*link.status.borrow_and_update()),
             Err(_) => None,
         },
+        None => std::future::pending().await,
+    }
+}
+
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
         None => std::future::pending().await,
     }
 }

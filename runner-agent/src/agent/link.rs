@@ -30,6 +30,10 @@ pub(crate) enum Error {
     Directory(#[from] job_directory::Error),
     #[error("attach to the supervisor: it did not answer in time")]
     Silent,
+    /// It is of a program that this one does not understand, and is left alone: its result will
+    /// be found on disk.
+    #[error("attach to the supervisor: it speaks protocol {0}, which this program does not")]
+    Protocol(u32),
 }
 
 /// A supervisor that has been started and may not listen yet.
@@ -98,6 +102,9 @@ pub(crate) async fn attach(directory: &Path) -> Result<Link, Error> {
     let (mut from, mut to) = stream.into_split();
     let first = tokio::time::timeout(PATIENCE, control::receive::<Status>(&mut from));
     let first = match first.await {
+        Ok(Ok(Some(status))) if !status.is_understood() => {
+            return Err(Error::Protocol(status.protocol));
+        }
         Ok(Ok(Some(status))) => status,
         Ok(Ok(None)) => return Err(Error::Attach(io::ErrorKind::UnexpectedEof.into())),
         Ok(Err(error)) => return Err(Error::Attach(error)),

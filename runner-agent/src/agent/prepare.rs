@@ -3,12 +3,14 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use latchkey_proto::v1::ArtifactKind;
 use rustix::io::Errno;
 
+use crate::engine::{Engines, InstallError};
 use crate::job::{Digests, Failure, Lease, Phase, Spec};
-use crate::job_directory::{self, JobDirectory, private_directory};
+use crate::job_directory::{self, JobDirectory, Settings, private_directory};
 use crate::ship::{self, Fetched, Shipper};
 use crate::{digest, extract, root_module, untrusted};
 
@@ -26,7 +28,7 @@ pub(crate) enum Error {
     Ship(#[from] ship::Error),
     #[error(transparent)]
     Directory(#[from] job_directory::Error),
-    #[error("unpack in the background")]
+    #[error("work in the background")]
     Task(#[source] tokio::task::JoinError),
     /// Another host could prepare the job.
     #[error("prepare the job on this host: {0}")]
@@ -82,10 +84,14 @@ const FAULTS_OF_A_HOST: &[Errno] = &[
     Errno::MLINK,
 ];
 
+/// What the job's log says about where its engine came from.
+pub(crate) const ENGINE_NOTE: &str = "engine-note";
+
 /// Prepares a job in its directory.
 pub(super) async fn prepare(
     shipper: &Shipper,
     directory: &JobDirectory,
+    engines: &Arc<Engines>,
     lease: &Lease,
     spec: &Spec,
 ) -> Result<Prepared, Error> {
@@ -102,7 +108,12 @@ pub(super) async fn prepare(
             Ok(Fetched::Digest(String::new()))
         }
     };
-    let (found, state) = tokio::try_join!(shipper.fetch(kind, &archive), fetch_state)?;
+    let settings = directory.settings()?;
+    let (found, state, engine) = tokio::try_join!(
+        async { Ok(shipper.fetch(kind, &archive).await?) },
+        async { Ok(fetch_state.await?) },
+        provide(engines, &settings),
+    )?;
     let found = match (found, state) {
         (Fetched::Digest(found), Fetched::Digest(_)) => found,
         (Fetched::LeaseLost, _) | (_, Fetched::LeaseLost) => return Ok(Prepared::LeaseLost),
@@ -111,7 +122,13 @@ pub(super) async fn prepare(
             return Ok(Prepared::Refused(Failure::Errored, reason));
         }
     };
-    let engine = directory.settings()?.terraform;
+    match engine {
+        Ok(None) => {}
+        Ok(Some(note)) => directory.note(ENGINE_NOTE, note.as_bytes())?,
+        Err(error) if error.is_of_this_host() => return Err(Error::Host(sentence(&error))),
+        Err(error) => return Ok(Prepared::Refused(Failure::Errored, sentence(&error))),
+    }
+    let engine = settings.terraform;
     let directory = directory.clone();
     let spec = spec.clone();
     let unpack = move || match &spec.approved {
@@ -136,6 +153,19 @@ pub(super) async fn prepare(
             Prepared::Refused(kind, sentence(&refusal))
         }
     })
+}
+
+/// Installs the job's engine where it is not there. Once begun it goes on without the job: the
+/// next one finds it installed.
+async fn provide(
+    engines: &Arc<Engines>,
+    settings: &Settings,
+) -> Result<Result<Option<String>, InstallError>, Error> {
+    let engines = engines.clone();
+    let (name, version) = (settings.engine, settings.terraform_version.clone());
+    let path = settings.terraform.clone();
+    let provide = move || engines.provide(name, &version, &path);
+    tokio::task::spawn_blocking(provide).await.map_err(Error::Task)
 }
 
 fn configuration(

@@ -1,7 +1,13 @@
 //! The agent against a control plane in the same process, over real TLS and real gRPC, with
 //! supervisors of their own and a real terraform.
 
+mod ending;
+mod engines;
 mod faults;
+mod forced;
+mod handover;
+mod quarantine;
+mod spooling;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,9 +28,12 @@ use tonic::transport::{Certificate, Identity as ServerIdentity, Server, ServerTl
 use tonic::{Request as Call, Response as Answer, Status as Refusal, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use latchkey_proto::v1::lease_response::Frame as Response;
+
 use super::*;
-use crate::config::PoolToken;
+use crate::config::{Lifetime, PoolToken};
 use crate::digest;
+use crate::engine::{EngineSettings, at_hand};
 use crate::supervisor::tests::program;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -47,9 +56,27 @@ struct World {
     appends: u32,
     /// Cancels the offered job with the next heartbeat.
     cancel: bool,
+    /// By force.
+    forces: bool,
     refuses_state: bool,
-    /// Answers everything about leases with LEASE_LOST.
+    /// Answers everything about leases with LEASE_LOST, and renews none.
     loses_leases: bool,
+    /// Renews all the same: like a control plane that was never told of the lease.
+    renews_lost_leases: bool,
+    /// Takes what a lost lease left.
+    quarantines: bool,
+    /// Refuses the lease stream with HISTORY_LOST.
+    is_old: bool,
+    /// What `Welcome` and `Renewed` tell, and every `Hello` told.
+    generation: u64,
+    history: u64,
+    hellos: Vec<v1::Hello>,
+    /// Says `Drain` behind each `Welcome`.
+    drains: bool,
+    /// Goes on offering to a runner that says it takes nothing.
+    offers_all_the_same: bool,
+    /// Answers `Finished` as of a lease that is lost.
+    revokes_finished: bool,
 }
 
 #[derive(Clone)]
@@ -149,6 +176,7 @@ impl Plane {
 
     fn config(&self, work_dir: &Path) -> Config {
         let fingerprint = sha256(&SHA256, &self.ca.2).as_ref().try_into().unwrap();
+        let engine = at_hand().unwrap().display().to_string();
         Config {
             control_plane: format!("https://127.0.0.1:{}", self.port).parse().unwrap(),
             host: "127.0.0.1".into(),
@@ -156,10 +184,18 @@ impl Plane {
             pool_token: Some(PoolToken { secret: "lkp_secret".into(), fingerprint }),
             name: "builder".into(),
             slots: 1,
-            terraform: None,
+            engines: EngineSettings::of(&["--terraform", &engine, "--no-engine-install"], work_dir),
+            provider_cache: work_dir.join("providers"),
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: 256 << 20,
+            spool: spool::Limits { spool: 4 << 30, low_water: 0 },
+            labels: BTreeMap::new(),
+            accepts: None,
+            on_sigterm: OnSigterm::Drain,
+            idle_timeout: None,
+            confinement: Default::default(),
+            hooks: Default::default(),
             lifetime: Lifetime::UntilStopped,
             program: program(),
         }
@@ -224,6 +260,16 @@ impl RunnerService for Plane {
         call: Call<Streaming<v1::LeaseRequest>>,
     ) -> Result<Answer<Self::LeaseStream>, Refusal> {
         certified(&call)?;
+        if self.world().is_old {
+            self.note("refused");
+            let details = ErrorDetails::with_error_info("HISTORY_LOST", "latchkey", HashMap::new());
+            let text = "restore it";
+            return Err(Refusal::with_error_details(
+                tonic::Code::FailedPrecondition,
+                text,
+                details,
+            ));
+        }
         let mut inbound = call.into_inner();
         let (to, answers) = mpsc::channel(16);
         let plane = self.clone();
@@ -233,6 +279,7 @@ impl RunnerService for Plane {
                 let _ = to.send(Ok(v1::LeaseResponse { frame: Some(frame) })).await;
             };
             let mut offered = false;
+            let mut draining = false;
             loop {
                 let frame = tokio::select! {
                     message = inbound.next() => match message {
@@ -244,9 +291,13 @@ impl RunnerService for Plane {
                 match frame {
                     Request::Hello(hello) => {
                         plane.note(format!("hello holding {}", hello.held.len()));
-                        let (give_up, offer) = {
-                            let world = plane.world();
-                            (world.give_up, world.offer.clone())
+                        draining = hello.draining;
+                        let (give_up, offer, generation, history, drains) = {
+                            let mut world = plane.world();
+                            world.hellos.push(hello.clone());
+                            let generation = world.generation.max(1);
+                            let offer = world.offer.clone();
+                            (world.give_up, offer, generation, world.history, world.drains)
                         };
                         let (keep, give_up) = if give_up {
                             (vec![], hello.held.clone())
@@ -255,18 +306,22 @@ impl RunnerService for Plane {
                         };
                         send(Response::Welcome(v1::Welcome {
                             runner_id: "runner-1".into(),
-                            generation: 1,
+                            generation,
                             heartbeat_interval: Some(prost_types::Duration {
                                 seconds: 0,
                                 nanos: 200_000_000,
                             }),
                             keep,
                             give_up,
-                            history: 0,
+                            history,
                         }))
                         .await;
+                        if drains {
+                            send(Response::Drain(v1::Drain {})).await;
+                        }
                         // With the runner's only slot taken, it waits for a heartbeat.
-                        if let (true, Some(offer)) = (hello.held.is_empty(), offer) {
+                        let idle = hello.held.is_empty() && !draining;
+                        if let (true, Some(offer)) = (idle, offer) {
                             offered = true;
                             send(Response::Offer(offer)).await;
                         }
@@ -294,23 +349,25 @@ impl RunnerService for Plane {
                     }
                     Request::Heartbeat(heartbeat) => {
                         plane.note("heartbeat");
-                        let (offer, cancel) = {
+                        let force = plane.world().forces;
+                        let (offer, cancel, lost, history, all_the_same) = {
                             let world = plane.world();
-                            (world.offer.clone(), world.cancel)
+                            let lost = world.loses_leases && !world.renews_lost_leases;
+                            let all_the_same = world.offers_all_the_same;
+                            (world.offer.clone(), world.cancel, lost, world.history, all_the_same)
                         };
-                        let held = offer.is_some();
-                        if let (true, false, Some(offer)) =
-                            (heartbeat.held.is_empty(), offered, offer.clone())
-                        {
+                        let held = offer.is_some() && !lost;
+                        let idle = heartbeat.held.is_empty() && (!draining || all_the_same);
+                        if let (true, false, Some(offer)) = (idle, offered, offer.clone()) {
                             offered = true;
                             send(Response::Offer(offer)).await;
                         }
                         if let (true, Some(offer)) = (cancel, offer) {
-                            let (lease, force) = (offer.lease, false);
+                            let lease = offer.lease;
                             send(Response::Cancel(v1::CancelJob { lease, force })).await;
                         }
                         let lease = if held { heartbeat.held } else { vec![] };
-                        send(Response::Renewed(v1::Renewed { lease, history: 0 })).await;
+                        send(Response::Renewed(v1::Renewed { lease, history })).await;
                     }
                     Request::Finished(finished) => {
                         let lease = finished.lease.clone();
@@ -323,14 +380,22 @@ impl RunnerService for Plane {
                             }
                         }
                         plane.note("finished");
-                        send(Response::Recorded(v1::Recorded { lease })).await;
+                        if plane.world().revokes_finished {
+                            let reason = "the lease is lost".into();
+                            send(Response::Revoke(v1::Revoke { lease, reason })).await;
+                        } else {
+                            send(Response::Recorded(v1::Recorded { lease })).await;
+                        }
                     }
                     // Not acknowledged: the lease is merely no longer renewed.
                     Request::NeverStarted(_) => {
                         plane.world().offer = None;
                         plane.note("never started");
                     }
-                    Request::Draining(v1::Draining {}) => plane.note("draining"),
+                    Request::Draining(v1::Draining {}) => {
+                        draining = true;
+                        plane.note("draining");
+                    }
                     Request::Again(again) => {
                         plane.note("again");
                         send(Response::Go(v1::Go { lease: again.lease, ..Default::default() }))
@@ -377,7 +442,7 @@ impl RunnerService for Plane {
         assert_eq!(header.digest, digest::of_bytes(&data));
         assert_eq!(header.size, data.len() as u64);
         let kind = header.kind();
-        if self.world().loses_leases {
+        if self.world().loses_leases && !self.world().quarantines {
             self.note(format!("lost {}", kind.as_str_name()));
             return Err(lease_lost());
         }
@@ -453,15 +518,15 @@ fn lease_lost() -> Refusal {
     Refusal::with_error_details(tonic::Code::FailedPrecondition, "lost", details)
 }
 
-/// An agent in this process, which can be stopped like one that gets SIGTERM.
+/// An agent in this process, which can be told to end like one that gets signals.
 struct Running {
-    stop: watch::Sender<bool>,
+    wish: watch::Sender<Wish>,
     task: tokio::task::JoinHandle<Result<(), Error>>,
 }
 
 impl Running {
     fn start(config: Config) -> Self {
-        let (stop, stopped) = watch::channel(false);
+        let (wish_to, wish) = watch::channel(Wish::Stay);
         // A runtime of its own: what is left of a stopped agent ends with it, as with a process.
         let task = tokio::task::spawn_blocking(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -469,16 +534,28 @@ impl Running {
                 .enable_all()
                 .build()
                 .unwrap();
-            let done = runtime.block_on(serve(config, stopped));
+            let done = runtime.block_on(serve(config, wish));
             runtime.shutdown_background();
             done
         });
-        Self { stop, task }
+        Self { wish: wish_to, task }
     }
 
+    /// Stops it at once; its jobs go on.
     async fn stop(self) -> Result<(), Error> {
-        self.stop.send_replace(true);
-        tokio::time::timeout(LIMIT, self.task).await.expect("the agent leaves").unwrap()
+        self.wish.send_replace(Wish::Leave);
+        self.ended().await
+    }
+
+    fn wish(&self, wish: Wish) {
+        self.wish.send_replace(wish);
+    }
+
+    async fn ended(self) -> Result<(), Error> {
+        let Self { wish, task } = self;
+        let ended = tokio::time::timeout(LIMIT, task).await.expect("the agent leaves").unwrap();
+        drop(wish);
+        ended
     }
 }
 

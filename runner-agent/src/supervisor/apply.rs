@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::hooks::Step;
 use super::plan::{show_json, words};
 use super::terraform::Ended;
 use super::{Error, Running};
@@ -81,6 +82,18 @@ impl Running {
         if names_providers && let Some(failed) = self.init(&["-lockfile=readonly"]).await? {
             return Ok(failed);
         }
+        if let Some(failed) = self.before(Step::Apply).await? {
+            return Ok(failed);
+        }
+        // A hook may have touched it, and what is applied is what was approved.
+        let plan = self.directory.join("plan.bin");
+        let found = tokio::task::spawn_blocking(move || untrusted::digest(&plan))
+            .await
+            .map_err(Error::Task)?
+            .map_err(Error::Digest)?;
+        if self.spec.approved.as_ref().map(|approved| &approved.plan) != Some(&found) {
+            return Ok(self.refused(Failure::PlanChanged, &NotApproved));
+        }
         let arguments = show_json(&self.directory);
         let (ended, shown, stderr) = self.terraform.capture(&arguments).await?;
         let changes = match self.changes(ended, &shown, &stderr)? {
@@ -112,9 +125,14 @@ impl Running {
         let var_file = self.variables.file.clone();
         let ended = self.terraform.run(&arguments, var_file.as_ref()).await?;
         let drained = self.log.drain().await?;
+        self.after(Step::Apply, ended).await?;
 
         let errored = keep_errored_state(&self.directory, &self.terraform.root).await?;
         let undelivered = match errored {
+            ErroredState::Absent | ErroredState::Unreadable(_) if drained.dumped => {
+                let reason = "terraform could write its state nowhere and printed it";
+                Some((Failure::StateUndelivered, reason.to_owned()))
+            }
             ErroredState::Absent => None,
             ErroredState::Kept => {
                 let reason = "terraform could not write its state and saved errored.tfstate";

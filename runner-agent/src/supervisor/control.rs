@@ -5,23 +5,39 @@
 //! Frames are protobuf behind a length; `Go` crosses as the control plane's own message, whose
 //! `Debug` hides the secrets. A connection that breaks costs nothing: the next one is accepted.
 //!
+//! Jobs have the agent's user, and could find the socket. So the agent shows what is in a file
+//! beside it first, which jobs do not see; until then nothing is answered and nothing obeyed.
+//!
 //! Socket paths may have 107 bytes, job directories more: both sides name the socket through a
 //! handle of the directory.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use latchkey_proto::v1;
 use prost::Message;
+use secrecy::{ExposeSecret, SecretString};
+use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::AbortHandle;
 use zeroize::Zeroizing;
 
+use crate::job_directory::create_private;
+use crate::random;
+
 const SOCKET: &str = "control";
+
+/// What an agent must show; new for each supervisor.
+const TOKEN: &str = "control-token";
+
+/// How long it may take to.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Variables and credentials are the bulk of the largest frame.
 const LARGEST: usize = 16 << 20;
@@ -29,7 +45,7 @@ const LARGEST: usize = 16 << 20;
 /// What the agent wants.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct OrderFrame {
-    #[prost(oneof = "Order", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "Order", tags = "1, 2, 3, 4, 5, 6")]
     pub(crate) order: Option<Order>,
 }
 
@@ -50,6 +66,9 @@ pub(crate) enum Order {
     /// Ends with this failure: the agent could not prepare the job.
     #[prost(message, tag = "5")]
     Refuse(v1::JobFailed),
+    /// Says this in the log.
+    #[prost(string, tag = "6")]
+    Note(String),
 }
 
 /// How far the supervisor is.
@@ -66,6 +85,21 @@ pub(crate) struct Status {
     /// A replacement waits for `Go`: what it must mask died with its predecessor.
     #[prost(bool, tag = "4")]
     pub(crate) wants_secrets: bool,
+    /// Which of these protocols it speaks; 0 for the first, which did not say.
+    #[prost(uint32, tag = "5")]
+    pub(crate) protocol: u32,
+}
+
+/// What a supervisor of this program speaks. An agent takes up supervisors of older programs, and
+/// of newer ones: frames may gain orders and fields, which the other side passes over. This grows
+/// only when that is not enough.
+pub(super) const PROTOCOL: u32 = 1;
+
+impl Status {
+    /// Says whether an agent of this program understands its sender.
+    pub(crate) fn is_understood(&self) -> bool {
+        self.protocol <= PROTOCOL
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
@@ -82,34 +116,61 @@ pub(crate) enum Stage {
 }
 
 /// Opens the socket, in place of a dead predecessor's.
-pub(super) fn listen(directory: &Path) -> io::Result<UnixListener> {
+pub(crate) fn listen(directory: &Path) -> io::Result<Listener> {
     match std::fs::remove_file(directory.join(SOCKET)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
     }
+    let token = random::token();
+    create_private(&directory.join(TOKEN))?.write_all(token.as_bytes())?;
     let (_handle, path) = short_path(directory)?;
-    UnixListener::bind(path)
+    Ok(Listener { socket: UnixListener::bind(path)?, token: token.into() })
+}
+
+/// The socket, and what opens it.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: UnixListener,
+    token: SecretString,
+}
+
+impl Listener {
+    async fn is_agent(token: &SecretString, stream: &mut UnixStream) -> bool {
+        let expect = token.expose_secret().as_bytes();
+        let mut shown = Zeroizing::new(vec![0u8; expect.len()]);
+        let read = tokio::time::timeout(PATIENCE, stream.read_exact(&mut shown)).await;
+        matches!(read, Ok(Ok(_))) && bool::from(shown.ct_eq(expect))
+    }
 }
 
 /// Serves one connection after the other, for ever. A newer one takes over.
-pub(super) async fn serve(
-    listener: UnixListener,
+pub(crate) async fn serve(
+    listener: Listener,
     orders: mpsc::Sender<Order>,
     status: watch::Receiver<Status>,
 ) {
-    let mut current: Option<tokio::task::JoinHandle<()>> = None;
+    let current: Arc<Mutex<Option<AbortHandle>>> = Arc::default();
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                if let Some(older) = current.take() {
-                    older.abort();
-                }
+        match listener.socket.accept().await {
+            Ok((mut stream, _)) => {
                 let (orders, status) = (orders.clone(), status.clone());
-                current = Some(tokio::spawn(async move {
+                let (token, current) = (listener.token.clone(), Arc::clone(&current));
+                let (me_to, me) = oneshot::channel::<AbortHandle>();
+                let serving = tokio::spawn(async move {
+                    if !Listener::is_agent(&token, &mut stream).await {
+                        tracing::warn!("somebody who is not the agent was turned away");
+                        return;
+                    }
+                    let Ok(me) = me.await else { return };
+                    let older = current.lock().unwrap_or_else(PoisonError::into_inner).replace(me);
+                    if let Some(older) = older {
+                        older.abort();
+                    }
                     if let Err(error) = connection(stream, &orders, status).await {
                         tracing::debug!(%error, "the agent's connection ended");
                     }
-                }));
+                });
+                let _ = me_to.send(serving.abort_handle());
             }
             Err(error) => {
                 tracing::warn!(%error, "failed to accept the agent's connection");
@@ -153,7 +214,14 @@ async fn connection(
 /// Attaches to a living supervisor.
 pub(crate) async fn connect(directory: &Path) -> io::Result<UnixStream> {
     let (_handle, path) = short_path(directory)?;
-    UnixStream::connect(path).await
+    let mut stream = UnixStream::connect(path).await?;
+    // A supervisor of an older program has none and asks for none.
+    match std::fs::read(directory.join(TOKEN)) {
+        Ok(token) => stream.write_all(&Zeroizing::new(token)).await?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    Ok(stream)
 }
 
 fn short_path(directory: &Path) -> io::Result<(File, PathBuf)> {
@@ -215,6 +283,7 @@ mod tests {
             log_length: 7,
             states: 1,
             wants_secrets: false,
+            protocol: PROTOCOL,
         };
         status_to.send_replace(later);
         assert_eq!(receive::<Status>(&mut first).await.unwrap(), Some(later));
@@ -223,5 +292,29 @@ mod tests {
         assert_eq!(receive::<Status>(&mut first).await.unwrap(), None);
         send(&mut second, &OrderFrame { order: Some(Order::Cancel(true)) }).await.unwrap();
         assert_eq!(orders.recv().await, Some(Order::Cancel(true)));
+    }
+
+    #[tokio::test]
+    async fn without_the_token_nothing_is_answered_and_nothing_is_obeyed() {
+        let base = tempfile::tempdir().unwrap();
+        let directory = base.path();
+        let (orders_to, mut orders) = mpsc::channel(4);
+        let (_status_to, status) = watch::channel(Status::default());
+        tokio::spawn(serve(listen(directory).unwrap(), orders_to, status));
+        let mut agent = connect(directory).await.unwrap();
+        assert!(receive::<Status>(&mut agent).await.unwrap().is_some());
+
+        let mut stranger = UnixStream::connect(directory.join(SOCKET)).await.unwrap();
+        let kill = OrderFrame { order: Some(Order::Cancel(true)) };
+        for _ in 0..20 {
+            // It may be closed by then.
+            let _ = send(&mut stranger, &kill).await;
+        }
+        let heard = receive::<Status>(&mut stranger).await;
+        assert!(matches!(heard, Ok(None) | Err(_)), "{heard:?}");
+        // The agent is still heard, and first.
+        let cancel = OrderFrame { order: Some(Order::Cancel(false)) };
+        send(&mut agent, &cancel).await.unwrap();
+        assert_eq!(orders.recv().await, cancel.order);
     }
 }

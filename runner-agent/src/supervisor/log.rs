@@ -8,13 +8,18 @@
 //! the checkpoint is punched out of `raw`, which stays small however much terraform prints.
 //!
 //! What terraform prints beyond the cap is read and left out, and one line says so; a part of the
-//! cap is kept for lines of ours, which tell how the job ended.
+//! cap is kept for lines of ours, which tell how the job ended. A state that terraform prints
+//! because it can write it nowhere goes to a file of its own (`log/dump.rs`).
 //!
 //! A full disk stops this thread's progress, not terraform's: it cuts back to the checkpoint and
 //! tries again with the next tick.
 
 mod checkpoint;
+#[cfg(test)]
+mod chunks;
+mod dump;
 mod line;
+mod room;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -29,11 +34,13 @@ use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 
 use self::checkpoint::{Checkpoint, Position};
+use self::line::Canonical;
 use super::mask::Masker;
 use crate::clock;
-use crate::job_directory::{Error as DirectoryError, JobDirectory};
+use crate::job_directory::{Error as DirectoryError, JobDirectory, STATE_DUMP};
 
 pub(crate) use self::line::LONGEST as LONGEST_LINE;
+pub(super) use self::line::plain;
 
 const TICK: Duration = Duration::from_millis(10);
 
@@ -73,6 +80,8 @@ pub(super) struct Drained {
     pub(super) length: u64,
     /// The last line of type `outputs`, masked.
     pub(super) outputs: Option<Value>,
+    /// Whether terraform printed its state, which is kept in the job directory.
+    pub(super) dumped: bool,
 }
 
 impl Log {
@@ -102,6 +111,12 @@ impl Log {
         let lines = text.lines().flat_map(|line| pieces(line, 1 << 15));
         let lines = lines.map(|line| own_line(kind, "info", &line::plain(line), Value::Null));
         self.send(Command::Own(lines.collect()));
+    }
+
+    /// Appends lines that a program of the operator's has printed.
+    pub(super) fn printed(&self, kind: &str, lines: &[String], more: &Value) {
+        let line = |text: &String| own_line(kind, "info", &line::plain(text), more.clone());
+        self.send(Command::Own(lines.iter().map(line).collect()));
     }
 
     /// Masks these too, from the next line on.
@@ -158,6 +173,7 @@ fn pieces(line: &str, longest: usize) -> Vec<&str> {
 }
 
 struct Writer {
+    directory: JobDirectory,
     raw: File,
     log: File,
     checkpoint: Checkpoint,
@@ -168,6 +184,10 @@ struct Writer {
     held: Vec<u8>,
     /// Inside a line that had to be cut.
     in_cut_line: bool,
+    /// Inside a state that terraform prints; its bytes are not held.
+    dump: Option<dump::Open>,
+    /// Lines that begin before this place of `raw` are left out.
+    muted_until: u64,
     own: Vec<Value>,
     punched: u64,
     masker: Masker,
@@ -177,6 +197,8 @@ struct Writer {
     capped: bool,
     /// Whether the line that says so is durable.
     gap_is_told: bool,
+    /// What is left out while this host has no room.
+    room: room::Room,
     told: watch::Sender<u64>,
 }
 
@@ -203,6 +225,7 @@ impl Writer {
         })?;
         told.send_replace(at.log);
         Ok(Self {
+            directory: directory.clone(),
             raw,
             log,
             checkpoint,
@@ -210,6 +233,8 @@ impl Writer {
             read_to: at.raw,
             held: Vec::new(),
             in_cut_line: false,
+            dump: None,
+            muted_until: 0,
             own: Vec::new(),
             punched: at.raw,
             masker,
@@ -217,6 +242,7 @@ impl Writer {
             cap,
             capped: false,
             gap_is_told: false,
+            room: room::Room::of(directory),
             told,
         })
     }
@@ -243,7 +269,11 @@ impl Writer {
             }
             if self.tick(!drains.is_empty()) {
                 for answer in drains.drain(..) {
-                    let drained = Drained { length: self.at.log, outputs: self.outputs.clone() };
+                    let drained = Drained {
+                        length: self.at.log,
+                        outputs: self.outputs.clone(),
+                        dumped: self.directory.join(STATE_DUMP).exists(),
+                    };
                     let _ = answer.send(drained);
                 }
             }
@@ -257,11 +287,8 @@ impl Writer {
             let message = format!("{bytes} bytes of output are left out: they could not be masked");
             self.own.push(own_line("gap", "warn", &message, serde_json::json!({"bytes": bytes})));
         }
-        // The begin of the read is the checkpoint, so the gap stays after a failed write.
-        self.at.raw = length;
-        self.read_to = length;
-        self.held.clear();
-        self.in_cut_line = false;
+        // It is still read: a state may be in it.
+        self.muted_until = length;
     }
 
     /// Brings the log up to `raw`, and says whether that worked. After a failure everything
@@ -273,9 +300,11 @@ impl Writer {
                 tracing::warn!(%error, "failed to write the log; it is tried again");
                 let _ = self.log.set_len(self.at.log);
                 self.capped = self.gap_is_told;
+                self.room.roll_back();
                 self.read_to = self.at.raw;
                 self.held.clear();
                 self.in_cut_line = false;
+                self.dump = None;
                 false
             }
         }
@@ -284,6 +313,7 @@ impl Writer {
     fn advance(&mut self, to_the_end: bool) -> io::Result<()> {
         let mut block = vec![0u8; 64 * 1024];
         loop {
+            self.room.look();
             let mut out = Vec::new();
             let mut ended = false;
             while out.len() < BLOCK {
@@ -294,13 +324,16 @@ impl Writer {
                 }
                 self.read_to += read as u64;
                 self.held.extend_from_slice(&block[..read]);
-                self.lines(&mut out);
+                self.lines(false, &mut out)?;
             }
-            if ended && to_the_end && !self.held.is_empty() {
-                let rest = std::mem::take(&mut self.held);
-                self.line(&rest, &mut out);
+            if ended && to_the_end {
+                self.lines(true, &mut out)?;
+                self.room.end(&mut out);
             }
-            let raw = self.read_to - self.held.len() as u64;
+            let raw = match &self.dump {
+                Some(dump) => dump.start,
+                None => self.read_to - self.held.len() as u64,
+            };
             if ended {
                 for line in &self.own {
                     let before = out.len();
@@ -318,11 +351,41 @@ impl Writer {
         }
     }
 
-    fn lines(&mut self, out: &mut Vec<u8>) {
+    /// Takes the lines that are whole; `last` says that nothing follows what is held.
+    fn lines(&mut self, last: bool, out: &mut Vec<u8>) -> io::Result<()> {
         let held = std::mem::take(&mut self.held);
         let mut rest = held.as_slice();
-        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-            self.line(&rest[..end], out);
+        loop {
+            let at = self.read_to - rest.len() as u64;
+            let end = rest.iter().position(|byte| *byte == b'\n');
+            if let Some(open) = self.dump {
+                let Some(end) = end.or(last.then_some(rest.len())) else {
+                    // A part of a line is needed only to tell the last one of many.
+                    let needed = open.form == dump::Form::Lines && rest.len() < BLOCK;
+                    self.held = if needed { rest.to_vec() } else { Vec::new() };
+                    return Ok(());
+                };
+                let is_last = open.form == dump::Form::Line || &rest[..end] == b"}";
+                if is_last || (last && end == rest.len()) {
+                    self.keep_dump(open, at + end as u64, out)?;
+                    if last && end == rest.len() {
+                        return Ok(());
+                    }
+                }
+                rest = &rest[end + 1..];
+                continue;
+            }
+            if !self.in_cut_line && self.begins_dump(rest, end, last) {
+                let form = if rest.starts_with(b"{\"") { dump::Form::Line } else { dump::Form::Lines };
+                self.dump = Some(dump::Open { start: at, form });
+                continue;
+            }
+            let Some(end) = end else { break };
+            let waits = !last && rest[..end].trim_ascii() == b"{";
+            if waits && dump::begins(rest) == dump::Begin::Perhaps {
+                break;
+            }
+            self.line(&rest[..end], at, out)?;
             rest = &rest[end + 1..];
         }
         let json = !self.in_cut_line && rest.first() == Some(&b'{');
@@ -333,17 +396,48 @@ impl Writer {
             while cut > 1 && rest[cut] & 0xc0 == 0x80 {
                 cut -= 1;
             }
-            let before = out.len();
+            let (before, at) = (out.len(), self.read_to - rest.len() as u64);
             line::piece(&rest[..cut], self.in_cut_line, &self.masker, clock::now(), out);
-            self.hold_to_the_cap(before, out);
+            self.hold_to_the_cap(before, at, out);
             self.in_cut_line = true;
             rest = &rest[cut..];
         }
+        if last && !rest.is_empty() {
+            self.line(rest, self.read_to - rest.len() as u64, out)?;
+            rest = &[];
+        }
         self.held = rest.to_vec();
+        Ok(())
+    }
+
+    /// Tells whether a dump begins here, as far as can be told by now.
+    fn begins_dump(&self, rest: &[u8], end: Option<usize>, last: bool) -> bool {
+        let known = end.is_some() || last || rest.len() >= dump::HEAD;
+        let line = &rest[..end.unwrap_or(rest.len())];
+        (known && dump::is_head(line)) || dump::begins(rest) == dump::Begin::Yes
+    }
+
+    fn keep_dump(&mut self, open: dump::Open, end: u64, out: &mut Vec<u8>) -> io::Result<()> {
+        let size = dump::keep(&self.directory, &self.raw, open, end)?;
+        self.dump = None;
+        let message = format!(
+            "terraform could write its state nowhere and printed it: {size} bytes are kept apart \
+             from the log and go to quarantine"
+        );
+        let line = own_line("diagnostic", "error", &message, serde_json::json!({"bytes": size}));
+        line::own(&line, &self.masker, out);
+        Ok(())
     }
 
     /// Keeps terraform's lines since `before` within the cap, less what is kept for ours.
-    fn hold_to_the_cap(&mut self, before: usize, out: &mut Vec<u8>) {
+    fn hold_to_the_cap(&mut self, before: usize, at: u64, out: &mut Vec<u8>) {
+        if at < self.muted_until {
+            out.truncate(before);
+            return;
+        }
+        if self.room.hold(before, out) {
+            return;
+        }
         let limit = self.cap - (self.cap / 16).min(BLOCK as u64);
         if !self.capped && self.at.log + out.len() as u64 <= limit {
             return;
@@ -359,19 +453,25 @@ impl Writer {
         }
     }
 
-    fn line(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
-        if latchkey_failpoint::defect("line.dropped") { return }
+    fn line(&mut self, bytes: &[u8], at: u64, out: &mut Vec<u8>) -> io::Result<()> {
+        if latchkey_failpoint::defect("line.dropped") {
+            return Ok(());
+        }
         let before = out.len();
-        self.uncapped_line(bytes, out);
-        self.hold_to_the_cap(before, out);
-    }
-
-    fn uncapped_line(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
         if std::mem::take(&mut self.in_cut_line) {
             line::piece(bytes, true, &self.masker, clock::now(), out);
-        } else if let Some(outputs) = line::canonical(bytes, &self.masker, clock::now(), out) {
-            self.outputs = Some(outputs);
+        } else {
+            match line::canonical(bytes, &self.masker, clock::now(), out) {
+                Canonical::Line => {}
+                Canonical::Outputs(outputs) => self.outputs = outputs,
+                Canonical::Dump => {
+                    let open = dump::Open { start: at, form: dump::Form::Line };
+                    return self.keep_dump(open, at + bytes.len() as u64, out);
+                }
+            }
         }
+        self.hold_to_the_cap(before, at, out);
+        Ok(())
     }
 
     fn commit(&mut self, raw: u64, out: &[u8]) -> io::Result<()> {
@@ -385,6 +485,7 @@ impl Writer {
         self.checkpoint.write(to)?;
         self.at = to;
         self.gap_is_told = self.capped;
+        self.room.keep();
         self.told.send_replace(to.log);
         self.punch();
         Ok(())

@@ -3,7 +3,7 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-pub(super) async fn request(
+pub(crate) async fn request(
     address: &str,
     method: &str,
     path: &str,

@@ -6,12 +6,17 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::apply::lock_file;
+use super::hooks::Step;
 use super::mask::Masker;
 use super::plan_changes::{self, Changes};
 use super::terraform::{Cancel, Ended};
 use super::{Error, Running};
 use crate::job::{Digests, Failure, JobResult, Kind};
+use crate::provider_cache::Loan;
 use crate::{digest, root_module, untrusted, workspace};
+
+/// The plugin cache of this job's `init`: in its own HOME, where its programs may write.
+const PLUGINS: &str = "home/.latchkey-plugins";
 
 impl Running {
     /// Plans and seals what an apply will need.
@@ -26,6 +31,9 @@ impl Running {
         if let Some(failed) = self.init(&[]).await? {
             return Ok(failed);
         }
+        if let Some(failed) = self.before(Step::Plan).await? {
+            return Ok(failed);
+        }
         self.step("plan");
         let ended = {
             let arguments = self.plan_arguments();
@@ -33,9 +41,11 @@ impl Running {
             self.terraform.run(&arguments, var_file.as_ref()).await?
         };
         self.log.drain().await?;
-        match ended {
-            Ended::Exited(0 | 2) => {}
-            other => return Ok(self.failed("terraform plan", other)),
+        let failed = self.after(Step::Plan, ended).await?;
+        match (ended, failed) {
+            (Ended::Exited(0 | 2), None) => {}
+            (Ended::Exited(0 | 2), Some(failed)) => return Ok(failed),
+            (other, _) => return Ok(self.failed("terraform plan", other)),
         }
         let directory = self.directory.path().to_owned();
         let working_directory = self.spec.working_directory.clone();
@@ -78,13 +88,18 @@ impl Running {
             change: counts.change,
             destroy: counts.destroy,
             import: counts.import,
+            engine: self.settings.engine,
             terraform_version: self.settings.terraform_version.clone(),
         })
     }
 
     /// Runs `init`. Answers how the job failed, if it did.
     pub(super) async fn init(&mut self, more: &[&str]) -> Result<Option<JobResult>, Error> {
+        if let Some(failed) = self.before(Step::Init).await? {
+            return Ok(Some(failed));
+        }
         self.step("init");
+        let lent = self.lend_providers().await?;
         let mut arguments = words(&["init", "-input=false", "-no-color"]);
         if prints_json_at_init(&self.settings.terraform_version) {
             arguments.push("-json".into());
@@ -92,10 +107,49 @@ impl Running {
         arguments.extend(words(more));
         let ended = self.terraform.run(&arguments, None).await?;
         self.log.drain().await?;
+        let failed = self.after(Step::Init, ended).await?;
         match ended {
-            Ended::Exited(0) => Ok(None),
+            Ended::Exited(0) => {
+                self.take_in_providers(lent).await?;
+                Ok(failed)
+            }
             other => Ok(Some(self.failed("terraform init", other))),
         }
+    }
+
+    /// Gives `init` a plugin cache of its own, filled with the packages that it would take from
+    /// a shared one.
+    async fn lend_providers(&mut self) -> Result<Option<Loan>, Error> {
+        let Some(shared) = self.settings.provider_cache.clone() else { return Ok(None) };
+        let loan =
+            Loan::new(shared, self.directory.join(PLUGINS), lock_file(&self.directory, &self.spec));
+        let lending = loan.clone();
+        let lent = tokio::task::spawn_blocking(move || lending.lend()).await;
+        match lent.map_err(Error::Task)? {
+            Ok(packages) => tracing::debug!(packages, "lent provider packages"),
+            // Then `init` fetches them itself.
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "no provider cache");
+                return Ok(None);
+            }
+        }
+        let plugins = self.directory.join(PLUGINS).into_os_string();
+        self.terraform.environment.insert("TF_PLUGIN_CACHE_DIR".into(), plugins);
+        Ok(Some(loan))
+    }
+
+    /// Keeps what `init` has fetched for the next one.
+    async fn take_in_providers(&mut self, lent: Option<Loan>) -> Result<(), Error> {
+        let Some(loan) = lent else { return Ok(()) };
+        let taken = tokio::task::spawn_blocking(move || loan.take_in()).await;
+        match taken.map_err(Error::Task)? {
+            Ok(packages) => tracing::debug!(packages, "kept provider packages"),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "failed to keep provider packages");
+            }
+        }
+        Ok(())
     }
 
     fn plan_arguments(&self) -> Vec<OsString> {

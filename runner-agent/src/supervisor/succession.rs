@@ -20,7 +20,7 @@ use super::credentials_endpoint::{CredentialsEndpoint, Session};
 use super::mask::Masker;
 use super::state_endpoint::{self, StateEndpoint};
 use super::terraform::{self, Cancel, ProcessRecord};
-use super::{Error, LONGEST_WAIT, Supervisor, variables};
+use super::{Error, LONGEST_WAIT, Supervisor, orphans, variables};
 use crate::job::{Failure, JobResult, Phase};
 
 /// How terraform reaches its supervisor: the record `endpoints.json`, for a successor only. The
@@ -101,6 +101,7 @@ impl Supervisor {
                 }
                 Order::Cancel(true) => {
                     terraform::stop(leader.filter(|_| runs), Cancel::Forced);
+                    orphans::end_all_of(&self.directory);
                     credentials.iter().for_each(CredentialsEndpoint::withdraw);
                 }
                 // A second SIGINT would make terraform give its state up.
@@ -114,6 +115,11 @@ impl Supervisor {
                     awaited = false;
                 }
                 Order::GiveUp(_) => awaited = false,
+                Order::Note(text) => {
+                    if let Some(log) = &log {
+                        log.own("note", "warn", &text, serde_json::Value::Null);
+                    }
+                }
                 Order::Cancel(false) | Order::Refuse(_) => {}
             }
         }
@@ -126,6 +132,11 @@ impl Supervisor {
                 log
             }
         };
+        let left = orphans::end_all_of(&self.directory);
+        if !left.is_empty() {
+            let text = orphans::sentence("terraform", &left);
+            log.own("diagnostic", "warn", &text, serde_json::Value::Null);
+        }
         let mut reason =
             "the supervisor was lost; terraform has ended, but how is not known".to_owned();
         match keep_errored_state(&self.directory, &self.directory.root(&self.spec)).await? {
@@ -134,6 +145,9 @@ impl Supervisor {
             ErroredState::Unreadable(error) => {
                 reason = format!("{reason}; errored.tfstate cannot be read: {error}");
             }
+        }
+        if log.drain().await?.dumped {
+            reason += "; it printed its state, which is kept apart";
         }
         log.own("diagnostic", "error", &reason, serde_json::Value::Null);
         // A plan changes nothing: it can simply be repeated.

@@ -2,8 +2,8 @@
 //!
 //! It gets a process group of its own, so that a cancel reaches it alone: provider plugins
 //! ignore SIGINT but die on SIGTERM. Its output goes to a file, never a pipe, so nothing of ours
-//! that dies takes it along: no parent-death signal, no kill-on-drop. What it leaves behind in
-//! its group is killed after its end.
+//! that dies takes it along: no parent-death signal, no kill-on-drop. What it leaves behind, in
+//! its group or outside of it, is killed after its end.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -24,6 +24,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
+use super::confine::Cage;
+use super::log::Log;
+use super::orphans;
 use crate::job::Lease;
 use crate::job_directory::JobDirectory;
 
@@ -133,7 +136,11 @@ pub(super) struct Terraform {
     pub(super) root: PathBuf,
     pub(super) directory: JobDirectory,
     pub(super) environment: BTreeMap<String, OsString>,
+    pub(super) cage: Cage,
     pub(super) cancel: watch::Receiver<Cancel>,
+    /// All commands of the job that run at this moment.
+    pub(super) running: orphans::Running,
+    pub(super) log: Log,
 }
 
 impl Terraform {
@@ -157,7 +164,7 @@ impl Terraform {
         let mut command = self.command(arguments);
         command.stdin(if var_file.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(raw.try_clone().map_err(failed)?).stderr(raw);
-        let mut child = command.spawn().map_err(failed)?;
+        let mut child = self.cage.start(&mut command).map_err(failed)?;
         latchkey_failpoint::reach("sup.execed");
         if let (Some(mut stdin), Some(file)) = (child.stdin.take(), var_file) {
             let file = file.clone();
@@ -166,7 +173,7 @@ impl Terraform {
                 let _ = stdin.write_all(file.expose_secret().as_bytes()).await;
             });
         }
-        self.watch(child, Some(printed)).await
+        self.watch(child, Some(printed), arguments).await
     }
 
     /// Runs a short reading command and answers what it prints on stdout and stderr.
@@ -179,8 +186,9 @@ impl Terraform {
         }
         let mut command = self.command(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
+        let mut child = self
+            .cage
+            .start(&mut command)
             .map_err(|source| Error::Start { program: self.program.clone(), source })?;
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -196,7 +204,8 @@ impl Terraform {
                 None => Ok(0),
             }
         };
-        let (ended, read_out, read_err) = tokio::join!(self.watch(child, None), read_out, read_err);
+        let (ended, read_out, read_err) =
+            tokio::join!(self.watch(child, None, arguments), read_out, read_err);
         read_out.and(read_err).map_err(Error::Wait)?;
         Ok((ended?, out, err))
     }
@@ -223,8 +232,14 @@ impl Terraform {
         let _ = tokio::time::timeout(DEAF, prints).await;
     }
 
-    async fn watch(&self, mut child: Child, printed: Option<u64>) -> Result<Ended, Error> {
+    async fn watch(
+        &self,
+        mut child: Child,
+        printed: Option<u64>,
+        arguments: &[OsString],
+    ) -> Result<Ended, Error> {
         let pid = child.id().and_then(|id| i32::try_from(id).ok());
+        pid.iter().for_each(|pid| self.running.begins(*pid));
         if let Some(record) = pid.and_then(ProcessRecord::of) {
             // Only for a successor on this host: a reboot ends the process anyway.
             let record = serde_json::to_vec(&record).unwrap_or_default();
@@ -253,15 +268,22 @@ impl Terraform {
                 }
             }
         };
+        pid.iter().for_each(|pid| self.running.ends(*pid));
         // `local-exec` children outlive a terraform that was interrupted.
+        let left = self.running.end_others().await;
         stop(group, Cancel::Forced);
+        if !left.is_empty() {
+            let command = arguments.first().map(|word| word.to_string_lossy()).unwrap_or_default();
+            let text = orphans::sentence(&format!("terraform {command}"), &left);
+            self.log.own("diagnostic", "warn", &text, serde_json::Value::Null);
+        }
         Ok(ended(status))
     }
 }
 
 /// Waits until more is asked for than was sent. A graceful cancel is sent once: terraform takes
 /// a second SIGINT for an order to lose state.
-async fn changed(cancel: &mut watch::Receiver<Cancel>, sent: Cancel) {
+pub(super) async fn changed(cancel: &mut watch::Receiver<Cancel>, sent: Cancel) {
     if cancel.wait_for(|cancel| *cancel > sent).await.is_err() {
         std::future::pending::<()>().await;
     }
@@ -280,7 +302,7 @@ pub(super) fn stop(leader: Option<Pid>, cancel: Cancel) {
     }
 }
 
-fn ended(status: ExitStatus) -> Ended {
+pub(super) fn ended(status: ExitStatus) -> Ended {
     match (status.code(), status.signal()) {
         (Some(code), _) => Ended::Exited(code),
         (None, signal) => Ended::Killed(signal.unwrap_or_default()),

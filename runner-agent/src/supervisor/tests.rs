@@ -15,10 +15,15 @@ use super::control::{OrderFrame, connect, receive, send};
 use super::terraform::ProcessRecord;
 use super::*;
 use crate::Program;
-use crate::engine::Engine;
+use crate::engine::tests::at_hand_engine;
 use crate::extract;
 use crate::job::{Digests, Kind};
 use crate::job_directory::tests as samples;
+
+mod confined;
+mod providers;
+mod dumped;
+mod hooked;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -32,9 +37,15 @@ pub(crate) fn program() -> Program {
 #[test]
 #[ignore = "not a test: the process that other tests start"]
 fn supervisor_process() {
-    let mut arguments = std::env::args().skip_while(|argument| argument != "supervise").skip(1);
-    if let Some(directory) = arguments.next() {
-        supervise(Path::new(&directory)).unwrap();
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.as_slice() {
+        [.., verb, directory] if verb == "supervise" => {
+            supervise(Path::new(directory)).unwrap();
+        }
+        [.., verb, directory] if verb == "probe" => {
+            isolation::attempt(Path::new(directory)).unwrap();
+        }
+        _ => {}
     }
 }
 
@@ -48,14 +59,24 @@ struct Driven {
 
 impl Driven {
     async fn start(phase: Phase, spec: Spec, prepare: impl FnOnce(&JobDirectory)) -> Self {
-        let engine =
-            Engine::find(None).await.expect("install terraform: the tests need a real one");
+        Self::start_with(phase, spec, |_| {}, prepare).await
+    }
+
+    async fn start_with(
+        phase: Phase,
+        spec: Spec,
+        set: impl FnOnce(&mut Settings),
+        prepare: impl FnOnce(&JobDirectory),
+    ) -> Self {
+        let engine = at_hand_engine();
         let jobs = tempfile::tempdir().unwrap();
-        let settings = Settings {
+        let mut settings = Settings {
+            engine: engine.name,
             terraform: engine.path,
             terraform_version: engine.version,
             ..samples::settings()
         };
+        set(&mut settings);
         let lease = samples::lease("run1", phase);
         let directory = JobDirectory::create(jobs.path(), &lease, &spec, &settings).unwrap();
         prepare(&directory);

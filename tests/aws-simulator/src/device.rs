@@ -9,6 +9,7 @@
 //! - replacing the device does not give the attempts back.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::RangeInclusive;
 
 use subtle::ConstantTimeEq;
 
@@ -20,6 +21,9 @@ pub const WINDOW_STEPS: i64 = 2;
 pub const ATTEMPTS_PER_WINDOW: u32 = 9;
 /// The length of the window, in seconds, aligned to the Unix epoch.
 pub const ATTEMPT_WINDOW_SECONDS: i64 = 180;
+
+/// How long a code that is handed out for use must still be good.
+const MARGIN_SECONDS: i64 = 8;
 
 /// What came of showing a code to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,10 +68,13 @@ impl Devices {
         Verdict::Rejected
     }
 
-    /// Finds the step, oldest first, whose code would be accepted now.
+    /// Finds the step, oldest first, whose code would be accepted now and for some seconds more:
+    /// one about to run out would be refused when it arrives.
     pub(crate) fn unused_step(&self, serial: &str, now: i64) -> Option<i64> {
         let memory = self.by_serial.get(serial);
-        acceptable(now).find(|step| memory.is_none_or(|memory| !memory.used.contains(step)))
+        let unused = |step: &i64| memory.is_none_or(|memory| !memory.used.contains(step));
+        let lasting = acceptable(now + MARGIN_SECONDS);
+        acceptable(now).filter(|step| lasting.contains(step)).chain(acceptable(now)).find(unused)
     }
 
     /// Says how many attempts are left in the current window.
@@ -101,7 +108,7 @@ impl Memory {
     }
 }
 
-fn acceptable(now: i64) -> impl Iterator<Item = i64> {
+fn acceptable(now: i64) -> RangeInclusive<i64> {
     let current = totp::step_at(now);
     current - WINDOW_STEPS..=current + WINDOW_STEPS
 }
@@ -135,6 +142,14 @@ mod tests {
             let verdict = Devices::default().verify(SERIAL, SEED, &code(offset), START);
             assert_eq!(verdict, expected, "offset {offset}");
         }
+    }
+
+    #[test]
+    fn a_code_about_to_run_out_is_handed_out_last() {
+        let (devices, last_second) = (Devices::default(), START + 29);
+        let first = totp::step_at(START) - WINDOW_STEPS;
+        assert_eq!(devices.unused_step(SERIAL, START), Some(first));
+        assert_eq!(devices.unused_step(SERIAL, last_second), Some(first + 1));
     }
 
     #[test]

@@ -44,7 +44,7 @@
 //! | [`Configuration`] | Terraform files, packed |
 //! | [`wait_for`] | a state reached, a limit, and what was seen last |
 //! | [`files_with`] | which files hold some bytes: for secrets that must be nowhere |
-//! | [`engine`] | the terraform or tofu of this host, or what to install |
+//! | [`engine`] | the terraform or tofu of this host, installed where there is none |
 //!
 //! Nothing outlives its handle: dropping a stage kills its processes, supervisors and terraforms,
 //! and programs started through [`Programs`] end with whoever started them, even after SIGKILL.

@@ -79,7 +79,7 @@ impl Stage {
     /// The pool of the stage's runners.
     pub const POOL: &str = "build";
 
-    /// Starts all of it; fails with what to install when there is no terraform.
+    /// Starts all of it; fails with what to do when there is no terraform and none can be had.
     pub async fn start(options: StageOptions) -> anyhow::Result<Self> {
         let terraform = engine::find()?;
         let directory = Directory::new()?;

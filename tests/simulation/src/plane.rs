@@ -7,10 +7,12 @@ use std::time::Duration;
 use latchkey_control_plane::app::App;
 use latchkey_control_plane::app::configurations::MOST_UPLOADS;
 use latchkey_control_plane::app::environments::SettingsChange;
+use latchkey_control_plane::app::history::History;
 use latchkey_control_plane::app::lease_job::SESSION_FLOOR;
 use latchkey_control_plane::app::run_output::Gates;
 use latchkey_control_plane::app::variables::{NewVariable, Scope};
 use latchkey_control_plane::auth::{Caller, sha256};
+use latchkey_control_plane::auth::revocation::Revocations;
 use latchkey_control_plane::authority::Authority;
 use latchkey_control_plane::blobs::Blobs;
 use latchkey_control_plane::clock::Clock;
@@ -96,6 +98,9 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
         generation: Generation::FIRST,
         session_floor: SESSION_FLOOR,
         lease_term: TERM,
+        force_cancel_grace: TERM,
+        history: History::default(),
+        revocations: Revocations::default(),
         gates: Gates::default(),
         uploads: Arc::new(Semaphore::new(MOST_UPLOADS)),
     })
@@ -137,6 +142,10 @@ async fn furnish(world: &World, app: &App) -> anyhow::Result<Furniture> {
             organization: pool.organization,
             key: Text(machine.key),
             enrolled_at: app.now().into(),
+            said: None,
+            drained_at: None,
+            revoked_at: None,
+            fought_at: None,
         };
         batch = batch
             .put(keys::runner(machine.runner), Expect::Absent, encode(&record))

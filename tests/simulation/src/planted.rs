@@ -55,7 +55,7 @@ impl Planted {
                     Phase::Plan => &mut run.plan,
                     Phase::Apply => &mut run.apply,
                 };
-                let lease = Lease::after(granted.epoch, runner, 0, self.app.now());
+                let lease = Lease::after(granted.epoch, runner, 0, None, self.app.now());
                 granted.epoch = lease.epoch;
                 granted.lease = Some(lease);
                 run.state = match job.phase {
@@ -106,6 +106,10 @@ impl Leases for Planted {
 
     fn offer_if_open(self: Arc<Self>, job: JobId) -> BoxFuture<'static, Result<()>> {
         Leases::offer_if_open(Arc::clone(&self.app), job)
+    }
+
+    fn two_of_one(self: Arc<Self>, runner: RunnerId) -> BoxFuture<'static, Result<()>> {
+        Leases::two_of_one(Arc::clone(&self.app), runner)
     }
 
     fn generation(&self) -> Generation {

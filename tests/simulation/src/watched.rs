@@ -12,7 +12,7 @@ use latchkey_control_plane::store::record::environment::{Environment, Environmen
 use latchkey_control_plane::store::record::run::RunRecord;
 use latchkey_control_plane::store::record::{self, Loaded};
 use latchkey_control_plane::store::{
-    Batch, BoxFuture, CommitError, Feed, Key, Prefix, Scan, Store, StoreError, Version, Versioned,
+    Batch, BoxFuture, CommitError, Feed, Key, Prefix, Scan, Snapshot, Store, StoreError, Version, Versioned,
     keys, list,
 };
 use latchkey_domain::run::Run;
@@ -75,6 +75,18 @@ impl Store for Watched {
 
     fn scan(&self, scan: Scan) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>> {
         self.memory.scan(scan)
+    }
+
+    fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, StoreError>> {
+        self.memory.snapshot()
+    }
+
+    fn history(&self) -> Version {
+        self.memory.history()
+    }
+
+    fn newest(&self) -> BoxFuture<'_, Result<Version, StoreError>> {
+        self.memory.newest()
     }
 
     fn watch(&self, prefix: Prefix) -> Feed {

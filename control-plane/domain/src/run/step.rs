@@ -28,10 +28,12 @@ pub enum Event {
     },
     /// The environment is free and this run is next.
     TurnCame,
+    /// `state` is the number of the environment's newest state version.
     Granted {
         phase: Phase,
         runner: RunnerId,
         log_base: u64,
+        state: Option<u64>,
     },
     /// The runner declined or gave back a job that it has not started.
     HandedBack {
@@ -57,6 +59,13 @@ pub enum Event {
     },
     LeaseExpired {
         phase: Phase,
+        epoch: Epoch,
+    },
+    /// An owner has ended the identity of the runner that holds the lease: it will never speak
+    /// again.
+    RunnerRevoked {
+        phase: Phase,
+        runner: RunnerId,
         epoch: Epoch,
     },
     /// A lost runner is back with the lease it had.
@@ -87,6 +96,14 @@ pub enum Event {
     CancelRequested {
         by: String,
     },
+    /// A person wants terraform and all it started killed, `grace` after they were asked to stop.
+    ForceRequested {
+        by: String,
+        grace: Duration,
+    },
+    /// The control plane was restored from a backup in which the run had not ended: what became
+    /// of it since is not known.
+    Restored,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,6 +145,8 @@ pub enum Effect {
     Withdraw(JobId),
     /// Ask the runner to stop terraform gracefully.
     Cancel(JobId, Epoch),
+    /// Have the runner kill terraform and all that it started.
+    Kill(JobId, Epoch),
     /// Tell the runner that its lease is over.
     Revoke(JobId, Epoch),
     /// Plan and workspace are not needed any more.
@@ -159,6 +178,14 @@ pub enum Refusal {
     /// The lease is not the current one.
     LeaseLost,
     AlreadyEnded,
+    /// A forced cancel follows a graceful one, and none was asked for.
+    NotCanceled,
+    /// The graceful cancel has its grace until then.
+    CancelGrace {
+        until: Timestamp,
+    },
+    /// A person had it killed: there are no credentials for it any more.
+    Forced,
 }
 
 /// Moves `run` by `event`.
@@ -176,7 +203,9 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner, log_base } => granted(run, phase, runner, log_base, now),
+        Event::Granted { phase, runner, log_base, state } => {
+            granted(run, (phase, runner), log_base, state, now)
+        }
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {
             starting(run, (phase, runner, epoch), current, floor, now)
@@ -185,6 +214,9 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
             cannot_start(run, (phase, runner, epoch), reason, now)
         }
         Event::LeaseExpired { phase, epoch } => lease_expired(run, phase, epoch, now),
+        Event::RunnerRevoked { phase, runner, epoch } => {
+            runner_revoked(run, (phase, runner, epoch), now)
+        }
         Event::Returned { phase, runner, epoch } => returned(run, phase, runner, epoch, now),
         Event::PlanEnded { runner, epoch, outcome, current } => {
             plan_ended(run, runner, epoch, outcome, current, now)
@@ -195,8 +227,13 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
         Event::Confirmed { by, seen, current } => confirmed(run, by, seen, current, now),
         Event::Discarded { by } => discarded(run, by, now),
         Event::CancelRequested { by } => cancel_requested(run, by, now),
+        Event::ForceRequested { by, grace } => force_requested(run, by, grace, now),
+        Event::Restored => restored(run, now),
     }
 }
+
+const REVOKED: &str =
+    "the runner was revoked after the apply may have started; what it did is not known";
 
 /// The state a phase is in while a runner holds its lease.
 const fn running(phase: Phase) -> RunState {
@@ -320,13 +357,19 @@ fn turn_came(run: &Run, now: Timestamp) -> Step {
     }
 }
 
-fn granted(run: &Run, phase: Phase, runner: RunnerId, log_base: u64, now: Timestamp) -> Step {
+fn granted(
+    run: &Run,
+    (phase, runner): (Phase, RunnerId),
+    log_base: u64,
+    state: Option<u64>,
+    now: Timestamp,
+) -> Step {
     if run.state != queued(phase) {
         return Step::Refused(Refusal::WrongState);
     }
     let mut next = moved(run, running(phase), now);
     let job = next.job_mut(phase);
-    let lease = Lease::after(job.epoch, runner, log_base, now);
+    let lease = Lease::after(job.epoch, runner, log_base, state, now);
     job.epoch = lease.epoch;
     job.remember(runner, lease.epoch);
     job.lease = Some(lease);
@@ -362,6 +405,9 @@ fn starting(
     let Some(lease) = current_lease(run, phase, runner, epoch) else {
         return Step::Refused(Refusal::LeaseLost);
     };
+    if run.forced_by.is_some() {
+        return Step::Refused(Refusal::Forced);
+    }
     if lease.released.is_some() {
         return Step::Unchanged;
     }
@@ -442,9 +488,7 @@ fn lease_expired(run: &Run, phase: Phase, epoch: Epoch, now: Timestamp) -> Step 
     };
     match (phase, lease.released) {
         (Phase::Apply, Some(_)) => {
-            let reason = "the runner went silent after the apply may have started; what it did is \
-                          not known"
-                .to_owned();
+            let reason = lost_reason(run);
             let mut next = moved(run, RunState::Lost, now);
             next.reason = Some(reason.clone());
             done_with(next, Change::Freeze { reason }, vec![])
@@ -459,6 +503,31 @@ fn lease_expired(run: &Run, phase: Phase, epoch: Epoch, now: Timestamp) -> Step 
     }
 }
 
+/// As if the lease had expired, but for good: not even a lost apply can be told of any more.
+fn runner_revoked(
+    run: &Run,
+    (phase, runner, epoch): (Phase, RunnerId, Epoch),
+    now: Timestamp,
+) -> Step {
+    let held = |lease: &Lease| lease.is(runner, epoch);
+    if !run.job(phase).lease.as_ref().is_some_and(held) {
+        return Step::Refused(Refusal::LeaseLost);
+    }
+    let reason = REVOKED.to_owned();
+    let (mut next, environment) = match (run.state, lease_expired(run, phase, epoch, now)) {
+        (RunState::Lost, _) => (moved(run, RunState::Lost, now), Change::Keep),
+        (_, Step::Moved { next, environment: Change::Freeze { .. }, .. }) => {
+            (*next, Change::Freeze { reason: reason.clone() })
+        }
+        (_, other @ (Step::Moved { .. } | Step::Unchanged | Step::Refused(_))) => return other,
+    };
+    next.reason = Some(reason);
+    let job = next.job_mut(phase);
+    job.lease = None;
+    job.evidence = None;
+    done_with(next, environment, vec![])
+}
+
 fn returned(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch, now: Timestamp) -> Step {
     if current_lease(run, phase, runner, epoch).is_some() {
         return Step::Unchanged;
@@ -470,7 +539,7 @@ fn returned(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch, now: Timest
         return Step::Refused(Refusal::LeaseLost);
     }
     let mut next = moved(run, RunState::Applying, now);
-    next.reason = None;
+    next.reason = stopping(run);
     done_with(next, Change::Hold, vec![])
 }
 
@@ -548,6 +617,16 @@ fn apply_ended(
         }
         ApplyOutcome::Failed(failure) => failure,
     };
+    if let Some(by) = &run.forced_by {
+        // What was killed may have changed things that no state tells of.
+        let reason = format!("killed by {by} in the middle of the apply: {}", failure.reason);
+        return match ended(next, RunState::Canceled, Some(reason.clone()), vec![]) {
+            Step::Moved { next, effects, .. } => {
+                Step::Moved { next, environment: Change::Freeze { reason }, effects }
+            }
+            other @ (Step::Unchanged | Step::Refused(_)) => other,
+        };
+    }
     match failure.kind {
         FailureKind::Errored => {
             thaw(run, ended(next, RunState::Errored, Some(failure.reason), vec![]))
@@ -678,13 +757,109 @@ fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {
         return Step::Unchanged;
     }
     let mut next = moved(run, run.state, now);
-    next.reason = Some(format!("{by} asked it to stop; terraform finishes what it is doing"));
     next.cancel_requested_by = Some(by);
+    next.cancel_requested_at = Some(now);
+    next.reason = stopping(&next);
     done(next, vec![Effect::Cancel(run.job_id(phase), lease.epoch)])
 }
 
 /// A person gives a lost run up. What it left behind stays frozen with the environment.
 fn cancel_lost(run: &Run, by: String, now: Timestamp) -> Step {
-    let reason = format!("lost, and given up by {by}");
+    let reason = format!(
+        "lost, and given up by {by}: what the apply did is not known; the environment stays frozen \
+         until an owner unfreezes it"
+    );
     ended(moved(run, run.state, now), RunState::Errored, Some(reason), vec![])
+}
+
+/// What a restored run's reason and the frozen environment say.
+const RESTORED: &str = "interrupted by a restore from a backup; what became of it after the backup \
+                        was taken must be checked";
+
+/// Ends what a backup shows as unended. Its lease, its code and its approval stood for a history
+/// that is gone; terraform may have run, or be running still.
+fn restored(run: &Run, now: Timestamp) -> Step {
+    if run.state.is_end() {
+        return Step::Refused(Refusal::AlreadyEnded);
+    }
+    let mut next = moved(run, run.state, now);
+    next.approval = None;
+    match ended(next, RunState::Errored, Some(RESTORED.to_owned()), vec![]) {
+        Step::Moved { next, effects, .. } => {
+            let environment = Change::Freeze { reason: RESTORED.to_owned() };
+            Step::Moved { next, environment, effects }
+        }
+        other @ (Step::Unchanged | Step::Refused(_)) => other,
+    }
+}
+
+/// Has a running phase killed. Nothing but the runner's word ends the run: as long as it is
+/// silent, terraform may be running.
+fn force_requested(run: &Run, by: String, grace: Duration, now: Timestamp) -> Step {
+    let phase = match run.state {
+        RunState::Planning => Phase::Plan,
+        RunState::Applying | RunState::Lost => Phase::Apply,
+        RunState::AwaitingPlanMfa
+        | RunState::Pending
+        | RunState::PlanQueued
+        | RunState::AwaitingConfirmation
+        | RunState::AwaitingApplyMfa
+        | RunState::ApplyQueued => return Step::Refused(Refusal::NotCanceled),
+        RunState::Canceled => return Step::Unchanged,
+        RunState::Planned | RunState::Applied | RunState::Errored | RunState::Discarded => {
+            return Step::Refused(Refusal::AlreadyEnded);
+        }
+    };
+    let (Some(until), Some(lease)) = (run.force_cancel_time(grace), &run.job(phase).lease) else {
+        return Step::Refused(Refusal::NotCanceled);
+    };
+    if run.forced_by.is_some() {
+        return Step::Unchanged;
+    }
+    if now < until {
+        return Step::Refused(Refusal::CancelGrace { until });
+    }
+    let mut next = moved(run, run.state, now);
+    next.forced_by = Some(by);
+    next.reason = match run.state {
+        RunState::Lost => Some(lost_reason(&next)),
+        RunState::AwaitingPlanMfa
+        | RunState::Pending
+        | RunState::PlanQueued
+        | RunState::Planning
+        | RunState::AwaitingConfirmation
+        | RunState::AwaitingApplyMfa
+        | RunState::ApplyQueued
+        | RunState::Applying
+        | RunState::Planned
+        | RunState::Applied
+        | RunState::Errored
+        | RunState::Canceled
+        | RunState::Discarded => stopping(&next),
+    };
+    done(next, vec![Effect::Kill(run.job_id(phase), lease.epoch)])
+}
+
+/// Says that a running phase was asked to stop, and how.
+fn stopping(run: &Run) -> Option<String> {
+    match (&run.forced_by, &run.cancel_requested_by) {
+        (Some(by), _) => Some(format!(
+            "{by} had it killed; the run ends when its runner confirms that nothing is left of it"
+        )),
+        (None, Some(by)) => {
+            Some(format!("{by} asked it to stop; terraform finishes what it is doing"))
+        }
+        (None, None) => None,
+    }
+}
+
+fn lost_reason(run: &Run) -> String {
+    let killed = run
+        .forced_by
+        .as_ref()
+        .map(|by| format!("; {by} wants it killed, which the runner is told when it comes back"));
+    format!(
+        "the runner went silent after the apply may have started; what it did is not known{}",
+        killed.unwrap_or_default()
+    )
 }

@@ -61,6 +61,7 @@ pub(super) fn planned(applyable: bool) -> Planned {
         digest,
         applyable,
         counts: Counts { add: 1, ..Counts::default() },
+        engine: "terraform".into(),
         terraform_version: "1.11.4".into(),
     }
 }
@@ -100,6 +101,14 @@ fn plan_ended(run: &Run, applyable: bool) -> Event {
     }
 }
 
+fn granted(phase: Phase) -> Event {
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None }
+}
+
+fn forced(grace: Duration) -> Event {
+    Event::ForceRequested { by: "ada".into(), grace }
+}
+
 fn apply_ended(run: &Run, outcome: ApplyOutcome) -> Event {
     Event::ApplyEnded { runner: RUNNER, epoch: run.apply.epoch, outcome }
 }
@@ -110,15 +119,15 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     let awaiting_plan = queue(MfaPolicy::PlansAndApplies);
     let pending = go(&awaiting_plan, accepted(&awaiting_plan, Phase::Plan));
     let plan_queued = go(&pending, Event::TurnCame);
-    let leased =
-        go(&plan_queued, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
+    let leased = go(&plan_queued, granted(Phase::Plan));
     let planning = go(&leased, started(&leased, Phase::Plan));
     let canceling = go(&planning, Event::CancelRequested { by: "ada".into() });
     let awaiting_apply = go(&planning, plan_ended(&planning, true));
     let apply_queued = go(&awaiting_apply, accepted(&awaiting_apply, Phase::Apply));
-    let apply_leased =
-        go(&apply_queued, Event::Granted { phase: Phase::Apply, runner: RUNNER, log_base: 0 });
+    let apply_leased = go(&apply_queued, granted(Phase::Apply));
     let applying = go(&apply_leased, started(&apply_leased, Phase::Apply));
+    let asked = go(&applying, Event::CancelRequested { by: "ada".into() });
+    let killing = go(&asked, forced(Duration::ZERO));
     let lost =
         go(&applying, Event::LeaseExpired { phase: Phase::Apply, epoch: applying.apply.epoch });
     let applied = go(&applying, apply_ended(&applying, ApplyOutcome::Applied { outputs: None }));
@@ -126,8 +135,7 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     let errored = go(&applying, apply_ended(&applying, ApplyOutcome::Failed(failure)));
     let unguarded = queue(MfaPolicy::Never);
     let unguarded = go(&unguarded, Event::TurnCame);
-    let unguarded =
-        go(&unguarded, Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 });
+    let unguarded = go(&unguarded, granted(Phase::Plan));
     let unguarded = go(&unguarded, started(&unguarded, Phase::Plan));
     vec![
         ("AwaitingPlanMfa", awaiting_plan.clone()),
@@ -141,12 +149,18 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
         ("ApplyQueued", apply_queued),
         ("Applying (leased, nothing released)", apply_leased),
         ("Applying (released)", applying),
+        ("Applying (released, cancel requested)", asked.clone()),
+        ("Applying (released, forced)", killing),
         ("Planned", go(&planning, plan_ended(&planning, false))),
         ("Applied", applied),
         ("Errored", errored),
         ("Canceled", go(&awaiting_plan, Event::CancelRequested { by: "ada".into() })),
         ("Discarded", go(&awaiting_apply, Event::Discarded { by: "ada".into() })),
         ("Lost", lost),
+        (
+            "Lost (cancel requested)",
+            go(&asked, Event::LeaseExpired { phase: Phase::Apply, epoch: asked.apply.epoch }),
+        ),
     ]
 }
 
@@ -262,6 +276,82 @@ fn a_lost_apply_freezes_and_a_returning_runner_thaws() {
     assert_eq!(frozen.after(lost.id, &environment), hold);
 }
 
+#[test]
+fn a_restore_ends_and_freezes_whatever_had_not_ended() {
+    let before = Hold { holder: Some(RunId::from_bytes([6; 16])), frozen: None };
+    for (name, run) in one_of_each() {
+        let Step::Moved { next, environment, effects } = step(&run, Event::Restored, START) else {
+            assert!(run.state.is_end(), "{name} stays");
+            continue;
+        };
+        assert!(!run.state.is_end(), "{name} moves");
+        assert_eq!(next.state, RunState::Errored, "{name}");
+        assert_eq!(
+            (&next.approval, &next.plan.evidence, &next.apply.evidence),
+            (&None, &None, &None)
+        );
+        assert_eq!((&next.plan.lease, &next.apply.lease), (&None, &None), "{name}");
+        assert!(next.reason.as_ref().is_some_and(|reason| reason.contains("restore")), "{name}");
+        assert_eq!(effects.contains(&Effect::DropPlan), run.planned.is_some(), "{name}");
+        let after = before.after(run.id, &environment);
+        assert_eq!(after.holder, None, "{name}");
+        assert_eq!(after.frozen.map(|frozen| frozen.run), Some(run.id), "{name}");
+        assert_eq!(
+            step(&next, Event::Restored, START),
+            Step::Refused(Refusal::AlreadyEnded),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_forced_cancel_follows_a_graceful_one_and_its_grace() {
+    let grace = Duration::from_secs(30);
+    let running = given("Applying (released)");
+    assert_eq!(step(&running, forced(grace), START), Step::Refused(Refusal::NotCanceled));
+    let asked = given("Applying (released, cancel requested)");
+    let until = START + grace;
+    assert_eq!(asked.force_cancel_time(grace), Some(until));
+    let early = step(&asked, forced(grace), START + Duration::from_secs(29));
+    assert_eq!(early, Step::Refused(Refusal::CancelGrace { until }));
+    let Step::Moved { next, environment, effects } = step(&asked, forced(grace), until) else {
+        panic!("it must move");
+    };
+    assert_eq!((next.state, environment), (RunState::Applying, Change::Keep));
+    assert_eq!(effects, [Effect::Kill(asked.job_id(Phase::Apply), asked.apply.epoch)]);
+    assert_eq!(step(&next, forced(grace), until), Step::Unchanged);
+}
+
+#[test]
+fn a_forced_cancel_withdraws_the_credentials() {
+    let run = given("Applying (released, forced)");
+    assert_eq!(step(&run, started(&run, Phase::Apply), START), Step::Refused(Refusal::Forced));
+}
+
+#[test]
+fn a_forced_cancel_of_a_lost_run_ends_nothing_until_its_runner_is_back() {
+    let lost = given("Lost (cancel requested)");
+    let lost = go(&lost, forced(Duration::ZERO));
+    assert_eq!(lost.state, RunState::Lost);
+    assert!(lost.reason.as_ref().is_some_and(|reason| reason.contains("when it comes back")));
+    let event = Event::Returned { phase: Phase::Apply, runner: RUNNER, epoch: lost.apply.epoch };
+    let back = go(&lost, event);
+    assert_eq!((back.state, back.forced_by.as_deref()), (RunState::Applying, Some("ada")));
+    assert!(back.reason.is_some_and(|reason| reason.contains("had it killed")));
+}
+
+#[test]
+fn a_killed_apply_freezes_its_environment() {
+    let run = given("Applying (released, forced)");
+    let failure = Failure { kind: FailureKind::Canceled, reason: "got signal 9".into() };
+    let event = apply_ended(&run, ApplyOutcome::Failed(failure));
+    let Step::Moved { next, environment, .. } = step(&run, event, START) else {
+        panic!("it must move");
+    };
+    assert_eq!(next.state, RunState::Canceled);
+    assert!(matches!(environment, Change::Freeze { reason } if reason.contains("got signal 9")));
+}
+
 /// An event drawn at random; runner, epoch, phase and digest are often not the current ones.
 #[derive(Clone, Debug)]
 struct Draw {
@@ -284,7 +374,7 @@ fn draw() -> impl Strategy<Value = Draw> {
     ];
     let rarely = || prop_oneof![6 => Just(false), 1 => Just(true)];
     let flags = (rarely(), rarely(), rarely(), any::<bool>());
-    (0..13_u8, phase, flags, policy, 0..900_u32).prop_map(
+    (0..14_u8, phase, flags, policy, 0..900_u32).prop_map(
         |(kind, phase, (stale, other_runner, wrong_digest, applyable), current, wait)| Draw {
             kind,
             phase,
@@ -324,7 +414,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             current,
         },
         1 | 2 => Event::TurnCame,
-        3 => Event::Granted { phase, runner, log_base: 0 },
+        3 => Event::Granted { phase, runner, log_base: 0, state: None },
         4 => Event::HandedBack { phase, runner, epoch: epoch(phase) },
         5 | 6 => Event::Starting {
             phase,
@@ -333,6 +423,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             current,
             floor: Duration::from_secs(300),
         },
+        7 if draw.wrong_digest => Event::RunnerRevoked { phase, runner, epoch: epoch(phase) },
         7 => Event::LeaseExpired { phase, epoch: epoch(phase) },
         8 => Event::Returned { phase, runner, epoch: epoch(phase) },
         9 => Event::PlanEnded {
@@ -354,8 +445,10 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             },
         },
         11 => Event::Confirmed { by: "ada".into(), seen, current },
+        12 => forced(Duration::from_secs(30)),
         _ if draw.wait.is_multiple_of(5) => Event::CancelRequested { by: "ada".into() },
-        _ => Event::Granted { phase, runner: RUNNER, log_base: 0 },
+        _ if draw.wait.is_multiple_of(97) => Event::Restored,
+        _ => granted(phase),
     }
 }
 
@@ -369,11 +462,17 @@ fn check_move(
 ) -> TestCaseResult {
     // I13: ends are final, and an apply that was reached never becomes a plan again.
     prop_assert!(!before.state.is_end(), "{} moved", before.state);
+    if let Event::ForceRequested { grace, .. } = event {
+        prop_assert!(before.cancel_requested_at.is_some_and(|at| at + *grace <= now));
+        prop_assert_eq!(next.state, before.state, "a forced cancel alone ended something");
+    }
     for phase in Phase::ALL {
         let (old, new) = (before.job(phase), next.job(phase));
         prop_assert!(new.epoch >= old.epoch);
         let fresh = |job: &super::Job| job.lease.as_ref().and_then(|lease| lease.released);
         let (None, Some(release)) = (fresh(old), fresh(new)) else { continue };
+        // I9
+        prop_assert!(before.cancel_requested_by.is_none() && before.forced_by.is_none());
         // I2: a release answers exactly one lease; the apply's never a second time.
         if phase == Phase::Apply {
             // I1
@@ -407,6 +506,7 @@ fn check_stale(before: &Run, event: &Event, moved: bool) -> TestCaseResult {
         Event::HandedBack { phase, runner, epoch }
         | Event::Starting { phase, runner, epoch, .. }
         | Event::CannotStart { phase, runner, epoch, .. }
+        | Event::RunnerRevoked { phase, runner, epoch }
         | Event::Returned { phase, runner, epoch } => (*phase, *runner, *epoch),
         Event::PlanEnded { runner, epoch, .. } => (Phase::Plan, *runner, *epoch),
         Event::ApplyEnded { runner, epoch, .. } => (Phase::Apply, *runner, *epoch),
@@ -417,7 +517,9 @@ fn check_stale(before: &Run, event: &Event, moved: bool) -> TestCaseResult {
         | Event::LeaseExpired { .. }
         | Event::Confirmed { .. }
         | Event::Discarded { .. }
-        | Event::CancelRequested { .. } => return Ok(()),
+        | Event::CancelRequested { .. }
+        | Event::ForceRequested { .. }
+        | Event::Restored => return Ok(()),
     };
     let speaks = before.job(phase).lease.as_ref().is_some_and(|lease| lease.is(runner, epoch));
     prop_assert!(speaks || !moved, "{event:?} moved a run in {}", before.state);

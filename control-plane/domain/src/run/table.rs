@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::step_tests::{self as given, RUNNER, planned};
 use super::{
-    ApplyOutcome, Event, Failure, FailureKind, PlanOutcome, RefusedCode, Run, RunState, Step, step,
+    ApplyOutcome, Event, Failure, FailureKind, PlanOutcome, Refusal, RefusedCode, Run, RunState,
+    Step, step,
 };
 use crate::environment::Change;
 use crate::id::AuthenticationId;
@@ -38,8 +39,8 @@ const COLUMNS: &[Column] = &[
         current: MfaPolicy::Never,
     }),
     ("turn came", |_| Event::TurnCame),
-    ("plan granted", |_| Event::Granted { phase: Phase::Plan, runner: RUNNER, log_base: 0 }),
-    ("apply granted", |_| Event::Granted { phase: Phase::Apply, runner: RUNNER, log_base: 0 }),
+    ("plan granted", |_| granted(Phase::Plan)),
+    ("apply granted", |_| granted(Phase::Apply)),
     ("handed back", |run| Event::HandedBack {
         phase: phase_of(run),
         runner: RUNNER,
@@ -60,6 +61,11 @@ const COLUMNS: &[Column] = &[
     }),
     ("lease expired", |run| Event::LeaseExpired {
         phase: phase_of(run),
+        epoch: run.job(phase_of(run)).epoch,
+    }),
+    ("runner revoked", |run| Event::RunnerRevoked {
+        phase: phase_of(run),
+        runner: RUNNER,
         epoch: run.job(phase_of(run)).epoch,
     }),
     ("returned", |run| Event::Returned {
@@ -101,7 +107,18 @@ const COLUMNS: &[Column] = &[
     }),
     ("discarded", |_| Event::Discarded { by: "ada".into() }),
     ("cancel requested", |_| Event::CancelRequested { by: "ada".into() }),
+    ("force requested, after the grace", |_| force(Duration::ZERO)),
+    ("force requested, within the grace", |_| force(Duration::from_secs(30))),
+    ("restored", |_| Event::Restored),
 ];
+
+fn granted(phase: Phase) -> Event {
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None }
+}
+
+fn force(grace: Duration) -> Event {
+    Event::ForceRequested { by: "ada".into(), grace }
+}
 
 fn failure(kind: FailureKind) -> Failure {
     Failure { kind, reason: "terraform exited with code 1".into() }
@@ -125,6 +142,7 @@ fn cell(run: &Run, event: Event) -> String {
             format!("**{}**{mark}", next.state)
         }
         Step::Unchanged => "unchanged".to_owned(),
+        Step::Refused(Refusal::CancelGrace { .. }) => "CancelGrace".to_owned(),
         Step::Refused(refusal) => format!("{refusal:?}"),
     }
 }

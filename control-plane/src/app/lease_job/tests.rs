@@ -162,7 +162,7 @@ async fn what_an_old_lease_brings_goes_to_quarantine_and_a_strangers_nowhere() {
     let (runner, old, _) = fixture.start(&run, Phase::Plan).await;
     fixture.app.expire(old.job, old.epoch).await.unwrap();
     fixture.upload(&runner, old, Made::Workspace, b"late").await.unwrap();
-    let kept = crate::store::list(&*fixture.store, keys::quarantine_of(run.id)).await.unwrap();
+    let kept = crate::store::list(&*fixture.store, keys::quarantine_of(runner.organization, run.id)).await.unwrap();
     assert_eq!(kept.len(), 1);
     let forged = LeaseRef { epoch: Epoch::new(99), ..old };
     let error = fixture.upload(&runner, forged, Made::Workspace, b"x").await.unwrap_err();
@@ -172,11 +172,15 @@ async fn what_an_old_lease_brings_goes_to_quarantine_and_a_strangers_nowhere() {
 #[tokio::test]
 async fn another_generation_is_refused() {
     let (fixture, _, runner, lease) = applying().await;
-    for generation in [0, 2] {
+    for (generation, reason) in [(0, Reason::LeaseLost), (2, Reason::HistoryLost)] {
         let other = LeaseRef { generation: Generation::new(generation), ..lease };
         let error = fixture.app.start_again(&runner, other).await.unwrap_err();
-        assert_eq!(error.reason(), Reason::LeaseLost);
+        assert_eq!(error.reason(), reason);
     }
+    // What comes from a later history is not kept here: its runner keeps it.
+    let later = LeaseRef { generation: Generation::new(2), ..lease };
+    let error = fixture.upload(&runner, later, Made::State, b"x").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HistoryLost);
     fixture.app.start_again(&runner, lease).await.unwrap();
 }
 
@@ -239,7 +243,7 @@ async fn keys_that_aws_refuses_end_the_run_with_the_reason() {
 async fn a_cancel_that_the_runner_could_not_hear_is_told_when_it_returns() {
     let (fixture, run, runner, lease) = applying().await;
     fixture.app.cancel_run(&fixture.owner, run.id).await.unwrap();
-    assert_eq!(fixture.app.take_up(&runner, lease).await.unwrap(), Held::KeepCanceled);
+    assert_eq!(fixture.app.take_up(&runner, lease).await.unwrap(), Held::KeepCanceled { force: false });
 }
 
 #[tokio::test]
@@ -279,6 +283,7 @@ async fn a_plan_names_only_what_its_lease_has_uploaded() {
         },
         applyable: true,
         counts: latchkey_domain::run::Counts::default(),
+        engine: String::new(),
         terraform_version: "1.11.4".into(),
     };
     let error = fixture.app.finish_job(&runner, lease, 0, result).await.unwrap_err();

@@ -1,5 +1,6 @@
 //! Environments, configurations and state versions as they are stored.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use latchkey_domain::environment::{Frozen, Hold};
@@ -33,6 +34,12 @@ pub struct Settings {
     pub session_duration: Duration,
     pub plain_credentials: PlainCredentials,
     pub region: String,
+    /// What a runner must have.
+    pub runner_labels: BTreeMap<String, String>,
+    /// For plans; empty is the runner's own.
+    pub engine: String,
+    /// Exact; empty is the runner's own.
+    pub engine_version: String,
 }
 
 /// What a phase that demands no code gets.
@@ -53,6 +60,9 @@ impl Default for Settings {
             session_duration: Duration::from_secs(3600),
             plain_credentials: PlainCredentials::Session,
             region: "us-east-1".into(),
+            runner_labels: BTreeMap::new(),
+            engine: String::new(),
+            engine_version: String::new(),
         }
     }
 }
@@ -97,6 +107,12 @@ pub struct EnvironmentRecord {
     session_seconds: u64,
     plain_credentials: PlainCredentials,
     region: String,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    runner_labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    engine: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    engine_version: String,
     holder: Option<Text<RunId>>,
     frozen: Option<FrozenRecord>,
     state: Option<StateHead>,
@@ -123,6 +139,9 @@ impl From<&Environment> for EnvironmentRecord {
             session_seconds: settings.session_duration.as_secs(),
             plain_credentials: settings.plain_credentials,
             region: settings.region,
+            runner_labels: settings.runner_labels,
+            engine: settings.engine,
+            engine_version: settings.engine_version,
             holder: environment.hold.holder.map(Text),
             frozen: environment.hold.frozen.as_ref().map(|frozen| FrozenRecord {
                 run: Text(frozen.run),
@@ -148,6 +167,9 @@ impl From<EnvironmentRecord> for Environment {
                 session_duration: Duration::from_secs(record.session_seconds),
                 plain_credentials: record.plain_credentials,
                 region: record.region,
+                runner_labels: record.runner_labels,
+                engine: record.engine,
+                engine_version: record.engine_version,
             },
             hold: Hold {
                 holder: record.holder.map(|run| run.0),

@@ -91,6 +91,10 @@ pub struct RunRecord {
     approval: Option<ApprovalRecord>,
     outputs: Option<String>,
     cancel_requested_by: Option<String>,
+    #[serde(default)]
+    cancel_requested_at: Option<Millis>,
+    #[serde(default)]
+    forced_by: Option<String>,
     refused_code: Option<RefusedCodeRecord>,
     reason: Option<String>,
 }
@@ -113,6 +117,8 @@ struct LeaseRecord {
     epoch: u64,
     granted_at: Millis,
     log_base: u64,
+    #[serde(default)]
+    state: Option<u64>,
     released_at: Option<Millis>,
     /// The authentication whose session was released; absent for a session without MFA.
     released_authentication: Option<Text<AuthenticationId>>,
@@ -147,6 +153,9 @@ struct PlannedRecord {
     change: u32,
     destroy: u32,
     import: u32,
+    /// Of plans made before there was a choice: terraform.
+    #[serde(default = "terraform")]
+    engine: String,
     terraform_version: String,
 }
 
@@ -164,6 +173,10 @@ struct RefusedCodeRecord {
     message: String,
     at: Millis,
     aws_request_id: Option<String>,
+}
+
+fn terraform() -> String {
+    crate::job::TERRAFORM.to_owned()
 }
 
 impl From<&Run> for RunRecord {
@@ -209,6 +222,8 @@ impl From<&Run> for RunRecord {
             }),
             outputs: run.outputs.clone(),
             cancel_requested_by: run.cancel_requested_by.clone(),
+            cancel_requested_at: run.cancel_requested_at.map(Millis::from),
+            forced_by: run.forced_by.clone(),
             refused_code: run.refused_code.as_ref().map(|refused| RefusedCodeRecord {
                 authentication: Text(refused.authentication),
                 reason: refused.reason.clone(),
@@ -253,6 +268,8 @@ impl From<RunRecord> for Run {
             }),
             outputs: record.outputs,
             cancel_requested_by: record.cancel_requested_by,
+            cancel_requested_at: record.cancel_requested_at.map(Into::into),
+            forced_by: record.forced_by,
             refused_code: record.refused_code.map(|refused| RefusedCode {
                 authentication: refused.authentication.0,
                 reason: refused.reason,
@@ -334,6 +351,7 @@ impl From<&Lease> for LeaseRecord {
             epoch: lease.epoch.get(),
             granted_at: lease.granted_at.into(),
             log_base: lease.log_base,
+            state: lease.state,
             released_at: lease.released.map(|released| released.at.into()),
             released_authentication: authentication,
         }
@@ -351,6 +369,7 @@ impl From<LeaseRecord> for Lease {
             epoch: Epoch::new(record.epoch),
             granted_at: record.granted_at.into(),
             log_base: record.log_base,
+            state: record.state,
             released: record.released_at.map(|at| Released { at: at.into(), permit }),
         }
     }
@@ -371,6 +390,7 @@ impl From<&Planned> for PlannedRecord {
             change,
             destroy,
             import,
+            engine: planned.engine.clone(),
             terraform_version: planned.terraform_version.clone(),
         }
     }
@@ -393,6 +413,7 @@ impl From<PlannedRecord> for Planned {
                 destroy: record.destroy,
                 import: record.import,
             },
+            engine: record.engine,
             terraform_version: record.terraform_version,
         }
     }
@@ -433,6 +454,7 @@ mod tests {
                 epoch: Epoch::new(7),
                 granted_at: at,
                 log_base: 17,
+                state: Some(3),
                 released: Some(Released { at, permit: Permit::MfaSession { authentication } }),
             }),
             evidence: Some(Evidence {
@@ -458,11 +480,14 @@ mod tests {
             digest,
             applyable: true,
             counts: Counts { add: 1, change: 2, destroy: 3, import: 4 },
+            engine: "tofu".into(),
             terraform_version: "1.11.4".into(),
         });
         run.approval = Some(Approval { by: "ada".into(), at, digest });
         run.outputs = Some("{}".into());
         run.cancel_requested_by = Some("bob".into());
+        run.cancel_requested_at = Some(at);
+        run.forced_by = Some("eve".into());
         run.refused_code = Some(RefusedCode {
             authentication,
             reason: "CODE_REJECTED".into(),
@@ -474,5 +499,15 @@ mod tests {
         let bytes = encode(&RunRecord::from(&run));
         let back: RunRecord = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(Run::from(back), run);
+    }
+
+    #[test]
+    fn a_plan_of_before_there_was_a_choice_of_engines_was_terraforms() {
+        let old = r#"{"plan":"DD","workspace":"DD","lock_file":null,"changes":"DD","digest":"DD",
+            "applyable":true,"add":1,"change":0,"destroy":0,"import":0,
+            "terraform_version":"1.11.4"}"#;
+        let old = old.replace("DD", &"00".repeat(32));
+        let planned: PlannedRecord = serde_json::from_str(&old).unwrap();
+        assert_eq!(Planned::from(planned).engine, "terraform");
     }
 }

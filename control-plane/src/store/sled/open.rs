@@ -13,16 +13,18 @@
 //! 3. Remove leftovers of a kill during open.
 //! 4. Open sled. If there is a marker, demand that the database holds the format record that
 //!    was made durable before the marker was: a truncated file opens as an empty database.
-//! 5. Demand that the database goes as far as the note says. (A copy made while the store was
-//!    open may not: a restore, which starts a new generation, removes the note.)
+//! 5. Demand that the database goes as far as the note says. (A copy of the files made while
+//!    the store was open may not; a backup and its restore copy no files of sled's.)
 //! 6. If there is no marker and the database is empty, write the format record, sync, then write
 //!    the marker. A kill between the two is repaired by the next open.
 
+use std::cell::Cell;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::Duration;
 
 use super::Options;
@@ -96,6 +98,13 @@ pub(super) struct Opened {
     marked: bool,
 }
 
+impl Opened {
+    /// Tells whether nothing was here before.
+    pub(super) fn is_new(&self) -> bool {
+        !self.marked && self.database.is_empty()
+    }
+}
+
 /// Takes steps 1 to 4 up to the opening of sled.
 pub(super) fn open(options: &Options) -> Result<Opened, OpenError> {
     let directory = options.directory.as_path();
@@ -123,7 +132,7 @@ pub(super) fn open(options: &Options) -> Result<Opened, OpenError> {
         ::sled::Config::new().path(&path).cache_capacity(options.cache).flush_every_ms(None);
     let damaged = |source| OpenError::Damaged { path: directory.to_path_buf(), source };
     // Sled answers some damage with a panic.
-    let database = match catch_unwind(AssertUnwindSafe(|| config.open())) {
+    let database = match quietly(|| catch_unwind(AssertUnwindSafe(|| config.open()))) {
         Ok(Ok(database)) => database,
         Ok(Err(::sled::Error::Io(error))) if is_lock_failure(&error) => {
             return Err(OpenError::InUse { path: directory.to_path_buf() });
@@ -158,7 +167,7 @@ pub(super) fn prepare(
         None if !database.is_empty() => return Err(OpenError::Foreign { path: path() }),
         None => {
             let mut batch = ::sled::Batch::default();
-            batch.insert(FORMAT_RECORD, FORMAT.to_be_bytes().as_slice());
+            put_format(&mut batch);
             batch.insert(LAST, 0_u64.to_be_bytes().as_slice());
             database.apply_batch(batch).map_err(|error| damaged(Some(error)))?;
         }
@@ -180,6 +189,10 @@ pub(super) fn prepare(
         durable::replace(&directory.join(MARKER), marker.as_bytes()).map_err(failed)?;
     }
     Ok(last)
+}
+
+pub(super) fn put_format(batch: &mut ::sled::Batch) {
+    batch.insert(FORMAT_RECORD, FORMAT.to_be_bytes().as_slice());
 }
 
 /// Where sled keeps its files.
@@ -246,6 +259,29 @@ fn sweep(database: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+thread_local! {
+    /// Whether this thread's panics are told by an error of ours.
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work`, whose panic is caught and told in a sentence of our own, without the trace that
+/// would hide the sentence. Panics of other threads are printed as ever.
+fn quietly<T>(work: impl FnOnce() -> T) -> T {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let printing = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                printing(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let done = work();
+    QUIET.set(false);
+    done
 }
 
 /// Sled has no error of its own for this.

@@ -208,19 +208,23 @@ impl Group {
         }
         let mut batch = ::sled::Batch::default();
         let mut removed = BTreeSet::new();
-        for (key, record) in std::mem::take(&mut self.pending) {
+        for (key, record) in &self.pending {
             match record {
                 Some(record) => {
                     batch.insert(key.as_bytes(), join(record.version.0, &record.value));
                 }
                 None => {
                     batch.remove(key.as_bytes());
-                    removed.insert(key);
+                    removed.insert(key.clone());
                 }
             }
         }
         batch.insert(LAST, self.last.to_be_bytes().as_slice());
         let mut applied = shared.applied.write().unwrap_or_else(PoisonError::into_inner);
+        shared
+            .snapshots
+            .keep(shared, self.pending.keys())
+            .map_err(|error| format!("keep what a snapshot needs: {error}"))?;
         shared.database.apply_batch(batch).map_err(|error| format!("apply a batch: {error}"))?;
         *applied = Applied { version: self.last, removed };
         Ok(())

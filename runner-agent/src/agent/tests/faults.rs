@@ -21,7 +21,7 @@ async fn another_version_is_declined_and_a_wrong_ca_is_not_trusted() {
     plane.offer(v1::Phase::Plan, 1, job);
     plane
         .wait("the decline", |world| {
-            world.story.iter().any(|what| what.contains("decline: the run needs version 0.1.0"))
+            world.story.iter().any(|what| what.contains(" 0.1.0; this runner has "))
         })
         .await;
     agent.stop().await.unwrap();
@@ -62,24 +62,6 @@ async fn a_state_that_is_refused_is_brought_as_undelivered() {
     assert_eq!(failed.kind(), v1::JobFailure::StateUndelivered);
     assert!(failed.reason.contains("does not continue"), "{}", failed.reason);
     assert!(!plane.artifact(v1::ArtifactKind::ErroredState, 0).is_empty());
-    agent.stop().await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_state_that_nobody_wants_is_kept_for_a_person() {
-    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
-    let agent = Running::start(plane.config(work_dir.path()));
-    let digests = plan(&plane, "1").await;
-    plane.offer(v1::Phase::Apply, 2, apply_job(digests));
-    plane
-        .wait("the apply to start", |world| {
-            String::from_utf8_lossy(&world.log).contains("local-exec): begun")
-        })
-        .await;
-    plane.world().loses_leases = true;
-    let kept = work_dir.path().join("kept/run1-apply-2/state");
-    plane.wait("the state to be kept", |_| kept.join("0001").exists()).await;
-    assert!(plane.story().contains(&"lost ARTIFACT_KIND_ERRORED_STATE".to_owned()));
     agent.stop().await.unwrap();
 }
 

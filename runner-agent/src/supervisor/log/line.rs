@@ -8,6 +8,7 @@ use std::borrow::Cow;
 
 use jiff::Timestamp;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::super::mask::Masker;
@@ -29,24 +30,54 @@ struct Head<'a> {
     module: Cow<'a, str>,
     #[serde(rename = "type", borrow, default)]
     kind: Option<Cow<'a, str>>,
+    /// In a dump of the state only.
+    #[serde(default)]
+    state: Option<StateHead>,
 }
 
-/// Appends the canonical form of a line. Answers the line, masked, if it holds terraform's
-/// outputs.
+/// What every state has. Of any other shape, a field of this name is no dump.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum StateHead {
+    State(StateFields),
+    Other(IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct StateFields {
+    #[serde(rename = "lineage")]
+    _lineage: IgnoredAny,
+    #[serde(rename = "serial")]
+    _serial: IgnoredAny,
+}
+
+/// What a line was.
+pub(super) enum Canonical {
+    Line,
+    /// It holds terraform's outputs; masked, when that is JSON.
+    Outputs(Option<Value>),
+    /// It holds the state: nothing was appended.
+    Dump,
+}
+
+/// Appends the canonical form of a line.
 pub(super) fn canonical(
     bytes: &[u8],
     masker: &Masker,
     now: Timestamp,
     out: &mut Vec<u8>,
-) -> Option<Value> {
+) -> Canonical {
     let text = String::from_utf8_lossy(bytes);
     let text = text.trim_end_matches('\r');
     let head =
         if text.starts_with('{') { serde_json::from_str::<Head<'_>>(text).ok() } else { None };
     let Some(head) = head.filter(|head| head.module != "latchkey") else {
         wrap(text, false, masker, now, out);
-        return None;
+        return Canonical::Line;
     };
+    if matches!(head.state, Some(StateHead::State(_))) {
+        return Canonical::Dump;
+    }
     let outputs = head.kind.as_deref() == Some("outputs");
     let masked = masker.json(text);
     if masked.len() < LONGEST {
@@ -55,7 +86,7 @@ pub(super) fn canonical(
     } else {
         shortened(&head, masked.len(), masker, now, out);
     }
-    if outputs { serde_json::from_str(&masked).ok() } else { None }
+    if outputs { Canonical::Outputs(serde_json::from_str(&masked).ok()) } else { Canonical::Line }
 }
 
 /// Appends a piece of a line too long to be held whole.
@@ -227,7 +258,7 @@ mod tests {
         );
         let mut out = Vec::new();
         let outputs = canonical(long.as_bytes(), &Masker::default(), now(), &mut out);
-        assert!(outputs.is_some() && out.len() < LONGEST);
+        assert!(matches!(outputs, Canonical::Outputs(Some(_))) && out.len() < LONGEST);
         let line: Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(
             (&line["type"], &line["original_type"]),
@@ -240,7 +271,10 @@ mod tests {
         let mut masker = Masker::default();
         masker.add(&SecretString::from("canary"));
         let line = br#"{"@level":"info","@message":"Outputs: 1","@module":"t","type":"outputs","outputs":{"a":{"value":"x canary"}}}"#;
-        let outputs = canonical(line, &masker, now(), &mut Vec::new()).unwrap();
+        let Canonical::Outputs(Some(outputs)) = canonical(line, &masker, now(), &mut Vec::new())
+        else {
+            panic!("these are outputs")
+        };
         assert_eq!(outputs["outputs"]["a"]["value"], "x ***");
     }
 

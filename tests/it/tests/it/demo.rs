@@ -36,9 +36,12 @@ async fn the_demo_plays_the_main_story_and_ends_well() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn without_terraform_the_demo_says_where_to_get_one() -> anyhow::Result<()> {
+async fn without_terraform_and_a_mirror_the_demo_says_where_to_get_one() -> anyhow::Result<()> {
     let mut command = programs().dev("demo").command();
-    let output = command.stdin(Stdio::null()).env("PATH", "/nonexistent").output().await?;
+    let empty = tempfile::tempdir()?;
+    command.env("PATH", "/nonexistent").env("XDG_CACHE_HOME", empty.path());
+    command.env("LATCHKEY_ENGINE_MIRROR", empty.path());
+    let output = command.stdin(Stdio::null()).output().await?;
     assert!(!output.status.success());
     let complained = String::from_utf8_lossy(&output.stderr);
     assert!(complained.contains("https://opentofu.org/docs/intro/install/"), "{complained}");

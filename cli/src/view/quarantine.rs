@@ -1,0 +1,116 @@
+//! What is in quarantine, as programs and people see it.
+
+use serde::Serialize;
+
+use latchkey_proto::v1;
+
+use crate::log_view::clean;
+use crate::output::{fields, table};
+use crate::words::{Word, human_time, time};
+
+#[derive(Debug, Serialize)]
+pub(crate) struct QuarantinedView {
+    quarantined_id: String,
+    run_id: String,
+    phase: String,
+    epoch: u64,
+    generation: u64,
+    kind: String,
+    digest: String,
+    size: u64,
+    runner_id: String,
+    create_time: Option<String>,
+    lineage: Option<String>,
+    serial: Option<u64>,
+    summary: String,
+    #[serde(skip)]
+    human_time: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct QuarantinedListView {
+    pub(crate) quarantined: Vec<QuarantinedView>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct AcceptedView {
+    state_lineage: String,
+    state_serial: u64,
+}
+
+impl QuarantinedView {
+    pub(crate) fn new(found: &v1::Quarantined) -> QuarantinedView {
+        let lineage = Some(found.lineage.clone()).filter(|lineage| !lineage.is_empty());
+        QuarantinedView {
+            quarantined_id: found.quarantined_id.clone(),
+            run_id: found.run_id.clone(),
+            phase: found.phase().snake(),
+            epoch: found.epoch,
+            generation: found.generation,
+            kind: found.kind().snake(),
+            digest: found.digest.clone(),
+            size: found.size,
+            runner_id: found.runner_id.clone(),
+            create_time: time(found.create_time.as_ref()),
+            serial: lineage.is_some().then_some(found.serial),
+            lineage,
+            summary: found.summary.clone(),
+            human_time: human_time(found.create_time.as_ref()),
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let lease = format!("{}, lease {}", self.phase, self.epoch);
+        let state = match (&self.lineage, self.serial) {
+            (Some(lineage), Some(serial)) => format!("serial {serial} of {lineage}"),
+            (None, _) | (_, None) => String::new(),
+        };
+        let mut text = clean(&format!("Quarantined {}\n", self.quarantined_id));
+        text.push_str(&fields(&[
+            ("what", self.kind.replace('_', " ")),
+            ("summary", self.summary.clone()),
+            ("state", state),
+            ("run", self.run_id.clone()),
+            ("phase", lease),
+            ("runner", self.runner_id.clone()),
+            ("came", self.human_time.clone()),
+            ("size", format!("{} bytes", self.size)),
+            ("digest", self.digest.clone()),
+        ]));
+        text
+    }
+}
+
+impl QuarantinedListView {
+    pub(crate) fn human(&self) -> String {
+        let rows = self
+            .quarantined
+            .iter()
+            .map(|found| {
+                vec![
+                    found.quarantined_id.clone(),
+                    found.run_id.clone(),
+                    found.phase.clone(),
+                    found.kind.replace('_', " "),
+                    found.human_time.clone(),
+                    found.summary.clone(),
+                ]
+            })
+            .collect();
+        table(&["ID", "RUN", "PHASE", "WHAT", "CAME", "SUMMARY"], rows, "nothing is in quarantine")
+    }
+}
+
+impl AcceptedView {
+    pub(crate) fn new(accepted: &v1::AcceptStateResponse) -> AcceptedView {
+        AcceptedView {
+            state_lineage: accepted.state_lineage.clone(),
+            state_serial: accepted.state_serial,
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let AcceptedView { state_lineage, state_serial } = self;
+        clean(&format!("The environment's state is now serial {state_serial} of {state_lineage}\n"))
+    }
+}

@@ -1,0 +1,165 @@
+//! The socket for commands on the host, in the data directory: whoever may read the data may use
+//! it, nobody else can.
+//!
+//! One line of JSON each way, then the end. The socket is reached through an open descriptor of
+//! the data directory, since a socket's own path may have 107 bytes only.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixListener;
+
+use super::{Manifest, Source};
+use crate::app::App;
+
+const NAME: &str = "host.sock";
+
+/// The longest command.
+const LONGEST: u64 = 64 * 1024;
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+enum Command {
+    Backup { to: PathBuf },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Answer {
+    Backup(Manifest),
+    /// Reads after "failed to".
+    Failed(String),
+}
+
+/// Why the control plane that runs took no backup.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    #[error("ask the control plane that runs")]
+    Io(#[source] io::Error),
+    #[error("understand the control plane's answer")]
+    Malformed(#[source] serde_json::Error),
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Opens the socket. What a stopped control plane left is replaced: whoever calls this has the
+/// database.
+pub fn listen(data_dir: &Path) -> io::Result<UnixListener> {
+    let path = data_dir.join(NAME);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let directory = File::open(data_dir)?;
+    let listener = UnixListener::bind(through(&directory))?;
+    fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Serves one command after the other.
+pub async fn serve(listener: UnixListener, app: Arc<App>, data_dir: PathBuf) {
+    loop {
+        let answered = match listener.accept().await {
+            Ok((stream, _)) => answer(stream, &app, &data_dir).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = answered {
+            tracing::warn!(error = %error, "a command on the host was not answered");
+            // Not in a hurry, should accepting fail for lack of descriptors.
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    }
+}
+
+async fn answer(
+    mut stream: tokio::net::UnixStream,
+    app: &Arc<App>,
+    data_dir: &Path,
+) -> io::Result<()> {
+    let (read, mut write) = stream.split();
+    let mut line = String::new();
+    let mut lines = tokio::io::BufReader::new(read.take(LONGEST));
+    tokio::time::timeout(std::time::Duration::from_secs(10), lines.read_line(&mut line))
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no command came"))??;
+    let answer = match serde_json::from_str(&line) {
+        Ok(Command::Backup { to }) => backup(app, data_dir, to).await,
+        Err(error) => Answer::Failed(format!("understand the command: {error}")),
+    };
+    let mut text = serde_json::to_vec(&answer)?;
+    text.push(b'\n');
+    write.write_all(&text).await
+}
+
+/// Takes the backup on a thread of its own: most of it is work on files.
+async fn backup(app: &Arc<App>, data_dir: &Path, to: PathBuf) -> Answer {
+    let (app, data_dir) = (Arc::clone(app), data_dir.to_path_buf());
+    let shown = to.clone();
+    let taken = tokio::task::spawn_blocking(move || {
+        let source = Source {
+            data_dir: &data_dir,
+            store: &*app.store,
+            logs: &app.logs,
+            blobs: Some(&app.blobs),
+        };
+        tokio::runtime::Handle::current().block_on(super::take(source, &to, app.now()))
+    });
+    match taken.await {
+        Ok(Ok(manifest)) => {
+            tracing::info!(to = %shown.display(), records = manifest.records.count,
+                files = manifest.files.count, version = manifest.version, "took a backup");
+            Answer::Backup(manifest)
+        }
+        Ok(Err(error)) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(to = %shown.display(), error, "took no backup");
+            Answer::Failed(error)
+        }
+        Err(error) => Answer::Failed(format!("take the backup: {error}")),
+    }
+}
+
+/// Asks the control plane that runs on these data for a backup; answers nothing when none runs.
+pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskError> {
+    let connected = File::open(data_dir).and_then(|directory| {
+        let stream = UnixStream::connect(through(&directory))?;
+        Ok((directory, stream))
+    });
+    let mut stream = match connected {
+        Ok((_, stream)) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(AskError::Io(error)),
+    };
+    let command = Command::Backup { to: to.to_path_buf() };
+    let mut text = serde_json::to_vec(&command).map_err(AskError::Malformed)?;
+    text.push(b'\n');
+    stream.write_all(&text).map_err(AskError::Io)?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).map_err(AskError::Io)?;
+    if line.is_empty() {
+        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "it stopped before it was done");
+        return Err(AskError::Io(error));
+    }
+    match serde_json::from_str(&line).map_err(AskError::Malformed)? {
+        Answer::Backup(manifest) => Ok(Some(manifest)),
+        Answer::Failed(why) => Err(AskError::Refused(why)),
+    }
+}
+
+fn through(directory: &File) -> PathBuf {
+    Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(NAME)
+}

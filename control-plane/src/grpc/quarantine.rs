@@ -1,0 +1,129 @@
+//! `QuarantineService`.
+
+use latchkey_domain::id::QuarantinedId;
+use latchkey_proto::v1;
+use latchkey_proto::v1::quarantine_service_server::QuarantineService;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Answers, Service, caller, convert};
+use crate::app::parse_run_id;
+use crate::app::quarantine::QuarantinedView;
+use crate::error::Error;
+use crate::store::record::quarantine::Kind;
+
+#[tonic::async_trait]
+impl QuarantineService for Service {
+    type ReadQuarantinedStream = Answers<v1::ReadQuarantinedResponse>;
+
+    async fn list_quarantined(
+        &self,
+        request: Request<v1::ListQuarantinedRequest>,
+    ) -> Result<Response<v1::ListQuarantinedResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::ListQuarantinedRequest { organization, run_id, page_size, page_token } =
+            request.into_inner();
+        let run = if run_id.is_empty() { None } else { Some(parse_run_id(&run_id)?) };
+        let page = convert::page(page_size, page_token);
+        let page = self.app.list_quarantined(&caller, &organization, run, page).await?;
+        Ok(Response::new(v1::ListQuarantinedResponse {
+            quarantined: page.items.into_iter().map(out).collect(),
+            next_page_token: page.next.unwrap_or_default(),
+        }))
+    }
+
+    async fn read_quarantined(
+        &self,
+        request: Request<v1::ReadQuarantinedRequest>,
+    ) -> Result<Response<Self::ReadQuarantinedStream>, Status> {
+        let caller = caller(&request)?;
+        let v1::ReadQuarantinedRequest { organization, quarantined_id } = request.into_inner();
+        let id = parse_id(&quarantined_id)?;
+        let mut reader = self.app.read_quarantined(&caller, &organization, id).await?;
+        let (sender, parts) = mpsc::channel(4);
+        tokio::spawn(async move {
+            loop {
+                let part = match reader.next().await {
+                    Ok(Some(data)) => Ok(v1::ReadQuarantinedResponse { data }),
+                    Ok(None) => return,
+                    Err(error) => Err(Error::internal(error).into()),
+                };
+                let failed = part.is_err();
+                if sender.send(part).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
+    }
+
+    async fn accept_state(
+        &self,
+        request: Request<v1::AcceptStateRequest>,
+    ) -> Result<Response<v1::AcceptStateResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::AcceptStateRequest {
+            organization,
+            quarantined_id,
+            environment_confirmation,
+            older,
+        } = request.into_inner();
+        let id = parse_id(&quarantined_id)?;
+        let state = self
+            .app
+            .accept_state(&caller, &organization, id, &environment_confirmation, older)
+            .await?;
+        Ok(Response::new(v1::AcceptStateResponse {
+            state_lineage: state.lineage,
+            state_serial: state.serial,
+        }))
+    }
+
+    async fn drop_quarantined(
+        &self,
+        request: Request<v1::DropQuarantinedRequest>,
+    ) -> Result<Response<v1::DropQuarantinedResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::DropQuarantinedRequest { organization, quarantined_id } = request.into_inner();
+        let id = parse_id(&quarantined_id)?;
+        self.app.drop_quarantined(&caller, &organization, id).await?;
+        Ok(Response::new(v1::DropQuarantinedResponse {}))
+    }
+}
+
+fn parse_id(text: &str) -> Result<QuarantinedId, Error> {
+    text.parse().map_err(|_| Error::field("quarantined_id", "it is not an id (a UUID)"))
+}
+
+fn out(view: QuarantinedView) -> v1::Quarantined {
+    let QuarantinedView { record, summary } = view;
+    let state = record.state.unwrap_or_default();
+    v1::Quarantined {
+        quarantined_id: record.id.0.to_string(),
+        run_id: record.run.0.to_string(),
+        phase: convert::phase_out(record.phase).into(),
+        epoch: record.epoch,
+        generation: record.generation,
+        kind: kind_out(record.kind).into(),
+        digest: record.digest.0.to_string(),
+        size: record.size,
+        runner_id: record.runner.0.to_string(),
+        create_time: Some(convert::timestamp(record.at.into())),
+        lineage: state.lineage,
+        serial: state.serial,
+        summary,
+    }
+}
+
+const fn kind_out(kind: Kind) -> v1::QuarantinedKind {
+    match kind {
+        Kind::State => v1::QuarantinedKind::State,
+        Kind::ErroredState => v1::QuarantinedKind::ErroredState,
+        Kind::StateDump => v1::QuarantinedKind::StateDump,
+        Kind::Workspace => v1::QuarantinedKind::Workspace,
+        Kind::Changes => v1::QuarantinedKind::Changes,
+        Kind::Log => v1::QuarantinedKind::Log,
+        Kind::Result => v1::QuarantinedKind::Result,
+    }
+}

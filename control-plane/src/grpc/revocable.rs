@@ -1,0 +1,95 @@
+//! Streams that end the moment their runner is revoked, whatever waits in them.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use latchkey_proto::v1::Reason;
+use tokio_stream::Stream;
+use tonic::Status;
+
+use super::Answers;
+use crate::auth::revocation::Revocation;
+use crate::error::Error;
+
+/// Says why a stream ends.
+pub(super) fn revoked() -> Status {
+    Error::refused(Reason::IdentityRequired, "the runner was revoked").into()
+}
+
+/// Does something for a runner, unless it is revoked first.
+pub(super) async fn unless_revoked<T>(
+    revocation: Revocation,
+    doing: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    tokio::select! {
+        biased;
+        () = revocation.revoked() => Err(revoked()),
+        done = doing => done,
+    }
+}
+
+/// Ends what a runner is sent: nothing that waits behind the revocation is sent any more.
+pub(super) fn until_revoked<T, S>(revocation: Revocation, inner: S) -> Answers<T>
+where
+    T: 'static,
+    S: Stream<Item = Result<T, Status>> + Send + Unpin + 'static,
+{
+    Box::pin(UntilRevoked { inner, revoked: Box::pin(revocation.revoked()), is_over: false })
+}
+
+struct UntilRevoked<S> {
+    inner: S,
+    revoked: Pin<Box<dyn Future<Output = ()> + Send>>,
+    is_over: bool,
+}
+
+impl<T, S> Stream for UntilRevoked<S>
+where
+    S: Stream<Item = Result<T, Status>> + Unpin,
+{
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.is_over {
+            return Poll::Ready(None);
+        }
+        if self.revoked.as_mut().poll(context).is_ready() {
+            self.is_over = true;
+            return Poll::Ready(Some(Err(revoked())));
+        }
+        Pin::new(&mut self.inner).poll_next(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use latchkey_domain::id::RunnerId;
+    use tokio_stream::StreamExt;
+
+    use super::*;
+    use crate::auth::revocation::Revocations;
+
+    #[tokio::test]
+    async fn what_waits_behind_a_revocation_is_not_sent() {
+        let revocations = Revocations::default();
+        let runner = RunnerId::from_bytes([1; 16]);
+        let waiting = tokio_stream::iter((0..3).map(Ok));
+        let mut stream = until_revoked(revocations.of(runner), waiting);
+        assert_eq!(stream.next().await.unwrap().unwrap(), 0);
+        revocations.revoke(runner);
+        let code = stream.next().await.unwrap().unwrap_err().code();
+        assert_eq!(code, tonic::Code::Unauthenticated);
+        assert!(stream.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_silent_stream_ends_too() {
+        let revocations = Revocations::default();
+        let runner = RunnerId::from_bytes([1; 16]);
+        let silent = tokio_stream::pending::<Result<(), Status>>();
+        let mut stream = until_revoked(revocations.of(runner), silent);
+        let (ended, ()) = tokio::join!(stream.next(), async { revocations.revoke(runner) });
+        assert!(ended.unwrap().is_err());
+    }
+}

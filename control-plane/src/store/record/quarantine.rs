@@ -1,0 +1,74 @@
+//! What is kept in quarantine, as it is stored.
+
+use latchkey_domain::id::{Digest, EnvironmentId, OrganizationId, QuarantinedId, RunId, RunnerId};
+use latchkey_domain::policy::Phase;
+use serde::{Deserialize, Serialize};
+
+use super::run::PhaseRecord;
+use super::{Millis, Text};
+
+/// Something a runner brought that is not, or not yet, current.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Quarantined {
+    pub id: Text<QuarantinedId>,
+    /// Of the runner; and of the run, where that is known here.
+    pub organization: Text<OrganizationId>,
+    /// Absent when the run is not known here: it was queued after the backup that was restored.
+    pub environment: Option<Text<EnvironmentId>>,
+    pub run: Text<RunId>,
+    #[serde(with = "PhaseRecord")]
+    pub phase: Phase,
+    pub epoch: u64,
+    pub generation: u64,
+    pub kind: Kind,
+    pub digest: Text<Digest>,
+    pub size: u64,
+    pub runner: Text<RunnerId>,
+    pub at: Millis,
+    /// Of a lease's snapshots of its state: which.
+    #[serde(default)]
+    pub sequence: u64,
+    /// What a state says of itself; absent where it cannot be read as one.
+    #[serde(default)]
+    pub state: Option<StateFacts>,
+    /// What a result says, in a sentence.
+    #[serde(default)]
+    pub outcome: Option<String>,
+    /// Set when a person made the state current.
+    #[serde(default)]
+    pub accepted: Option<Accepted>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    State,
+    ErroredState,
+    StateDump,
+    Workspace,
+    Changes,
+    Log,
+    Result,
+}
+
+/// Which state it is, and how far it has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateFacts {
+    pub lineage: String,
+    pub serial: u64,
+}
+
+/// The state version that a quarantined state became.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    pub environment: Text<EnvironmentId>,
+    pub number: u64,
+    pub state: StateFacts,
+}
+
+/// How much is kept of one run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    pub entries: u64,
+    pub bytes: u64,
+}
