@@ -16,6 +16,7 @@ use latchkey_proto::v1;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 
+use crate::ship::Shipped;
 use crate::supervisor;
 use crate::terraform::Terraform;
 use crate::world::World;
@@ -80,6 +81,8 @@ pub(crate) struct Directory {
     /// Hints: how much was acknowledged.
     pub(crate) shipped_log: u64,
     pub(crate) shipped_states: u64,
+    /// A hint: all was acknowledged.
+    pub(crate) shipped: Option<Shipped>,
 }
 
 impl Directory {
@@ -142,6 +145,7 @@ struct Inner {
     disk: BTreeMap<Lease, Directory>,
     supervisors: BTreeMap<Lease, (Link, AbortHandle)>,
     terraforms: BTreeMap<Lease, Arc<Terraform>>,
+    seen: (u64, u64),
 }
 
 impl Machine {
@@ -166,6 +170,16 @@ impl Machine {
         let mut inner = self.inner();
         inner.supervisors.clear();
         inner.terraforms.clear();
+    }
+
+    /// The highest generation and history that this host was told.
+    pub(crate) fn seen(&self) -> (u64, u64) {
+        self.inner().seen
+    }
+
+    pub(crate) fn saw(&self, generation: u64, history: u64) {
+        let mut inner = self.inner();
+        inner.seen = inner.seen.max((generation, history));
     }
 
     pub(crate) fn leases(&self) -> Vec<Lease> {
