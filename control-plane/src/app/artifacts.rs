@@ -461,8 +461,10 @@ impl ArtifactUpload {
             // What was refused is nobody's, unless equal content is somebody's.
             let note = keys::garbage(runner.organization, &header.digest);
             app.store.commit(Batch::new().put(note, Expect::Anything, [])).await?;
-            app.collect_garbage_soon();
         }
+        // What it replaced, too: whoever uploads without end must not fill the disk until the
+        // reaper comes.
+        app.collect_garbage_soon();
         settled
     }
 }

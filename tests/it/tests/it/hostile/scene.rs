@@ -28,6 +28,7 @@ pub(crate) struct Scene {
     pub(crate) stage: Stage,
     pub(crate) listener: Listener,
     pub(crate) honest: SimulatedRunner,
+    honest_identity: Identity,
     /// What the honest runner holds: a plan that has its `Go`.
     pub(crate) lease: v1::LeaseRef,
     /// The hostile runner's certificate, of another pool.
@@ -47,16 +48,16 @@ impl Scene {
             url: stage.plane.runners_url(),
             ca_pem: Arc::from(stage.plane.ca_pem()?.as_str()),
         };
-        let honest = enroll(&stage, &listener, Stage::POOL, "honest").await?;
+        let honest_identity = enroll(&stage, &listener, Stage::POOL, "honest").await?;
         let identity = enroll(&stage, &listener, "hostile", "hostile").await?;
         ada.create_environment("web", MfaPolicy::Never).await?;
         let run = ada.queue("web", &Configuration::of(&[("main.tf", SMALL)])).await?;
-        let mut honest = SimulatedRunner::connect(&listener, &honest, 1).await?;
+        let mut honest = SimulatedRunner::connect(&listener, &honest_identity, 1).await?;
         let (lease, _) = honest.offer().await?;
         anyhow::ensure!(lease.run_id == run.run_id, "another run was offered");
         honest.start(&lease).await?;
         let client = Self::connect(&listener, &identity).await?;
-        Ok(Self { stage, listener, honest, lease, identity, client })
+        Ok(Self { stage, listener, honest, honest_identity, lease, identity, client })
     }
 
     pub(crate) async fn connect(
@@ -71,6 +72,14 @@ impl Scene {
         identity: &Identity,
     ) -> anyhow::Result<Channel> {
         Ok(listener.endpoint(Some(identity))?.connect().await?)
+    }
+
+    /// Brings the honest runner back after its stream was cut, with what it holds.
+    pub(crate) async fn honest_returns(&mut self) -> anyhow::Result<()> {
+        let held = vec![self.lease.clone()];
+        self.honest =
+            SimulatedRunner::returning(&self.listener, &self.honest_identity, 1, held).await?;
+        Ok(())
     }
 
     /// The run as people see it.
