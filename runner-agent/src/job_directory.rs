@@ -173,13 +173,14 @@ impl JobDirectory {
         for entry in fs::read_dir(jobs).map_err(io_error("list", jobs))? {
             let path = entry.map_err(io_error("list", jobs))?.path();
             let hidden = path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
-            if hidden {
+            let is_job = path.join("lease.json").exists();
+            if hidden || (path.is_dir() && !is_job) {
                 // One that stays is in nobody's way; a runner that does not start is.
                 if let Err(error) = remove_tree(&path) {
                     let error = &error as &dyn std::error::Error;
                     tracing::warn!(error, "failed to remove a leftover");
                 }
-            } else if path.join("lease.json").exists() {
+            } else if is_job {
                 found.push(Self { path });
             }
         }
@@ -544,6 +545,14 @@ pub(crate) mod tests {
         fs::write(jobs.path().join(lease.directory_name()), "").unwrap();
         assert!(JobDirectory::create(jobs.path(), &lease, &spec(), &settings()).is_err());
         assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_directory_without_a_lease_is_no_job_and_does_not_stay() {
+        let jobs = tempfile::tempdir().unwrap();
+        fs::create_dir_all(jobs.path().join("r1-apply-1/restored")).unwrap();
+        assert!(JobDirectory::list(jobs.path()).unwrap().is_empty());
+        assert_eq!(fs::read_dir(jobs.path()).unwrap().count(), 0);
     }
 
     #[test]

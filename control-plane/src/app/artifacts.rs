@@ -453,8 +453,10 @@ impl ArtifactUpload {
         if !matches!(settled, Ok((_, Settled::Kept))) {
             // It is nobody's, unless equal content is somebody's.
             app.release_claim(&claim).await?;
-            app.collect_garbage_soon();
         }
+        // What it replaced, too: whoever uploads without end must not fill the disk until the
+        // reaper comes.
+        app.collect_garbage_soon();
         drop(place);
         settled.map(|(destination, _)| destination)
     }

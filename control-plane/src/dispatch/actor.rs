@@ -134,6 +134,7 @@ impl Actor {
     pub(super) async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         let mut tick = tokio::time::interval(self.term / 10);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last = Instant::now();
         loop {
             tokio::select! {
                 message = messages.recv() => match message {
@@ -141,6 +142,9 @@ impl Actor {
                     None => return,
                 },
                 _ = tick.tick() => {
+                    let now = Instant::now();
+                    self.forgive(now.saturating_duration_since(last));
+                    last = now;
                     self.expire();
                     self.wake_rested();
                     self.match_all();
@@ -552,6 +556,15 @@ impl Actor {
         if connection.frames.try_send(frame).is_err() {
             tracing::warn!(runner_id = %runner, "a runner does not read its stream; dropped");
             self.drop_connection(runner);
+        }
+    }
+
+    /// Moves all deadlines when this process itself stood still: nobody was heard meanwhile, and
+    /// that is no runner's silence.
+    fn forgive(&mut self, since_last_tick: Duration) {
+        if since_last_tick > self.term / 4 {
+            tracing::warn!(?since_last_tick, "this process stood still; leases get as much more");
+            self.leases.values_mut().for_each(|watched| watched.deadline += since_last_tick);
         }
     }
 

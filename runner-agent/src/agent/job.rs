@@ -194,13 +194,14 @@ impl Job {
     async fn prepare(&mut self) -> Result<Option<Link>, Error> {
         // It starts while the archive is fetched.
         let started = link::start(&self.program, &self.directory)?;
+        let unpacking = prepare::Unpacking::default();
         let prepared = {
             let preparing = prepare::prepare(
                 &self.shipper,
                 &self.directory,
                 &self.engines,
-                &self.lease,
-                &self.spec,
+                (&self.lease, &self.spec),
+                &unpacking,
             );
             tokio::pin!(preparing);
             loop {
@@ -217,6 +218,7 @@ impl Job {
                 }
             }
         };
+        drop(unpacking.lock().await);
         let link = started.attach(self.directory.path()).await?;
         match prepared? {
             Prepared::Ready => {

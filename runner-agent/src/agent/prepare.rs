@@ -87,13 +87,17 @@ const FAULTS_OF_A_HOST: &[Errno] = &[
 /// What the job's log says about where its engine came from.
 pub(crate) const ENGINE_NOTE: &str = "engine-note";
 
+/// Held while a job is unpacked. Who abandons [`prepare`] must take it before it removes the
+/// directory: what was begun in the background goes on, and would make it again.
+pub(super) type Unpacking = Arc<tokio::sync::Mutex<()>>;
+
 /// Prepares a job in its directory.
 pub(super) async fn prepare(
     shipper: &Shipper,
     directory: &JobDirectory,
     engines: &Arc<Engines>,
-    lease: &Lease,
-    spec: &Spec,
+    (lease, spec): (&Lease, &Spec),
+    unpacking: &Unpacking,
 ) -> Result<Prepared, Error> {
     let archive = directory.join("archive.tar.gz");
     let kind = match lease.phase {
@@ -131,9 +135,13 @@ pub(super) async fn prepare(
     let engine = settings.terraform;
     let directory = directory.clone();
     let spec = spec.clone();
-    let unpack = move || match &spec.approved {
-        None => configuration(&directory, &engine, &spec, &archive, &found),
-        Some(approved) => workspace(&directory, &spec, approved, &archive, &found),
+    let turn = Arc::clone(unpacking).lock_owned().await;
+    let unpack = move || {
+        let _turn = turn;
+        match &spec.approved {
+            None => configuration(&directory, &engine, &spec, &archive, &found),
+            Some(approved) => workspace(&directory, &spec, approved, &archive, &found),
+        }
     };
     let judged = tokio::task::spawn_blocking(unpack).await.map_err(Error::Task)?;
     Ok(match judged {

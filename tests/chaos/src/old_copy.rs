@@ -28,6 +28,9 @@ use crate::random::Random;
 /// How long a person tries to have it applied again.
 const TRYING: Duration = Duration::from_secs(3);
 
+/// What the control plane says once it knows.
+const ALARM: &str = "old copy of";
+
 /// How the copy comes back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum How {
@@ -90,7 +93,8 @@ pub(crate) async fn play(bed: &mut Bed, how: How, random: &mut Random) -> anyhow
     // 4.
     wait_for("the runner to come back", LIMIT, async || {
         let now = bed.runner.log().matches("welcomed").count();
-        (now > welcomes).then_some(()).ok_or_else(|| format!("{now} welcomes"))
+        let alarm = bed.plane.log().get(logged..).is_some_and(|log| log.contains(ALARM));
+        (alarm || now > welcomes).then_some(()).ok_or_else(|| format!("{now} welcomes"))
     })
     .await?;
     let begin = tokio::time::Instant::now();
@@ -114,7 +118,7 @@ pub(crate) async fn play(bed: &mut Bed, how: How, random: &mut Random) -> anyhow
     let log = bed.plane.log().get(logged..).unwrap_or_default().to_owned();
     match how {
         How::Raw => unless(
-            log.contains("old copy"),
+            log.contains(ALARM),
             "an old copy raises an alarm",
             "the control plane says nothing of it".to_owned(),
         ),
@@ -137,7 +141,12 @@ pub(crate) async fn play(bed: &mut Bed, how: How, random: &mut Random) -> anyhow
     }
     bed.stub.release(run_id)?;
     if how == How::Raw {
-        let ended = owner.wait_for_run(run_id, "its end", is_ended).await?;
+        let ended = owner
+            .wait_for_run(run_id, "its end", |run| {
+                // One that is lost comes back with its runner.
+                is_ended(run) && run.state() != RunState::Lost
+            })
+            .await?;
         unless(
             ended.state() == RunState::Applied,
             "terraform never fails because of us",
@@ -178,8 +187,10 @@ pub(crate) async fn play(bed: &mut Bed, how: How, random: &mut Random) -> anyhow
 async fn tool(command: &[&str], first: &Path, option: &str, second: &Path) -> anyhow::Result<()> {
     let mut tool = programs()?.control_plane().command();
     tool.args(command).arg(first).arg(option).arg(second);
-    let output = tool.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let output = output.wait_with_output().await?;
+    let mut running = tool.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // The program ends when this closes.
+    let _tether = running.stdin.take();
+    let output = running.wait_with_output().await?;
     let said = String::from_utf8_lossy(&output.stderr);
     anyhow::ensure!(output.status.success(), "{command:?} failed: {said}");
     Ok(())
@@ -192,7 +203,8 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
         let to = to.join(entry.file_name());
         if entry.file_type()?.is_dir() {
             copy(&entry.path(), &to)?;
-        } else {
+        } else if entry.file_type()?.is_file() {
+            // Sockets are made again.
             fs::copy(entry.path(), to)?;
         }
     }

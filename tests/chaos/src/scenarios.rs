@@ -32,8 +32,6 @@ pub(crate) struct Scenario {
     pub(crate) kind: Kind,
     /// Rounds of `--short`.
     pub(crate) short: u64,
-    /// Why it cannot be played yet.
-    pub(crate) missing: Option<&'static str>,
 }
 
 const fn story(
@@ -49,12 +47,8 @@ const fn story(
         hosts: Hosts::One,
         kind: Kind::Story(plan),
         short,
-        missing: None,
     }
 }
-
-/// Until the control plane can.
-const NOT_YET: Option<&str> = Some("the control plane keeps no history yet");
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     story("calm", "nothing at all", 1, |random, _| quiet(random)),
@@ -83,7 +77,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         hosts: Hosts::Two,
         kind: Kind::Story(two_hosts),
         short: 2,
-        missing: None,
     },
     Scenario {
         name: "frames",
@@ -92,7 +85,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         hosts: Hosts::One,
         kind: Kind::Frames,
         short: 2,
-        missing: None,
     },
     Scenario {
         name: "old-copy",
@@ -101,7 +93,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         hosts: Hosts::One,
         kind: Kind::OldCopy(How::Raw),
         short: 1,
-        missing: NOT_YET,
     },
     Scenario {
         name: "restore",
@@ -110,7 +101,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         hosts: Hosts::One,
         kind: Kind::OldCopy(How::Restored),
         short: 1,
-        missing: NOT_YET,
     },
     real("real-kill-control-plane", kill_plane),
     real("real-kill-agent", kill_agent),
@@ -125,7 +115,6 @@ const fn real(name: &'static str, plan: fn(&mut Random, u64) -> Plan) -> Scenari
         hosts: Hosts::One,
         kind: Kind::Story(plan),
         short: 0,
-        missing: None,
     }
 }
 

@@ -31,7 +31,6 @@ struct Share {
 struct Outcome {
     rounds: u64,
     struck: u64,
-    skipped: Option<&'static str>,
     failures: Vec<Failure>,
 }
 
@@ -116,7 +115,6 @@ async fn run(arguments: Arguments) -> anyhow::Result<bool> {
         let result = results.entry(name).or_default();
         result.rounds += outcome.rounds;
         result.struck += outcome.struck;
-        result.skipped = outcome.skipped.or(result.skipped);
         result.failures.extend(outcome.failures);
         if let Some(left) = open.get_mut(name) {
             *left -= 1;
@@ -135,11 +133,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<bool> {
 }
 
 fn tell(name: &str, result: &Outcome) {
-    if let Some(why) = result.skipped {
-        say(&format!("{name:<26} skipped: {why}"));
-        return;
-    }
-    let Outcome { rounds, struck, failures, .. } = result;
+    let Outcome { rounds, struck, failures } = result;
     say(&format!(
         "{name:<26} {rounds:>6} rounds {struck:>7} faults {:>4} violations",
         failures.len()
@@ -156,10 +150,6 @@ fn tell(name: &str, result: &Outcome) {
 
 async fn play(share: Share, arguments: &Arguments) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
-    if let Some(why) = share.scenario.missing {
-        outcome.skipped = Some(why);
-        return Ok(outcome);
-    }
     let mut bed: Option<Bed> = None;
     for seed in share.seeds {
         let mut on = match bed.take() {

@@ -109,11 +109,22 @@ impl SimulatedRunner {
         identity: &Identity,
         slots: u32,
     ) -> anyhow::Result<Self> {
+        Self::returning(listener, identity, slots, vec![]).await
+    }
+
+    /// As [`SimulatedRunner::connect`], of one that holds jobs.
+    pub async fn returning(
+        listener: &Listener,
+        identity: &Identity,
+        slots: u32,
+        held: Vec<v1::LeaseRef>,
+    ) -> anyhow::Result<Self> {
         let channel = listener.endpoint(Some(identity))?.connect().await?;
         let mut client = RunnerServiceClient::new(channel);
         let (frames, outgoing) = mpsc::channel(8);
         let hello = v1::Hello {
             slots,
+            held,
             engines: vec![v1::Engine { name: "terraform".into(), version: "1.11.4".into() }],
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()

@@ -42,6 +42,12 @@ struct Agent {
     machine: Arc<Machine>,
     client: RunnerServiceClient<Channel>,
     jobs: BTreeMap<Lease, mpsc::Sender<Told>>,
+    /// The jobs that the last heartbeat named.
+    named: Vec<Lease>,
+    /// By a person's `Drain`.
+    drained: bool,
+    /// The highest history that it was told, kept on disk.
+    generation: u64,
     events_to: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
     /// Ended with the agent.
@@ -56,6 +62,9 @@ impl Agent {
             machine: Arc::clone(machine),
             client: RunnerServiceClient::new(channel),
             jobs: BTreeMap::new(),
+            named: vec![],
+            drained: false,
+            generation: 0,
             events_to,
             events,
             tasks: JoinSet::new(),
@@ -95,11 +104,7 @@ impl Agent {
             machine: Arc::clone(&self.machine),
             lease,
             origin,
-            shipper: Shipper {
-                client: self.client.clone(),
-                lease,
-                machine: Arc::clone(&self.machine),
-            },
+            shipper: Shipper::new(self.client.clone(), lease, Arc::clone(&self.machine)),
             told: inbox,
             events: self.events_to.clone(),
         };
@@ -113,10 +118,14 @@ impl Agent {
             engines: vec![v1::Engine { name: "terraform".into(), version: "1.11.4".into() }],
             held: self.held(),
             version: "simulated".into(),
+            seen: self.machine.seen(),
             ..Default::default()
         };
         let (mut connection, welcome) = Connection::open(self.client.clone(), hello).await?;
         self.machine.world.model.note(format!("{} is welcome", self.machine.name));
+        self.generation = welcome.generation;
+        self.machine.saw(welcome.history.clone());
+        (self.named, self.drained) = (vec![], false);
         let given_up: Vec<Lease> =
             welcome.give_up.iter().filter_map(|lease| Lease::from_wire(Some(lease))).collect();
         for (lease, job) in &self.jobs {
@@ -128,8 +137,8 @@ impl Agent {
                 incoming = connection.next() => match incoming? {
                     Incoming::Frame(frame) => self.frame(*frame, &connection).await?,
                     Incoming::Heartbeat => {
-                        let held = self.held();
-                        connection.send(Request::Heartbeat(v1::Heartbeat { held }))?;
+                        self.named = self.jobs.keys().copied().collect();
+                        connection.beat(self.held())?;
                     }
                 },
                 Some(event) = self.events.recv() => match event {
@@ -152,6 +161,10 @@ impl Agent {
         match frame {
             Response::Offer(offer) => {
                 let Some(lease) = Lease::from_wire(offer.lease.as_ref()) else { return Ok(()) };
+                if !self.jobs.contains_key(&lease) && self.drained {
+                    let handed = v1::NeverStarted { lease: offer.lease };
+                    return connection.send(Request::NeverStarted(handed));
+                }
                 if !self.jobs.contains_key(&lease) {
                     self.machine.create(lease, offer.job.unwrap_or_default()).await;
                     self.take_up(lease, Origin::Offered);
@@ -163,17 +176,29 @@ impl Agent {
             Response::Revoke(revoke) => self.tell(revoke.lease, Told::Revoke),
             Response::Recorded(recorded) => self.tell(recorded.lease, Told::Recorded),
             Response::Renewed(renewed) => {
+                let history = renewed.history;
                 let renewed: Vec<Lease> = renewed
                     .lease
                     .iter()
                     .filter_map(|lease| Lease::from_wire(Some(lease)))
                     .collect();
-                for (_, job) in self.jobs.iter().filter(|(lease, _)| !renewed.contains(lease)) {
-                    tell(job, Told::NotRenewed)?;
+                self.machine.saw(history);
+                for lease in self.named.iter().filter(|lease| !renewed.contains(lease)) {
+                    if let Some(job) = self.jobs.get(lease) {
+                        tell(job, Told::NotRenewed)?;
+                    }
                 }
                 Ok(())
             }
-            Response::Drain(_) | Response::Resume(_) | Response::Welcome(_) => Ok(()),
+            Response::Drain(v1::Drain {}) => {
+                self.drained = true;
+                Ok(())
+            }
+            Response::Resume(v1::Resume {}) => {
+                self.drained = false;
+                Ok(())
+            }
+            Response::Welcome(_) => Ok(()),
         }
     }
 

@@ -12,7 +12,8 @@ use latchkey_domain::time::Timestamp;
 /// Some day in 2027.
 const START: i64 = 1_800_000_000_000;
 
-const SPEED: i64 = 60;
+/// How much faster than turmoil's time it runs.
+pub(crate) const SPEED: u32 = 60;
 
 /// The control plane's wall clock.
 #[derive(Debug, Default)]
@@ -31,6 +32,8 @@ impl Clock for WallClock {
     fn now(&self) -> Timestamp {
         let elapsed = turmoil::sim_elapsed().unwrap_or_default().as_millis();
         let elapsed = i64::try_from(elapsed).expect("a simulation lasts minutes");
-        Timestamp::from_millis(START + elapsed * SPEED + self.offset.load(Ordering::SeqCst))
+        Timestamp::from_millis(
+            START + elapsed * i64::from(SPEED) + self.offset.load(Ordering::SeqCst),
+        )
     }
 }

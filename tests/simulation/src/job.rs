@@ -46,7 +46,8 @@ enum Prepared {
 }
 
 enum Followed {
-    Shipped(Shipped),
+    /// `None` when the lease was lost.
+    Shipped(Option<Shipped>),
     NeverStarted,
     GivenUp,
 }
@@ -81,10 +82,16 @@ impl Job {
             }
             (Stage::Starting | Stage::Executed | Stage::Ended, _) => None,
         };
+        if let Some(shipped) = self.machine.directory(self.lease).shipped {
+            return self.finish(shipped).await;
+        }
         match self.follow(link).await {
-            // The directory is set aside for a person; in this world there is none to look.
-            Followed::Shipped(Shipped { wanted: false, .. }) => {}
-            Followed::Shipped(shipped) => self.finish(shipped).await,
+            Followed::Shipped(Some(shipped)) => {
+                let hint = Some(shipped.clone());
+                self.machine.set_shipped(self.lease, |directory| directory.shipped = hint);
+                self.finish(shipped).await;
+            }
+            Followed::Shipped(None) => self.quarantine().await,
             Followed::NeverStarted => self.never_started().await,
             Followed::GivenUp => {}
         }
@@ -140,12 +147,17 @@ impl Job {
         let mut asked = link.is_some() && self.asks(*status_to.borrow()).is_some();
         let mut says_at_once = self.origin != Origin::Found;
         let mut given_up = false;
+        // What a supervisor is told again when it was replaced.
+        let mut stopping = false;
         loop {
             if link.is_none() && status_to.borrow().stage != Run::Ended {
                 match self.reach() {
                     Reached::Attached(attached) => {
                         let now = *attached.status.borrow();
                         publish(&status_to, now);
+                        if stopping {
+                            let _ = attached.orders.send(Order::Cancel).await;
+                        }
                         link = Some(attached);
                         let ask = self.asks(now);
                         asked = ask.is_some();
@@ -172,6 +184,13 @@ impl Job {
                         continue;
                     };
                     publish(&status_to, status);
+                    let executing = status.stage == Run::Executing;
+                    if given_up && executing && self.lease.phase == Phase::Plan && !stopping {
+                        stopping = true;
+                        if let Some(link) = &link {
+                            let _ = link.orders.send(Order::Cancel).await;
+                        }
+                    }
                     let ask = self.asks(status);
                     let newly = ask.is_some() && !asked;
                     asked = ask.is_some();
@@ -185,6 +204,7 @@ impl Job {
                     let executing = status.stage >= Run::Executing;
                     let orders = match told {
                         Told::Keep => {
+                            self.shipper.lease_stands();
                             if let Some(ask) = self.asks(status) {
                                 self.say(ask).await;
                             }
@@ -196,20 +216,41 @@ impl Job {
                             model.went(self.lease, self.machine.runner, key.as_deref());
                             vec![Order::Go]
                         }
-                        Told::Cancel => vec![Order::Cancel],
-                        Told::GiveUp if executing => {
-                            if status.wants_secrets { vec![Order::GiveUp] } else { vec![] }
+                        Told::Cancel => {
+                            stopping = true;
+                            vec![Order::Cancel]
                         }
-                        Told::Revoke if executing => vec![Order::Withdraw],
+                        // An apply goes on; a plan changes nothing that would be missed.
+                        Told::GiveUp | Told::Revoke if executing => {
+                            self.shipper.lease_is_lost();
+                            let mut orders = vec![];
+                            if matches!(told, Told::Revoke) {
+                                orders.push(Order::Withdraw);
+                            }
+                            if status.wants_secrets {
+                                orders.push(Order::GiveUp);
+                            }
+                            if self.lease.phase == Phase::Plan && !stopping {
+                                stopping = true;
+                                orders.push(Order::Cancel);
+                            }
+                            orders
+                        }
                         Told::GiveUp => {
                             given_up = true;
+                            self.shipper.lease_is_lost();
                             vec![Order::GiveUp]
                         }
                         Told::Revoke => {
                             given_up = true;
+                            self.shipper.lease_is_lost();
                             vec![Order::GiveUp, Order::Withdraw]
                         }
-                        Told::Recorded | Told::NotRenewed => vec![],
+                        Told::NotRenewed => {
+                            self.shipper.lease_is_in_doubt();
+                            vec![]
+                        }
+                        Told::Recorded => vec![],
                     };
                     if let Some(link) = &link {
                         for order in orders {
@@ -287,12 +328,29 @@ impl Job {
                     self.machine.world.model.recorded(self.lease);
                     return;
                 }
-                Some(Told::Revoke) => return,
+                Some(Told::Revoke) => return self.quarantine().await,
+                // A given up lease may be one whose end was recorded: the answer was lost.
                 Some(Told::Keep | Told::GiveUp) => self.say(finished.clone()).await,
                 Some(Told::Go(_) | Told::Cancel | Told::NotRenewed) => {}
                 None => std::future::pending().await,
             }
         }
+    }
+
+    /// Brings what a lost lease left, beside the run.
+    async fn quarantine(&mut self) {
+        let directory = self.machine.directory(self.lease);
+        if !directory.exec {
+            return;
+        }
+        let finished = v1::Finished {
+            lease: self.wire(),
+            log_length: directory.log.len() as u64,
+            result: directory.result,
+        };
+        // What is refused is set aside for a person; in this world there is none to look.
+        let whole = self.shipper.quarantine(&finished).await;
+        self.machine.world.model.quarantined(self.lease, whole);
     }
 
     fn wire(&self) -> Option<v1::LeaseRef> {

@@ -16,6 +16,7 @@ use latchkey_proto::v1;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 
+use crate::ship::Shipped;
 use crate::supervisor;
 use crate::terraform::Terraform;
 use crate::world::World;
@@ -80,6 +81,8 @@ pub(crate) struct Directory {
     /// Hints: how much was acknowledged.
     pub(crate) shipped_log: u64,
     pub(crate) shipped_states: u64,
+    /// A hint: all was acknowledged.
+    pub(crate) shipped: Option<Shipped>,
 }
 
 impl Directory {
@@ -142,6 +145,7 @@ struct Inner {
     disk: BTreeMap<Lease, Directory>,
     supervisors: BTreeMap<Lease, (Link, AbortHandle)>,
     terraforms: BTreeMap<Lease, Arc<Terraform>>,
+    seen: Option<v1::HistoryMark>,
 }
 
 impl Machine {
@@ -166,6 +170,19 @@ impl Machine {
         let mut inner = self.inner();
         inner.supervisors.clear();
         inner.terraforms.clear();
+    }
+
+    /// The furthest mark of history that this host was told.
+    pub(crate) fn seen(&self) -> Option<v1::HistoryMark> {
+        self.inner().seen.clone()
+    }
+
+    pub(crate) fn saw(&self, mark: Option<v1::HistoryMark>) {
+        let reach = |mark: &v1::HistoryMark| (mark.generation, mark.history);
+        let mut inner = self.inner();
+        if mark.as_ref().map(reach) > inner.seen.as_ref().map(reach) {
+            inner.seen = mark;
+        }
     }
 
     pub(crate) fn leases(&self) -> Vec<Lease> {

@@ -24,8 +24,8 @@ mod backoff;
 mod chance;
 mod clock;
 mod job;
+#[expect(dead_code, reason = "an agent that ends closes its stream; this one is killed")]
 #[path = "../../../runner-agent/src/lease.rs"]
-#[expect(dead_code, reason = "the agent's own table of jobs asks for more of it")]
 mod lease;
 mod logs;
 mod machine;

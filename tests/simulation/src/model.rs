@@ -16,6 +16,7 @@ use latchkey_domain::run::{Run, RunState};
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1;
 
+use crate::clock::SPEED;
 use crate::logs::Logs;
 use crate::machine::Lease;
 
@@ -38,6 +39,10 @@ const MORE_MOVES: [(RunState, RunState); 8] = [
     (RunState::Lost, RunState::Canceled),
 ];
 
+/// How long AWS may take a code, by the clock on the wall: whatever a clock of ours says, it is
+/// sent once within this. Later the same digits may be another code.
+const CODE_LIFE: Duration = Duration::from_secs(150).checked_div(SPEED).expect("not zero");
+
 #[derive(Debug, Default)]
 pub(crate) struct Model(Mutex<Inner>);
 
@@ -53,13 +58,15 @@ struct Inner {
     runs: BTreeMap<RunId, Run>,
     names: BTreeMap<RunId, String>,
     environments: BTreeMap<EnvironmentId, Environment>,
+    /// Runners whose identity has ended.
+    revoked: BTreeSet<RunnerId>,
     /// What each released lease was permitted, and to whom.
     releases: BTreeMap<Lease, (RunnerId, Permit)>,
     executed: BTreeMap<(RunId, Phase), Vec<(Lease, String)>>,
     /// Whom states are of: the lease that wrote them.
     states: BTreeMap<Digest, Lease>,
-    /// How often STS has read each code.
-    codes: BTreeMap<String, u32>,
+    /// When STS last read each code, in simulated time.
+    codes: BTreeMap<String, Duration>,
     /// What each code was submitted for.
     submitted: BTreeMap<String, (RunId, Phase)>,
     /// Which code, if any, bought the credentials of each access key id.
@@ -135,6 +142,10 @@ impl Model {
 
     pub(crate) fn name(&self, run: RunId) -> String {
         self.inner().name(run)
+    }
+
+    pub(crate) fn revoked(&self, runner: RunnerId) {
+        self.inner().revoked.insert(runner);
     }
 
     /// Judges what a commit has changed.
@@ -239,6 +250,19 @@ impl Model {
         }
     }
 
+    /// A runner has brought what a lost lease left. I3: it must be no current one.
+    pub(crate) fn quarantined(&self, lease: Lease, whole: bool) {
+        let mut inner = self.inner();
+        let name = inner.name(lease.run);
+        let what = if whole { "whole" } else { "in part" };
+        inner.note(format!("quarantined {what} {name} {} epoch {}", lease.phase, lease.epoch));
+        let job = inner.runs.get(&lease.run).map(|run| run.job(lease.phase).clone());
+        let current = job.and_then(|job| job.lease).is_some_and(|l| l.epoch.get() == lease.epoch);
+        if current && inner.runs.get(&lease.run).is_some_and(|run| run.state != RunState::Lost) {
+            inner.violated("I3", format!("{name} {lease:?} went to quarantine while it stands"));
+        }
+    }
+
     pub(crate) fn wrote_state(&self, digest: Digest, lease: Lease) {
         self.inner().states.insert(digest, lease);
     }
@@ -258,12 +282,11 @@ impl Model {
         inner.minted.insert(id.clone(), code.map(str::to_owned));
         if let Some(code) = code {
             inner.counts.codes += 1;
-            let times = inner.codes.entry(code.to_owned()).or_default();
-            *times += 1;
-            let times = *times;
             inner.note(format!("sts reads code {code}"));
-            if times > 1 {
-                inner.violated("I5", format!("code {code} reached STS {times} times"));
+            let now = turmoil::sim_elapsed().unwrap_or_default();
+            let before = inner.codes.insert(code.to_owned(), now);
+            if before.is_some_and(|before| now - before < CODE_LIFE) {
+                inner.violated("I5", format!("code {code} reached STS again"));
             }
         }
         id
@@ -377,6 +400,9 @@ impl Inner {
             if let Some(lease) = &job.lease {
                 if held.is_none_or(|held| held.epoch != lease.epoch) {
                     self.note(format!("{name} {phase} granted, epoch {}", lease.epoch.get()));
+                    if self.revoked.contains(&lease.runner) {
+                        self.violated("I9", format!("{name} {phase} went to a revoked runner"));
+                    }
                     if lease.epoch.get() != epoch + 1 || lease.epoch != job.epoch {
                         self.violated("I3", format!("{name} {phase}: a grant of an old epoch"));
                     }
@@ -385,6 +411,9 @@ impl Inner {
                 if let (None, Some(released)) = (was, lease.released) {
                     let key = lease_of(lease.epoch.get());
                     self.note(format!("{name} {phase} released, epoch {}", key.epoch));
+                    if self.revoked.contains(&lease.runner) {
+                        self.violated("I9", format!("{name} {phase} released to a revoked runner"));
+                    }
                     self.releases.insert(key, (lease.runner, released.permit));
                     self.judge_release(run, phase, released.permit, environment, now);
                 }

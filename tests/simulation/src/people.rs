@@ -7,6 +7,7 @@ use std::time::Duration;
 use latchkey_domain::policy::Phase;
 use latchkey_proto::v1;
 use latchkey_proto::v1::environment_service_client::EnvironmentServiceClient;
+use latchkey_proto::v1::pool_service_client::PoolServiceClient;
 use latchkey_proto::v1::run_service_client::RunServiceClient;
 use secrecy::{ExposeSecret, SecretString};
 use tonic::service::Interceptor;
@@ -42,6 +43,7 @@ struct Person {
     name: &'static str,
     runs: RunServiceClient<Authorized>,
     environments: EnvironmentServiceClient<Authorized>,
+    pools: PoolServiceClient<Authorized>,
 }
 
 /// The software of the people's host.
@@ -59,7 +61,11 @@ pub(crate) async fn host(world: Arc<World>) -> turmoil::Result {
             world: Arc::clone(&world),
             name,
             runs: RunServiceClient::with_interceptor(channel.clone(), bearer.clone()),
-            environments: EnvironmentServiceClient::with_interceptor(channel, bearer),
+            environments: EnvironmentServiceClient::with_interceptor(
+                channel.clone(),
+                bearer.clone(),
+            ),
+            pools: PoolServiceClient::with_interceptor(channel, bearer),
         }
     };
     let (queuer, first, second) = (person("ada"), person("ada"), person("ben"));
@@ -100,6 +106,7 @@ impl Person {
         let chance = self.world.chance.clone();
         loop {
             tokio::time::sleep(chance.millis(40, 700)).await;
+            self.steer().await;
             let (environment, _) = ENVIRONMENTS[chance.index(ENVIRONMENTS.len())];
             if self.world.is_calm() || chance.happens(0.05) {
                 self.thaw(environment).await;
@@ -135,10 +142,13 @@ impl Person {
             AwaitingApplyMfa => self.submit(&run, Phase::Apply).await,
             AwaitingConfirmation => self.confirm(&run).await,
             Lost if calm => self.discard(&run).await,
+            Planning | Applying if run.cancel_requested && chance.happens(0.1) => {
+                self.cancel(&run, true).await;
+            }
             Pending | PlanQueued | Planning | ApplyQueued | Applying
                 if !calm && chance.happens(0.02) =>
             {
-                self.cancel(&run).await;
+                self.cancel(&run, false).await;
             }
             _ => {}
         }
@@ -206,8 +216,8 @@ impl Person {
         }
     }
 
-    async fn cancel(&mut self, run: &v1::Run) {
-        let request = v1::CancelRequest { run_id: run.run_id.clone(), force: false };
+    async fn cancel(&mut self, run: &v1::Run, force: bool) {
+        let request = v1::CancelRequest { run_id: run.run_id.clone(), force };
         if let Err(status) = in_time(self.runs.cancel(request)).await {
             self.refused("cancel", &status);
         }
@@ -236,6 +246,35 @@ impl Person {
             if let Err(status) = in_time(self.environments.unfreeze_environment(request)).await {
                 self.refused("unfreeze", &status);
             }
+        }
+    }
+
+    /// Drains, resumes and revokes runners; when all is calm, the drained ones are resumed.
+    async fn steer(&mut self) {
+        let (world, chance) = (Arc::clone(&self.world), self.world.chance.clone());
+        let machine = &world.machines()[chance.index(world.machines().len())];
+        let runner_id = machine.runner.to_string();
+        let answer = if world.is_calm() {
+            if !world.is_drained(machine.runner) {
+                return;
+            }
+            let request = v1::ResumeRunnerRequest { runner_id };
+            in_time(self.pools.resume_runner(request)).await.map(|_| world.drained(machine, false))
+        } else if chance.happens(0.02) {
+            world.drained(machine, true);
+            world.model.note(format!("{} is drained", machine.name));
+            in_time(self.pools.drain_runner(v1::DrainRunnerRequest { runner_id })).await.map(drop)
+        } else if chance.happens(0.02) {
+            world.model.note(format!("{} is resumed", machine.name));
+            in_time(self.pools.resume_runner(v1::ResumeRunnerRequest { runner_id })).await.map(drop)
+        } else if chance.happens(0.004) && world.may_revoke(machine) {
+            world.model.fault(format!("{} is revoked", machine.name));
+            in_time(self.pools.revoke_runner(v1::RevokeRunnerRequest { runner_id })).await.map(drop)
+        } else {
+            return;
+        };
+        if let Err(status) = answer {
+            self.refused("steer a runner", &status);
         }
     }
 

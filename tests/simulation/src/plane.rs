@@ -11,8 +11,8 @@ use latchkey_control_plane::app::lease_job::SESSION_FLOOR;
 use latchkey_control_plane::app::run_output::Gates;
 use latchkey_control_plane::app::uploads::Uploads;
 use latchkey_control_plane::app::variables::{NewVariable, Scope};
-use latchkey_control_plane::auth::{Caller, sha256};
 use latchkey_control_plane::auth::revocation::Revocations;
+use latchkey_control_plane::auth::{Caller, sha256};
 use latchkey_control_plane::authority::Authority;
 use latchkey_control_plane::blobs::Blobs;
 use latchkey_control_plane::clock::Clock;
@@ -45,6 +45,9 @@ const CONFIGURATION: &[u8] = b"a configuration";
 /// The life of a lease without a heartbeat.
 const TERM: Duration = Duration::from_secs(2);
 
+/// How long a graceful cancel has: half a second of the simulation.
+const FORCE_GRACE: Duration = Duration::from_secs(30);
+
 /// The life of sessions: 15 seconds of the simulation.
 const SESSION: Duration = Duration::from_secs(15 * 60);
 
@@ -57,6 +60,9 @@ pub(crate) async fn host(world: Arc<World>) -> turmoil::Result {
         let _ = world.furniture.set(furniture);
         world.model.arm();
     }
+    app.begin_incarnation().await?;
+    app.recall_alarm().await?;
+    app.settle_restore().await?;
     app.settle_authentications().await?;
     let people = net::listen(net::PEOPLE_PORT).await?;
     let runners = net::listen(net::RUNNERS_PORT).await?;
@@ -82,7 +88,7 @@ pub(crate) async fn host(world: Arc<World>) -> turmoil::Result {
 fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
     let path = &world.directory;
     let clock: Arc<dyn Clock> = Arc::clone(&world.clock) as Arc<dyn Clock>;
-    let authority = Authority::open(&path.join("ca"), &world.master, Arc::clone(&clock))?;
+    let authority = Authority::open(&path.join("authority"), &world.master, Arc::clone(&clock))?;
     let store: Arc<dyn Store> = world.store();
     let sts: Arc<dyn Sts> = Arc::new(SimulatedSts { world: Arc::clone(world) });
     Ok(App {
@@ -97,7 +103,7 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
         generation: Generation::FIRST,
         session_floor: SESSION_FLOOR,
         lease_term: TERM,
-        force_cancel_grace: TERM,
+        force_cancel_grace: FORCE_GRACE,
         history: History::default(),
         revocations: Revocations::default(),
         gates: Gates::default(),

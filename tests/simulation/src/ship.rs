@@ -1,5 +1,8 @@
 //! From a job directory to the control plane, by offset and epoch: as the agent's `ship.rs`, over
 //! a disk in memory.
+//!
+//! `LEASE_LOST` alone is not believed; once the lease stream says so too, what the job has goes to
+//! quarantine after its end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +11,7 @@ use latchkey_control_plane::auth::sha256;
 use latchkey_proto::v1;
 use latchkey_proto::v1::finished::Result as Ended;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
+use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status as Refusal;
@@ -24,16 +28,21 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Delivery {
     Acknowledged,
-    LeaseLost,
     Refused,
+}
+
+/// What is known of the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    Stands,
+    InDoubt,
+    Lost,
 }
 
 /// What became of everything a job made.
 #[derive(Clone, Debug)]
 pub(crate) struct Shipped {
     pub(crate) log_length: u64,
-    /// Whether anything at all was taken.
-    pub(crate) wanted: bool,
     pub(crate) instead: Option<Ended>,
     /// Whether the only copy of a state is on this host.
     pub(crate) remains: bool,
@@ -57,9 +66,40 @@ pub(crate) struct Shipper {
     pub(crate) client: RunnerServiceClient<Channel>,
     pub(crate) lease: Lease,
     pub(crate) machine: Arc<Machine>,
+    standing: watch::Sender<Standing>,
 }
 
 impl Shipper {
+    pub(crate) fn new(
+        client: RunnerServiceClient<Channel>,
+        lease: Lease,
+        machine: Arc<Machine>,
+    ) -> Self {
+        Self { client, lease, machine, standing: watch::channel(Standing::Stands).0 }
+    }
+
+    pub(crate) fn lease_stands(&self) {
+        self.stand(|standing| standing == Standing::InDoubt, Standing::Stands);
+    }
+
+    pub(crate) fn lease_is_in_doubt(&self) {
+        self.stand(|standing| standing == Standing::Stands, Standing::InDoubt);
+    }
+
+    pub(crate) fn lease_is_lost(&self) {
+        self.stand(|_| true, Standing::Lost);
+    }
+
+    fn stand(&self, from: impl Fn(Standing) -> bool, to: Standing) {
+        self.standing.send_if_modified(|standing| {
+            let moves = *standing != to && from(*standing);
+            if moves {
+                *standing = to;
+            }
+            moves
+        });
+    }
+
     pub(crate) async fn fetch(&self, kind: v1::ArtifactKind) -> Fetched {
         let mut backoff = backoff();
         loop {
@@ -84,15 +124,56 @@ impl Shipper {
         Ok(data)
     }
 
-    /// Follows a job to its end, and answers when all it made is acknowledged or not wanted.
-    pub(crate) async fn ship_all(&self, status: watch::Receiver<Status>) -> Shipped {
+    /// Follows a job to its end, and answers when all it made is acknowledged. Answers `None` at
+    /// the end of a job whose lease is lost.
+    pub(crate) async fn ship_all(&self, mut status: watch::Receiver<Status>) -> Option<Shipped> {
+        let mut standing = self.standing.subscribe();
+        tokio::select! {
+            shipped = self.ship(status.clone()) => return Some(shipped),
+            _ = standing.wait_for(|standing| *standing == Standing::Lost) => {}
+        }
+        if status.wait_for(|status| status.stage == Run::Ended).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        None
+    }
+
+    /// Brings all that a job has left whose lease is lost. Answers whether all was taken.
+    pub(crate) async fn quarantine(&self, finished: &v1::Finished) -> bool {
+        use v1::ArtifactKind::{Log, Result, State};
+        let directory = self.machine.directory(self.lease);
+        let newest = directory.states.last().cloned().unwrap_or_default();
+        let mut whole = true;
+        for (kind, data, sequence) in [
+            (State, newest, directory.states.len() as u64),
+            (Result, finished.encode_to_vec(), 0),
+            (Log, directory.log, 0),
+        ] {
+            if !data.is_empty() {
+                whole &= self.bring(kind, &data, sequence).await;
+            }
+        }
+        whole
+    }
+
+    async fn bring(&self, kind: v1::ArtifactKind, data: &[u8], sequence: u64) -> bool {
+        let header = self.header(kind, data, sequence);
+        let mut backoff = backoff();
+        loop {
+            match self.upload_once(&header, data).await {
+                Ok(()) => return true,
+                Err(Failure::LeaseLost | Failure::Refused) => return false,
+                Err(Failure::Again | Failure::Offset(_)) => self.pause(&mut backoff).await,
+            }
+        }
+    }
+
+    async fn ship(&self, status: watch::Receiver<Status>) -> Shipped {
         use v1::ArtifactKind::{Changes, ErroredState, Workspace};
-        let ((log, log_length), states) =
+        let (log_length, states) =
             tokio::join!(self.follow_log(status.clone()), self.follow_states(status));
-        let mut shipped = Shipped { log_length, wanted: false, instead: None, remains: false };
-        shipped.count(&log);
+        let mut shipped = Shipped { log_length, instead: None, remains: false };
         for delivery in &states {
-            shipped.count(delivery);
             if *delivery == Delivery::Refused {
                 shipped.instead = Some(failed(v1::JobFailure::StateUndelivered));
             }
@@ -101,17 +182,13 @@ impl Shipper {
         if matches!(directory.result, Some(Ended::Plan(_))) {
             for (kind, data) in [(Workspace, &directory.workspace), (Changes, &directory.changes)] {
                 let delivery = self.upload(kind, data, 0).await;
-                shipped.count(&delivery);
                 if delivery == Delivery::Refused {
                     shipped.instead = Some(failed(v1::JobFailure::Errored));
                 }
             }
         }
-        if let (Some(Delivery::Refused | Delivery::LeaseLost), Some(left)) =
-            (states.last(), directory.states.last())
-        {
+        if let (Some(Delivery::Refused), Some(left)) = (states.last(), directory.states.last()) {
             let delivery = self.upload(ErroredState, left, 0).await;
-            shipped.count(&delivery);
             shipped.remains = delivery != Delivery::Acknowledged;
         }
         shipped
@@ -147,21 +224,26 @@ impl Shipper {
     }
 
     async fn upload(&self, kind: v1::ArtifactKind, data: &[u8], sequence: u64) -> Delivery {
-        let header = v1::ArtifactHeader {
+        let header = self.header(kind, data, sequence);
+        let mut backoff = backoff();
+        loop {
+            match self.upload_once(&header, data).await {
+                Ok(()) => return Delivery::Acknowledged,
+                Err(Failure::Refused) => return Delivery::Refused,
+                Err(Failure::Again | Failure::Offset(_) | Failure::LeaseLost) => {
+                    self.pause(&mut backoff).await;
+                }
+            }
+        }
+    }
+
+    fn header(&self, kind: v1::ArtifactKind, data: &[u8], sequence: u64) -> v1::ArtifactHeader {
+        v1::ArtifactHeader {
             lease: Some(self.lease.to_wire()),
             kind: kind.into(),
             digest: sha256(data).to_string(),
             size: data.len() as u64,
             sequence,
-        };
-        let mut backoff = backoff();
-        loop {
-            match self.upload_once(&header, data).await {
-                Ok(()) => return Delivery::Acknowledged,
-                Err(Failure::LeaseLost) => return Delivery::LeaseLost,
-                Err(Failure::Refused) => return Delivery::Refused,
-                Err(Failure::Again | Failure::Offset(_)) => self.pause(&mut backoff).await,
-            }
         }
     }
 
@@ -176,21 +258,20 @@ impl Shipper {
         in_time(client.upload_artifact(ReceiverStream::new(inbox))).await.map(drop)
     }
 
-    async fn follow_log(&self, mut status: watch::Receiver<Status>) -> (Delivery, u64) {
+    async fn follow_log(&self, mut status: watch::Receiver<Status>) -> u64 {
         let mut acknowledged = self.machine.directory(self.lease).shipped_log;
         let mut backoff = backoff();
         loop {
             let before = acknowledged;
             match self.log_stream(&mut status, &mut acknowledged).await {
-                Ok(()) => return (Delivery::Acknowledged, acknowledged),
-                Err(Failure::LeaseLost) => return (Delivery::LeaseLost, acknowledged),
+                Ok(()) => return acknowledged,
                 Err(Failure::Refused) => {
                     while status.borrow_and_update().stage != Run::Ended {
                         if status.changed().await.is_err() {
                             std::future::pending::<()>().await;
                         }
                     }
-                    return (Delivery::Refused, acknowledged);
+                    return acknowledged;
                 }
                 Err(Failure::Offset(expected)) => {
                     let endless = expected == acknowledged;
@@ -199,7 +280,7 @@ impl Shipper {
                         self.pause(&mut backoff).await;
                     }
                 }
-                Err(Failure::Again) => {
+                Err(Failure::Again | Failure::LeaseLost) => {
                     if acknowledged > before {
                         backoff.reset();
                     }
@@ -276,15 +357,6 @@ impl Shipper {
 
     async fn pause(&self, backoff: &mut Backoff) {
         tokio::time::sleep(backoff.next(self.machine.world.chance.fraction())).await;
-    }
-}
-
-impl Shipped {
-    fn count(&mut self, delivery: &Delivery) {
-        match delivery {
-            Delivery::Acknowledged | Delivery::Refused => self.wanted = true,
-            Delivery::LeaseLost => {}
-        }
     }
 }
 

@@ -10,10 +10,11 @@ use latchkey_control_plane::store::keys::Kind;
 use latchkey_control_plane::store::memory::Memory;
 use latchkey_control_plane::store::record::environment::{Environment, EnvironmentRecord};
 use latchkey_control_plane::store::record::run::RunRecord;
+use latchkey_control_plane::store::record::runner::Runner;
 use latchkey_control_plane::store::record::{self, Loaded};
 use latchkey_control_plane::store::{
-    Batch, BoxFuture, CommitError, Feed, Key, Prefix, Scan, Snapshot, Store, StoreError, Version, Versioned,
-    keys, list,
+    Batch, BoxFuture, CommitError, Feed, Key, Prefix, Scan, Snapshot, Store, StoreError, Version,
+    Versioned, keys, list,
 };
 use latchkey_domain::run::Run;
 
@@ -41,6 +42,14 @@ impl Watched {
             let found: Result<Option<Loaded<Environment>>, _> =
                 record::fetch::<EnvironmentRecord, _>(&self.memory, key).await;
             environments.extend(found.ok().flatten().map(|found| found.value));
+        }
+        for key in self.keys(Kind::Runner).await {
+            let found: Result<Option<Loaded<Runner>>, _> =
+                record::fetch::<Runner, _>(&self.memory, key).await;
+            let found = found.ok().flatten().map(|found| found.value);
+            if let Some(revoked) = found.filter(|runner| runner.revoked_at.is_some()) {
+                self.world.model.revoked(revoked.id.0);
+            }
         }
         self.world.model.committed(&runs, &environments, self.world.now());
     }
@@ -77,6 +86,10 @@ impl Store for Watched {
         self.memory.scan(scan)
     }
 
+    fn watch(&self, prefix: Prefix) -> Feed {
+        self.memory.watch(prefix)
+    }
+
     fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, StoreError>> {
         self.memory.snapshot()
     }
@@ -87,10 +100,6 @@ impl Store for Watched {
 
     fn newest(&self) -> BoxFuture<'_, Result<Version, StoreError>> {
         self.memory.newest()
-    }
-
-    fn watch(&self, prefix: Prefix) -> Feed {
-        self.memory.watch(prefix)
     }
 
     fn failed(&self) -> BoxFuture<'_, Arc<str>> {

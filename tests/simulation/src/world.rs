@@ -1,13 +1,14 @@
 //! One simulated world: its hosts, what goes wrong, and how it ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use latchkey_control_plane::clock::Clock;
 use latchkey_control_plane::seal::MasterKey;
+use latchkey_domain::id::RunnerId;
 use latchkey_domain::time::Timestamp;
 use secrecy::SecretString;
 use turmoil::Sim;
@@ -51,6 +52,10 @@ pub(crate) struct World {
     calm: AtomicBool,
     queued: AtomicBool,
     codes: AtomicU64,
+    /// Runners that people have drained, and may have to resume.
+    drained: Mutex<BTreeSet<RunnerId>>,
+    /// Runners whose identity people have ended, or tried to.
+    revoked: Mutex<BTreeSet<RunnerId>>,
     /// Hosts that lose power at the end of this step.
     crashing: Mutex<Vec<String>>,
 }
@@ -104,6 +109,32 @@ impl World {
         }
     }
 
+    pub(crate) fn is_drained(&self, runner: RunnerId) -> bool {
+        lock(&self.drained).contains(&runner)
+    }
+
+    pub(crate) fn drained(&self, machine: &Machine, drained: bool) {
+        if drained {
+            lock(&self.drained).insert(machine.runner);
+        } else {
+            lock(&self.drained).remove(&machine.runner);
+        }
+    }
+
+    /// Tells whether another runner would be left, and notes that this one's identity ends.
+    pub(crate) fn may_revoke(&self, machine: &Machine) -> bool {
+        let mut revoked = lock(&self.revoked);
+        let may = revoked.is_empty() && self.plan.builders > 1;
+        if may {
+            revoked.insert(machine.runner);
+        }
+        may
+    }
+
+    fn is_revoked(&self, machine: &Machine) -> bool {
+        lock(&self.revoked).contains(&machine.runner)
+    }
+
     /// A named moment of the control plane. Does not return when its host loses power there.
     pub(crate) async fn plane_may_crash(&self, at: &str) {
         if self.is_troubled() && self.chance.happens(self.plan.rates.commit) {
@@ -120,13 +151,17 @@ impl World {
 
     async fn crash_here(&self, host: &str, at: &str) {
         self.model.fault(format!("{host} loses power {at}"));
-        self.crashing.lock().unwrap_or_else(PoisonError::into_inner).push(host.to_owned());
+        lock(&self.crashing).push(host.to_owned());
         std::future::pending::<()>().await;
     }
 
     fn take_crashing(&self) -> Vec<String> {
-        std::mem::take(&mut *self.crashing.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock(&self.crashing))
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs the world of a seed to its end.
@@ -148,6 +183,8 @@ pub(crate) fn run(seed: u64, plant: Option<Plant>, directory: PathBuf) -> anyhow
         calm: AtomicBool::new(false),
         queued: AtomicBool::new(false),
         codes: AtomicU64::new(0),
+        drained: Mutex::default(),
+        revoked: Mutex::default(),
         crashing: Mutex::default(),
         chance,
     });
@@ -229,7 +266,7 @@ impl Course<'_> {
             if settled_at.is_none()
                 && world.queued.load(Ordering::SeqCst)
                 && world.model.unsettled().is_empty()
-                && world.machines().iter().all(|machine| machine.leases().is_empty())
+                && world.machines().iter().all(|m| m.leases().is_empty() || world.is_revoked(m))
             {
                 settled_at = Some(now);
             }
@@ -252,7 +289,8 @@ impl Course<'_> {
         for open in world.model.unsettled() {
             world.model.violated("liveness", open);
         }
-        for machine in world.machines() {
+        // A revoked runner keeps what it has.
+        for machine in world.machines().iter().filter(|machine| !world.is_revoked(machine)) {
             for lease in machine.leases() {
                 let text = format!(
                     "{} still has {} {} epoch {}",

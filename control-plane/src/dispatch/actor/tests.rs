@@ -417,3 +417,19 @@ async fn a_lease_that_ends_before_it_is_offered_is_offered_to_nobody_and_its_job
     let watched = plane.dispatch.watched().await;
     assert_eq!(watched, [(job(1), Epoch::new(2), identity(2).id)]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_stood_still_takes_no_runner_for_silent() {
+    let plane = plane();
+    let (_, mut frames) = plane.connect(1, introduction(1)).await;
+    plane.open(1);
+    offered(next(&mut frames).await);
+    let expired = || plane.decider.expired.lock().unwrap().len();
+    // In one leap, as after a stop: the next tick comes late.
+    tokio::time::advance(2 * TERM).await;
+    tokio::time::sleep(TERM / 2).await;
+    assert_eq!(expired(), 0);
+    // The silence that follows is the runner's.
+    tokio::time::sleep(2 * TERM).await;
+    assert_eq!(expired(), 1);
+}

@@ -99,7 +99,8 @@ async fn never_started_is_said_only_when_no_supervisor_can_live() {
 async fn a_fault_of_this_host_hands_the_job_back() {
     let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
     // The job's directory cannot get its name.
-    std::fs::create_dir_all(work_dir.path().join("jobs/run1-plan-1/in-the-way")).unwrap();
+    std::fs::create_dir(work_dir.path().join("jobs")).unwrap();
+    std::fs::write(work_dir.path().join("jobs/run1-plan-1"), "in the way").unwrap();
     let mut config = plane.config(work_dir.path());
     let agent = Running::start(config);
     plane.offer(v1::Phase::Plan, 1, plan_job(&[]));

@@ -47,11 +47,11 @@ impl Scene {
             url: stage.plane.runners_url(),
             ca_pem: Arc::from(stage.plane.ca_pem()?.as_str()),
         };
-        let honest = enroll(&stage, &listener, Stage::POOL, "honest").await?;
+        let honest_identity = enroll(&stage, &listener, Stage::POOL, "honest").await?;
         let identity = enroll(&stage, &listener, "hostile", "hostile").await?;
         ada.create_environment("web", MfaPolicy::Never).await?;
         let run = ada.queue("web", &Configuration::of(&[("main.tf", SMALL)])).await?;
-        let mut honest = SimulatedRunner::connect(&listener, &honest, 1).await?;
+        let mut honest = SimulatedRunner::connect(&listener, &honest_identity, 1).await?;
         let (lease, _) = honest.offer().await?;
         anyhow::ensure!(lease.run_id == run.run_id, "another run was offered");
         honest.start(&lease).await?;
