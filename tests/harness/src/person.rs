@@ -2,6 +2,8 @@
 //!
 //! Calls whose refusal a test may want to see answer `tonic::Status`; see [`reason`].
 
+mod steering;
+
 use std::fmt;
 use std::time::Duration;
 

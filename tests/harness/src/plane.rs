@@ -3,13 +3,16 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::Context;
 use rustix::process::Signal;
 use serde_json::Value;
+use tokio::process::Command;
 
 use crate::process::{Logs, Process};
 use crate::program::Program;
+use crate::wait::LIMIT;
 
 /// How a control plane is started.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +35,7 @@ pub struct TestPlane {
     program: Program,
     options: PlaneOptions,
     directory: PathBuf,
+    data_dir: PathBuf,
     logs: Logs,
     /// None while it is down.
     process: Option<Process>,
@@ -52,6 +56,7 @@ impl TestPlane {
             program,
             options,
             directory: directory.to_owned(),
+            data_dir: directory.join("data"),
             logs: Logs::within(&directory.join("logs"), "control-plane"),
             process: None,
             people: any,
@@ -113,7 +118,8 @@ impl TestPlane {
 
     fn spawn(&self, ready: &Path) -> anyhow::Result<Process> {
         let mut command = self.program.command();
-        command.arg("--data-dir").arg(self.data_dir()).arg("--ready-file").arg(ready).args([
+        command.arg("--data-dir").arg(self.data_dir()).arg("--key-file").arg(self.key_file());
+        command.arg("--ready-file").arg(ready).args([
             "--people-address",
             &self.people.to_string(),
             "--runners-address",
@@ -145,7 +151,29 @@ impl TestPlane {
     }
 
     pub fn data_dir(&self) -> PathBuf {
-        self.directory.join("data")
+        self.data_dir.clone()
+    }
+
+    /// The master key, which is the same whatever the data directory is.
+    pub fn key_file(&self) -> PathBuf {
+        self.directory.join("data.key")
+    }
+
+    /// Takes a backup, running or not.
+    pub async fn backup(&self, to: &Path) -> anyhow::Result<()> {
+        let mut command = self.program.command();
+        command.arg("backup").arg("--data-dir").arg(self.data_dir()).arg("--to").arg(to);
+        ended_well("backup", command).await
+    }
+
+    /// Makes a new data directory out of a backup; the next start is on it.
+    pub async fn restore(&mut self, from: &Path, data_dir: &Path) -> anyhow::Result<()> {
+        let mut command = self.program.command();
+        command.arg("restore").arg("--from").arg(from).arg("--data-dir").arg(data_dir);
+        command.arg("--key-file").arg(self.key_file());
+        ended_well("restore", command).await?;
+        self.data_dir = data_dir.to_owned();
+        Ok(())
     }
 
     /// `https://…` for people and programs.
@@ -188,4 +216,16 @@ impl TestPlane {
         let secret = line.and_then(|line| line.rsplit(' ').next());
         Ok(secret.context("the control plane printed no one-time secret")?.to_owned())
     }
+}
+
+async fn ended_well(name: &str, mut command: Command) -> anyhow::Result<()> {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("failed to start {name}"))?;
+    // Tethered, it ends when this closes.
+    let _tether = child.stdin.take();
+    let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
+    let output = output.with_context(|| format!("{name} did not end"))??;
+    let said = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "{name} ended with {}: {said}", output.status);
+    Ok(())
 }

@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 
 use anyhow::Context;
 use rustix::process::Signal;
@@ -77,12 +78,30 @@ impl TestRunner {
         process.kill().await
     }
 
+    /// Kills everything of it with SIGKILL, as a host does that dies: agent, supervisors, terraforms.
+    pub async fn lose_host(&mut self) -> anyhow::Result<()> {
+        self.kill().await?;
+        process::sweep(&self.work_dir());
+        Ok(())
+    }
+
     /// Asks the agent to stop, and waits until it has.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         let mut process = self.process.take().context("the runner does not run")?;
         process.signal(Signal::TERM)?;
         process.wait().await?;
         Ok(())
+    }
+
+    /// Asks the agent to stop, and does not wait.
+    pub fn terminate(&self) -> anyhow::Result<()> {
+        self.process.as_ref().context("the runner does not run")?.signal(Signal::TERM)
+    }
+
+    /// Waits until it has ended by itself or as it was asked to.
+    pub async fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        let mut process = self.process.take().context("the runner does not run")?;
+        process.wait().await
     }
 
     /// Starts the agent on the files that it had. Does nothing while it runs.

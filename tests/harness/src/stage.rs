@@ -1,6 +1,7 @@
 //! Everything that the main story needs, ready to play.
 
 use std::env;
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -83,6 +84,7 @@ impl Stage {
     pub async fn start(options: StageOptions) -> anyhow::Result<Self> {
         let terraform = engine::find()?;
         let directory = Directory::new()?;
+        fs::create_dir(directory.path().join("shared")).context("failed to make a directory")?;
         let programs = options.programs.clone();
         let aws = match options.aws {
             AwsKind::InProcess => Aws::in_process(options.world.clone()).await?,
@@ -115,14 +117,24 @@ impl Stage {
 
     /// Starts a runner of pool [`Stage::POOL`] and waits until it is connected.
     pub async fn add_runner(&mut self, name: &str) -> anyhow::Result<&mut TestRunner> {
+        self.add_runner_with(name, |_| {}).await
+    }
+
+    /// Starts one that is not as the others.
+    pub async fn add_runner_with(
+        &mut self,
+        name: &str,
+        change: impl FnOnce(&mut RunnerOptions),
+    ) -> anyhow::Result<&mut TestRunner> {
         let token = self.owner.pool_token(Self::POOL).await?;
-        let options = RunnerOptions {
+        let mut options = RunnerOptions {
             slots: self.options.slots,
             log: self.options.runner_log.clone(),
             pass_env: self.options.pass_env.clone(),
             terraform: Some(self.terraform.clone()),
             ..RunnerOptions::new(name, self.plane.runners_url(), token)
         };
+        change(&mut options);
         let runner = TestRunner::start(self.programs.runner(), self.directory.path(), options)?;
         self.runners.push(runner);
         let runner = self.runners.last_mut().context("a runner was just added")?;
@@ -134,6 +146,12 @@ impl Stage {
     /// The temporary directory: data, logs, work directories.
     pub fn directory(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Where jobs may make files: not beside the directory of their runner, which is hidden from
+    /// them.
+    pub fn shared(&self) -> PathBuf {
+        self.directory.path().join("shared")
     }
 
     /// Keeps the directory and returns it.

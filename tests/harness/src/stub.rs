@@ -61,7 +61,7 @@ pub struct Script {
     /// Waits in the middle of `apply` until [`Stub::release`].
     pub hold: bool,
     pub on_interrupt: OnInterrupt,
-    /// Leaves a child behind that sleeps.
+    /// Leaves a child behind that sleeps, and one in a session of its own.
     pub child: bool,
     /// Of `apply`.
     pub exit: u8,
@@ -165,9 +165,15 @@ pub struct Stub {
 impl Stub {
     /// Makes the stub out of this very executable, which must call [`run_if_named`].
     pub fn new(directory: &Path) -> anyhow::Result<Self> {
-        fs::create_dir_all(directory).context("failed to make the stub's directory")?;
         let own = env::current_exe().context("failed to find this executable")?;
-        std::os::unix::fs::symlink(own, directory.join(NAME)).context("failed to link the stub")?;
+        Self::of(&own, directory)
+    }
+
+    /// Makes it out of another executable that does.
+    pub fn of(executable: &Path, directory: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(directory).context("failed to make the stub's directory")?;
+        std::os::unix::fs::symlink(executable, directory.join(NAME))
+            .context("failed to link the stub")?;
         Ok(Self { directory: directory.to_owned() })
     }
 
@@ -178,6 +184,12 @@ impl Stub {
     /// What the runner must pass on.
     pub fn environment(&self) -> (String, String) {
         (DIRECTORY.to_owned(), self.directory.display().to_string())
+    }
+
+    /// The process ids of the children that an `apply` has left behind.
+    pub fn children(&self, run_id: &str) -> Vec<i32> {
+        let text = fs::read_to_string(self.directory.join(format!("children-{run_id}")));
+        text.unwrap_or_default().lines().filter_map(|line| line.parse().ok()).collect()
     }
 
     /// Lets a held `apply` go on.
@@ -277,8 +289,7 @@ fn apply(out: &mut impl Write) -> io::Result<u8> {
     let start = Start::begin("apply")?;
     let script = start.script.clone();
     if script.child {
-        let sleep = Command::new("sleep").arg("86400").stdin(Stdio::null()).spawn();
-        sleep.map_err(io::Error::other)?;
+        start.leave_children()?;
     }
     let mut store = StateStore::from_environment()?;
     store.lock()?;
@@ -356,6 +367,17 @@ impl Start {
             start.hear()?;
         }
         Ok(start)
+    }
+
+    /// Their process ids are written down for [`Stub::children`].
+    fn leave_children(&self) -> io::Result<()> {
+        let mut pids = String::new();
+        for (program, arguments) in [("sleep", vec!["86400"]), ("setsid", vec!["sleep", "86400"])] {
+            let child = Command::new(program).args(arguments).stdin(Stdio::null()).spawn()?;
+            pids += &child.id().to_string();
+            pids.push('\n');
+        }
+        fs::write(self.directory.join(format!("children-{}", self.run)), pids)
     }
 
     /// Appends to the ledger, durably, in one write.

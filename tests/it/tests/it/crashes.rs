@@ -73,7 +73,7 @@ async fn a_plan_goes_on_without_its_control_plane_and_is_started_once() {
 async fn an_apply_survives_the_control_plane_and_the_agent() {
     let mut stage = stage().await.unwrap();
     let ada = stage.owner.clone();
-    let (started, gate) = (stage.directory().join("started"), stage.directory().join("gate"));
+    let (started, gate) = (stage.shared().join("started"), stage.shared().join("gate"));
     ada.create_environment("web", MfaPolicy::Never).await.unwrap();
     let main = gated_apply(&started, &gate);
     let run = ada.queue("web", &Configuration::of(&[("main.tf", &main)])).await.unwrap();

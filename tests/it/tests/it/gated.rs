@@ -1,8 +1,10 @@
 //! Configurations that a test holds in its hand: they plan or apply only when it lets them.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-use latchkey_harness::{Configuration, Stage};
+use latchkey_harness::{Configuration, LIMIT, Stage, wait_for};
+use latchkey_proto::v1::RunState;
 
 /// One resource, one output.
 pub(crate) const SMALL: &str = r#"
@@ -15,6 +17,53 @@ output "one" {
 }
 "#;
 
+/// An apply that begins and then waits for its gate to be opened.
+pub(crate) struct Gated {
+    started: PathBuf,
+    gate: PathBuf,
+}
+
+impl Gated {
+    pub(crate) fn new(stage: &Stage) -> Self {
+        let within = |name: &str| stage.shared().join(name);
+        Self { started: within("started"), gate: within("gate") }
+    }
+
+    pub(crate) fn configuration(&self) -> Configuration {
+        Configuration::of(&[("main.tf", &gated_apply(&self.started, &self.gate))])
+    }
+
+    /// Queues, confirms, and returns the run's id when its apply has begun.
+    pub(crate) async fn begin(&self, stage: &Stage, environment: &str) -> anyhow::Result<String> {
+        let ada = &stage.owner;
+        let run_id = ada.queue(environment, &self.configuration()).await?.run_id;
+        ada.wait_for_state(&run_id, RunState::AwaitingConfirmation).await?;
+        ada.confirm(&run_id).await?;
+        self.wait_until_begun().await?;
+        Ok(run_id)
+    }
+
+    pub(crate) async fn wait_until_begun(&self) -> anyhow::Result<()> {
+        wait_for_file(&self.started).await
+    }
+
+    pub(crate) fn open(&self) -> anyhow::Result<()> {
+        Ok(fs::write(&self.gate, "")?)
+    }
+
+    /// How often terraform got to the gate.
+    pub(crate) fn starts(&self) -> usize {
+        fs::read_to_string(&self.started).unwrap_or_default().lines().count()
+    }
+}
+
+pub(crate) async fn wait_for_file(path: &Path) -> anyhow::Result<()> {
+    wait_for(&format!("the file {}", path.display()), LIMIT, async || {
+        path.exists().then_some(()).ok_or_else(|| "no file".to_owned())
+    })
+    .await
+}
+
 /// Applies only once the file `gate` exists; says so when it begins.
 pub(crate) fn gated_apply(started: &Path, gate: &Path) -> String {
     format!(
@@ -26,7 +75,7 @@ resource "terraform_data" "first" {{
 resource "terraform_data" "gated" {{
   depends_on = [terraform_data.first]
   provisioner "local-exec" {{
-    command = "touch {started}; while [ ! -e {gate} ]; do sleep 0.05; done; echo the gate is open"
+    command = "echo started >> {started}; while [ ! -e {gate} ]; do sleep 0.05; done; echo the gate is open"
   }}
 }}
 "#,

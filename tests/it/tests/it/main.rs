@@ -15,6 +15,8 @@ mod demo;
 #[cfg(test)]
 mod gated;
 #[cfg(test)]
+mod hooks;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod main_story;
@@ -24,6 +26,12 @@ mod processes;
 mod provider;
 #[cfg(test)]
 mod readme;
+#[cfg(test)]
+mod recovery;
+#[cfg(test)]
+mod restore;
+#[cfg(test)]
+mod runners;
 #[cfg(test)]
 mod secrets;
 #[cfg(test)]

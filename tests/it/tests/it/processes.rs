@@ -35,7 +35,7 @@ async fn nothing_outlives_its_stage() -> anyhow::Result<()> {
     let stage = stage().await?;
     let ada = stage.owner.clone();
     ada.create_environment("web", MfaPolicy::Never).await?;
-    let marker = stage.directory().join("started");
+    let marker = stage.shared().join("started");
     // Longer than any test.
     let main = format!(
         r#"resource "terraform_data" "slow" {{
