@@ -281,9 +281,8 @@ impl App {
     ) -> Result<Option<StateFacts>> {
         let mut reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
         let (sender, chunks) = mpsc::channel(4);
-        let parsed = blocking::spawn(move || {
-            serde_json::from_reader::<_, StateFacts>(Chunks::new(chunks))
-        });
+        let parsed =
+            blocking::spawn(move || serde_json::from_reader::<_, StateFacts>(Chunks::new(chunks)));
         while let Some(chunk) = reader.next().await.map_err(blob_error)? {
             if sender.send(chunk).await.is_err() {
                 break;
