@@ -8,6 +8,7 @@ pub mod artifacts;
 pub mod audit_trail;
 pub mod authenticate_run;
 mod chunks;
+mod claims;
 pub mod configurations;
 pub mod decide_run;
 pub mod environments;
@@ -27,8 +28,10 @@ pub mod run_output;
 pub mod runners;
 mod secrets;
 pub mod start_job;
+mod state_file;
 mod transition;
 mod turns;
+pub mod uploads;
 pub mod variables;
 pub mod view_runs;
 
@@ -40,7 +43,6 @@ use latchkey_domain::run::Run;
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
-use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::audit::Draft;
@@ -82,8 +84,8 @@ pub struct App {
     pub history: history::History,
     /// Ends the open streams of runners whose identity has ended.
     pub revocations: Revocations,
-    /// Places for archives on their way in.
-    pub uploads: Arc<Semaphore>,
+    /// What is on its way in.
+    pub uploads: uploads::Uploads,
 }
 
 impl std::fmt::Debug for App {

@@ -3,6 +3,7 @@
 //! ```text
 //! <backup>/manifest.json       what this is: generation, version, time, counts, digests
 //! <backup>/manifest.sha256     the manifest's digest, as `sha256sum -c` reads it
+//! <backup>/manifest.mac        its digest under the master key: that we wrote it
 //! <backup>/records             every record as of one version
 //! <backup>/files               path, size and digest of each file below, a line each
 //! <backup>/blobs/..., logs/..., authority/...     as in the data directory
@@ -15,7 +16,9 @@
 //! when it is whole and synced.
 //!
 //! It holds what the data directory holds: secrets, sealed under the master key. The key itself
-//! is no part of it, or whoever finds a backup could open it.
+//! is no part of it, or whoever finds a backup could open it. Nor can whoever may write to where
+//! backups are kept change one unseen: the manifest has a digest of everything, and is itself
+//! digested under the master key.
 //!
 //! [`restore`] makes a data directory of a backup, in a new generation. What the restore ends is
 //! ended by the first start ([`crate::app`]'s `restore`).
@@ -39,10 +42,12 @@ use latchkey_domain::time::Timestamp;
 use self::files::Listing;
 pub use self::manifest::Manifest;
 use self::manifest::Sum;
-pub use self::restore::{RestoreError, Restored, restore};
+pub(crate) use self::restore::refuse_in_part;
+pub use self::restore::{Named, Person, Plan, RestoreError, Restored, Returned, restore};
 use crate::blobs::Blobs;
 use crate::durable;
 use crate::run_log::{RunLogs, State};
+use crate::seal::MasterKey;
 use crate::store::{Store, StoreError};
 
 /// What of a data directory is copied file by file. The records are not.
@@ -58,6 +63,7 @@ pub struct Source<'a> {
     pub logs: &'a RunLogs,
     /// Absent when no control plane runs, so that nothing is deleted.
     pub blobs: Option<&'a Blobs>,
+    pub master: &'a MasterKey,
 }
 
 impl std::fmt::Debug for Source<'_> {
@@ -123,7 +129,7 @@ pub async fn take(source: Source<'_>, to: &Path, now: Timestamp) -> Result<Manif
     let files = listing.finish().map_err(failed("write", &partial))?;
 
     let manifest = Manifest::new(generation, version, now, records, files);
-    manifest.write(&partial).map_err(failed("write", &partial))?;
+    manifest.write(&partial, source.master).map_err(failed("write", &partial))?;
     fs::rename(&partial, to).map_err(failed("give its name to", to))?;
     durable::sync_parent(to).map_err(failed("sync", to))?;
     Ok(manifest)

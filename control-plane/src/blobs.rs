@@ -15,6 +15,7 @@
 //! whether two blobs of one organization are equal. That is all it tells.
 
 mod reader;
+mod sweep;
 mod upload;
 
 use std::fs;
@@ -23,10 +24,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use latchkey_domain::id::{Digest, OrganizationId};
-use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 pub use self::reader::BlobReader;
-pub use self::upload::Upload;
+pub use self::sweep::Walk;
+pub use self::upload::{Sealed, Upload};
 use crate::durable;
 use crate::seal::{MasterKey, OpenError, SecretBytes};
 
@@ -48,6 +50,13 @@ struct Shared {
 #[derive(Debug)]
 #[must_use = "blobs are deleted again as soon as it is dropped"]
 pub struct Held(#[expect(dead_code, reason = "held, not used")] OwnedRwLockWriteGuard<()>);
+
+/// While it is held, blobs may be deleted, and no backup begins.
+#[derive(Debug)]
+pub struct Deleting {
+    shared: Arc<Shared>,
+    _guard: OwnedRwLockReadGuard<()>,
+}
 
 /// Why a blob was not stored or read.
 #[derive(Debug, thiserror::Error)]
@@ -154,19 +163,21 @@ impl Blobs {
         Held(Arc::clone(&self.shared.deletions).write_owned().await)
     }
 
-    /// Tells whether deletions wait, so that who can do them later does.
-    pub fn is_held(&self) -> bool {
-        self.shared.deletions.try_read().is_err()
+    /// Lets the caller delete, unless a backup holds all blobs or waits to: nobody waits for one.
+    pub fn may_delete(&self) -> Option<Deleting> {
+        let guard = Arc::clone(&self.shared.deletions).try_read_owned().ok()?;
+        Some(Deleting { shared: Arc::clone(&self.shared), _guard: guard })
     }
+}
 
-    /// Removes a blob, once nothing holds them; absent ones are fine.
+impl Deleting {
+    /// Removes a blob; absent ones are fine.
     pub async fn delete(
         &self,
         organization: OrganizationId,
         digest: Digest,
     ) -> Result<(), BlobError> {
         let path = self.shared.path(organization, digest);
-        let _deleting = self.shared.deletions.read().await;
         blocking("delete a blob", move || match fs::remove_file(&path) {
             Ok(()) => durable::sync_parent(&path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -203,8 +214,7 @@ async fn blocking<T: Send + 'static>(
     attempt: &'static str,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> Result<T, BlobError> {
-    joined(crate::blocking::spawn(work).await)
-        .map_err(|source| BlobError::Io { attempt, source })
+    joined(crate::blocking::spawn(work).await).map_err(|source| BlobError::Io { attempt, source })
 }
 
 fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -> io::Result<T> {

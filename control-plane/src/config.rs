@@ -22,6 +22,7 @@ pub enum Command {
     Run(Args),
     Backup(BackupArgs),
     Restore(RestoreArgs),
+    Alarm(AlarmArgs),
 }
 
 impl Program {
@@ -46,7 +47,9 @@ impl Program {
 /// it stays sealed under the master key, and THE MASTER KEY IS NOT PART OF IT: keep a copy of the
 /// key file elsewhere, since a backup is worth nothing without it. Stored files are shared with
 /// the data directory by hard links where the file system allows; copy the backup to another
-/// machine.
+/// machine. A restore tells by the master key whether a backup is one of ours and unchanged.
+///
+/// Run it as the user that the control plane runs as.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BackupArgs {
     /// Directory of the control plane's data
@@ -55,26 +58,62 @@ pub struct BackupArgs {
     /// Directory to make; it must not exist yet
     #[arg(long)]
     pub to: PathBuf,
+    /// File with the master key, which is needed where no control plane runs [default: DATA_DIR
+    /// with `.key` added]
+    #[arg(long, env = "LATCHKEY_KEY_FILE")]
+    key_file: Option<PathBuf>,
+}
+
+impl BackupArgs {
+    pub fn key_file(&self) -> PathBuf {
+        self.key_file.clone().unwrap_or_else(|| beside(&self.data_dir))
+    }
 }
 
 /// Make a data directory out of a backup, in a new generation
 ///
 /// At the first start after it, every run that had not ended is ended with that reason and its
 /// environment frozen, approvals and sessions are void, and no token code is spent for three
-/// minutes. What was revoked or removed since the backup is there again: tokens of people and
-/// programs, members, runners. Look at them before you let anybody in.
+/// minutes. What was revoked or removed after the backup was taken cannot be known, so:
+///
+///   - service tokens and pool tokens are void; owners make new ones
+///
+///   - every runner is drained; `latchkey runner resume` one once you know that it was not revoked
+///
+///   - people's logins and memberships are valid again as of the backup, or nobody could do any of
+///     this: they are printed, look at each
+///
+/// Run it as the user that the control plane runs as. The data directory may be a mount point.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RestoreArgs {
     /// Directory of the backup
     #[arg(long)]
     pub from: PathBuf,
-    /// Directory to make; it must be empty or not exist
+    /// Directory to fill; it must be empty or not exist
     #[arg(long, env = "LATCHKEY_DATA_DIR")]
     pub data_dir: PathBuf,
     /// File with the master key that belonged to the backup [default: DATA_DIR with `.key` added].
     /// It is not part of a backup
     #[arg(long, env = "LATCHKEY_KEY_FILE")]
     key_file: Option<PathBuf>,
+    /// Make the new generation higher than this one. For when an alarm names a generation that
+    /// runners have seen: one that was made while the clock was ahead
+    #[arg(long, value_name = "GENERATION")]
+    pub above: Option<u64>,
+}
+
+/// Show whether a runner proved that the data are an old copy
+///
+/// Asks the control plane that runs on the data. The remedy is a restore, or, where these are the
+/// newest data that are left, a backup of them and its restore: a new generation.
+#[derive(Clone, Debug, clap::Args)]
+pub struct AlarmArgs {
+    /// Directory of the control plane's data
+    #[arg(long, env = "LATCHKEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// Take the alarm back: jobs are granted again, until the next runner proves it
+    #[arg(long)]
+    pub clear: bool,
 }
 
 impl RestoreArgs {
@@ -216,7 +255,9 @@ mod tests {
         let args = ["latchkey-control-plane", "--data-dir", "/data"].iter().chain(args);
         match Program::read(args.map(OsString::from)).unwrap().command {
             Command::Run(args) => args.try_into(),
-            other @ (Command::Backup(_) | Command::Restore(_)) => panic!("{other:?}"),
+            other @ (Command::Backup(_) | Command::Restore(_) | Command::Alarm(_)) => {
+                panic!("{other:?}")
+            }
         }
     }
 
@@ -232,6 +273,8 @@ mod tests {
         let restore = read("lcp restore --from /b --data-dir /d").unwrap();
         assert!(matches!(restore, Command::Restore(args)
             if args.key_file() == Path::new("/d.key")));
+        let alarm = read("lcp alarm --data-dir /d --clear").unwrap();
+        assert!(matches!(alarm, Command::Alarm(args) if args.clear));
         let help = read("lcp backup --help").unwrap_err().to_string();
         assert!(help.contains("MASTER KEY IS NOT PART"), "{help}");
         assert!(read("lcp --help").unwrap_err().to_string().contains("restore"));

@@ -185,6 +185,9 @@ enum Message {
     Expel {
         runner: RunnerId,
     },
+    Watched {
+        reply: oneshot::Sender<Vec<(JobId, Epoch, RunnerId)>>,
+    },
     See {
         runners: Vec<RunnerId>,
         reply: oneshot::Sender<HashMap<RunnerId, Seen>>,
@@ -326,6 +329,15 @@ impl Handle {
     /// Forgets the stream of a runner whose identity has ended.
     pub fn expel(&self, runner: RunnerId) {
         self.send(Message::Expel { runner });
+    }
+
+    /// Lists every lease that is watched.
+    pub async fn watched(&self) -> Vec<(JobId, Epoch, RunnerId)> {
+        let (reply, answer) = oneshot::channel();
+        if self.messages.send(Message::Watched { reply }).await.is_err() {
+            return vec![];
+        }
+        answer.await.unwrap_or_default()
     }
 
     /// Answers what this process knows of runners.

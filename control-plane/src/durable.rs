@@ -5,7 +5,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// Creates a directory that only its owner may enter, with its parents, durably. One that
@@ -18,6 +18,15 @@ pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     sync_parent(path)
+}
+
+/// Returns the owner of a directory when it is somebody else than who runs this: what we would
+/// make in it, its owner could not use.
+pub(crate) fn owner_if_another(path: &Path) -> io::Result<Option<u32>> {
+    let owner = fs::metadata(path)?.uid();
+    // Of the process itself: its effective user owns what /proc says of it.
+    let own = fs::metadata("/proc/self")?.uid();
+    Ok((owner != own).then_some(owner))
 }
 
 /// Makes the names in a directory durable.

@@ -85,8 +85,12 @@ pub async fn people(app: Arc<App>) -> Routes {
     health.set_service_status(runners, tonic_health::ServingStatus::Serving).await;
     let history = service.app.history.clone();
     tokio::spawn(async move {
-        history.lost().await;
-        health.set_service_status(runners, tonic_health::ServingStatus::NotServing).await;
+        loop {
+            history.lost().await;
+            health.set_service_status(runners, tonic_health::ServingStatus::NotServing).await;
+            history.found().await;
+            health.set_service_status(runners, tonic_health::ServingStatus::Serving).await;
+        }
     });
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(latchkey_proto::DESCRIPTOR_SET)

@@ -2,8 +2,10 @@
 //! leases that dispatch lost sight of, content that nothing needs.
 //!
 //! Whatever follows a commit is done at once by who committed. Should that have failed, the
-//! reaper finds it in the store.
+//! reaper finds it in the store. Each duty has a round of its own: none waits for another.
 
+use std::fmt::Display;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,19 +15,47 @@ const PERIOD: Duration = Duration::from_secs(30);
 
 /// Runs until the process ends.
 pub async fn run(app: Arc<App>) {
-    let mut ticks = tokio::time::interval(PERIOD);
+    tokio::join!(
+        every(PERIOD, "resume open runs", || app.reconcile()),
+        every(PERIOD, "give turns", || app.give_all_turns()),
+        every(PERIOD, "delete what nothing needs", || app.collect_garbage()),
+        every(PERIOD, "look for what nobody needs", || app.sweep_blobs()),
+    );
+}
+
+async fn every<F, E: Display>(period: Duration, duty: &'static str, work: impl Fn() -> F)
+where
+    F: Future<Output = Result<(), E>>,
+{
+    let mut ticks = tokio::time::interval(period);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // The first tick is immediate; the start has just done all this.
     ticks.tick().await;
     loop {
         ticks.tick().await;
-        let work = async {
-            app.reconcile().await?;
-            app.give_all_turns().await?;
-            app.collect_garbage().await
-        };
-        if let Err(error) = work.await {
-            tracing::warn!(error = %error, "the reaper could not do all its work");
+        if let Err(error) = work().await {
+            tracing::warn!(error = %error, duty, "the reaper could not do all its work");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_duty_that_hangs_or_fails_holds_up_no_other() {
+        let done = Cell::new(0);
+        let hangs = every(PERIOD, "hang", std::future::pending::<Result<(), String>>);
+        let fails = every(PERIOD, "fail", async || Err::<(), _>("no"));
+        let works = every(PERIOD, "work", async || {
+            done.set(done.get() + 1);
+            Ok::<(), String>(())
+        });
+        let all = async { tokio::join!(hangs, fails, works) };
+        let _ = tokio::time::timeout(PERIOD * 3 + PERIOD / 2, all).await;
+        assert_eq!(done.get(), 3);
     }
 }

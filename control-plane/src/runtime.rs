@@ -23,12 +23,14 @@ use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
-use crate::app::configurations::MOST_UPLOADS;
 use crate::app::lease_job::SESSION_FLOOR;
+use crate::app::uploads::Uploads;
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
-use crate::config::{BackupArgs, Command, Config, PeopleTransport, Program, RestoreArgs};
+use crate::config::{
+    AlarmArgs, BackupArgs, Command, Config, PeopleTransport, Program, RestoreArgs,
+};
 use crate::dispatch::Leases;
 use crate::durable;
 use crate::run_log::{self, RunLogs};
@@ -66,6 +68,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             }
             Command::Backup(args) => runtime.block_on(back_up(&args)),
             Command::Restore(args) => runtime.block_on(bring_back(&args)),
+            Command::Alarm(args) => alarm(&args),
         };
         // A backup under way is thrown away: it must not hold up a stop.
         runtime.shutdown_timeout(DRAIN);
@@ -85,6 +88,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .install_default()
         .map_err(|_| anyhow::anyhow!("install the crypto provider: another is installed"))?;
     let (app, inbox) = open(&config).await?;
+    app.begin_incarnation().await.context("begin an incarnation of the data")?;
     app.recall_alarm().await.context("recall whether the data are an old copy")?;
     app.settle_restore().await.context("settle what a restore left open")?;
     app.settle_authentications().await.context("settle attempts that a stop left open")?;
@@ -164,11 +168,21 @@ async fn back_up(args: &BackupArgs) -> anyhow::Result<()> {
     let manifest = match backup::socket::ask_backup(&data, &to)? {
         Some(manifest) => manifest,
         None => {
+            check_owner(&data)?;
+            let key_file = args.key_file();
+            let master = MasterKey::open(&key_file, IfMissing::Refuse)?;
+            // Under another key it would be a backup that no restore takes.
+            Authority::open(&data.join("authority"), &master, Arc::new(Wall))?;
             let store = Sled::open(&options)?;
             let logs = RunLogs::open(run_log::Options::new(data.join("logs")))
                 .context("open the logs of runs")?;
-            let source =
-                backup::Source { data_dir: &data, store: &store, logs: &logs, blobs: None };
+            let source = backup::Source {
+                data_dir: &data,
+                store: &store,
+                logs: &logs,
+                blobs: None,
+                master: &master,
+            };
             backup::take(source, &to, Wall.now()).await?
         }
     };
@@ -188,19 +202,89 @@ async fn back_up(args: &BackupArgs) -> anyhow::Result<()> {
 
 /// Makes a data directory out of a backup.
 async fn bring_back(args: &RestoreArgs) -> anyhow::Result<()> {
-    let restored =
-        backup::restore(&args.from, &args.data_dir, &args.key_file(), Arc::new(Wall)).await?;
+    let plan = backup::Plan {
+        from: &args.from,
+        data_dir: &args.data_dir,
+        key_file: &args.key_file(),
+        above: args.above.map(Generation::new),
+    };
+    let restored = backup::restore(plan, Arc::new(Wall)).await?;
+    tell(&restored, &args.data_dir, &mut std::io::stdout().lock()).context("print what was done")
+}
+
+/// Says what a restore did, and who has to be looked at.
+fn tell(
+    restored: &backup::Restored,
+    data_dir: &Path,
+    to: &mut impl Write,
+) -> std::io::Result<()> {
+    let backup::Restored { manifest, generation, returned } = restored;
+    let time = &manifest.time;
     writeln!(
-        std::io::stdout(),
-        "Restored {} records and {} files of {} into {}, in generation {}. At the first start, \
-         runs that had not ended are ended and their environments frozen.",
-        restored.manifest.records.count,
-        restored.manifest.files.count,
-        restored.manifest.time,
-        args.data_dir.display(),
-        restored.generation.get(),
+        to,
+        "Restored {} records and {} files of {time} into {}, in generation {}. At the first \
+         start, runs that had not ended are ended and their environments frozen.",
+        manifest.records.count,
+        manifest.files.count,
+        data_dir.display(),
+        generation.get(),
+    )?;
+    let mut list = |head: String, names: Vec<String>| {
+        if names.is_empty() {
+            return Ok(());
+        }
+        writeln!(to, "\n{head}")?;
+        names.iter().try_for_each(|name| writeln!(to, "  {name}"))
+    };
+    list(
+        format!(
+            "The logins of these people are valid, also of those who were removed or replaced \
+             after {time}:"
+        ),
+        returned.people.iter().map(ToString::to_string).collect(),
+    )?;
+    list(
+        "These runners are drained. Resume one (`latchkey runner resume`) once you know that it \
+         was not revoked since:"
+            .into(),
+        returned.runners.iter().map(ToString::to_string).collect(),
+    )?;
+    list(
+        "These service tokens are void, like all pool tokens. Make new ones:".into(),
+        returned.service_tokens.iter().map(ToString::to_string).collect(),
     )
-    .context("print what was done")
+}
+
+/// Shows or clears the alarm of the control plane that runs.
+fn alarm(args: &AlarmArgs) -> anyhow::Result<()> {
+    let data = std::path::absolute(&args.data_dir).context("find the data directory")?;
+    let found = backup::socket::ask_alarm(&data, args.clear)?;
+    let found = found.with_context(|| {
+        format!("find a control plane that runs on {}; start it first", data.display())
+    })?;
+    let mut out = std::io::stdout().lock();
+    match (found, args.clear) {
+        (None, _) => writeln!(out, "No alarm."),
+        (Some(proof), false) => writeln!(
+            out,
+            "The data are an old copy, {proof}. Nothing is granted until they are restored."
+        ),
+        (Some(proof), true) => writeln!(out, "Taken back: the data are an old copy, {proof}."),
+    }
+    .context("print the alarm")
+}
+
+/// Refuses to make files that the control plane's own user could not use.
+fn check_owner(data: &Path) -> anyhow::Result<()> {
+    let owner = durable::owner_if_another(data).context("read the data directory")?;
+    match owner {
+        None => Ok(()),
+        Some(owner) => anyhow::bail!(
+            "use the data in {}: they belong to the user {owner}, who could not use what another \
+             one makes among them; run this as that user, or start the control plane first",
+            data.display()
+        ),
+    }
 }
 
 /// Opens all that is on disk, and makes the use cases that stand on it.
@@ -239,7 +323,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         gates: crate::app::run_output::Gates::default(),
         history: crate::app::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
-        uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
+        uploads: Uploads::default(),
     };
     Ok((Arc::new(app), inbox))
 }
@@ -247,6 +331,14 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
 /// Refuses a data directory that was whole once and of which a part is missing: a lost mount must
 /// not look like a first start.
 fn refuse_in_part(data: &Path) -> anyhow::Result<()> {
+    if let Some(left) = backup::refuse_in_part(data) {
+        anyhow::bail!(
+            "use the data in {}: a restore into it has not come to its end ({} is there); run the \
+             restore again",
+            data.display(),
+            left.display()
+        );
+    }
     if !data.join("authority").join("ca.pem").exists() {
         return Ok(());
     }

@@ -250,7 +250,7 @@ fn authenticated(context: &[u8]) -> Vec<u8> {
     [&[KEY_VERSION], context].concat()
 }
 
-fn random<const N: usize>() -> [u8; N] {
+pub(crate) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     rand::fill(&mut bytes).expect("the system has randomness");
     bytes

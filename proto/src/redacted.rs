@@ -51,6 +51,7 @@ mod tests {
     #[test]
     fn no_secret_reaches_debug() {
         let go = v1::Go {
+            history: None,
             lease: None,
             credentials: Some(v1::SessionCredentials {
                 access_key_id: "ASIAEXAMPLE".into(),

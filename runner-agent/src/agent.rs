@@ -163,7 +163,6 @@ async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error>
         idle_since: Instant::now(),
         rest: Rest::default(),
         room: spool::watch(&config.work_dir, config.spool),
-        generation: 0,
         seen: Seen::open(&config.work_dir),
         service: Service::new(),
         pulse,
@@ -207,8 +206,6 @@ struct Agent {
     /// Grows with every job in a row that this host could not prepare.
     rest: Rest,
     room: watch::Receiver<Room>,
-    /// Of the last welcome.
-    generation: u64,
     seen: Seen,
     service: Service,
     pulse: Interval,

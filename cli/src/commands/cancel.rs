@@ -10,8 +10,8 @@ use crate::exit::Exit;
 use crate::view::run::{RunView, force_hint};
 use crate::words::{Word, explain};
 
-/// Stops a run: at once while it waits, gracefully while terraform runs. Of a lost run it ends the
-/// waiting: the run is given up, and its environment stays frozen
+/// Stops a run: at once while it waits, gracefully while terraform runs. The runner of a lost run
+/// is told when it comes back; to give such a run up is `discard`
 #[derive(Debug, Args)]
 pub(crate) struct Cancel {
     /// Id of the run

@@ -1,4 +1,4 @@
-//! `discard`: gives a plan up.
+//! `discard`: gives a plan up, or a lost apply.
 
 use clap::Args;
 
@@ -10,7 +10,8 @@ use crate::exit::Exit;
 use crate::view::run::RunView;
 use crate::words::{Word, explain};
 
-/// Gives the plan of a run up
+/// Gives the plan of a run up. Of a lost run it ends the waiting: the apply is given up for good,
+/// whatever it did, and its environment stays frozen. That is for owners
 #[derive(Debug, Args)]
 pub(crate) struct Discard {
     /// Id of the run

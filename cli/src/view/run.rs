@@ -346,7 +346,7 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
         RunState::Errored => Some(format!("latchkey logs {id}")),
         RunState::Lost => Some(format!(
             "wait for its runner, or latchkey quarantine list --run {id} and accept a state, or \
-             latchkey cancel {id} to give it up"
+             latchkey discard {id} to give it up"
         )),
         RunState::Unspecified
         | RunState::Pending
@@ -563,7 +563,7 @@ next: latchkey authenticate 0199-run, or latchkey discard 0199-run
             "stopping    asked for at 2026-01-01 00:00:40 UTC; from 2026-01-01 00:01:10 UTC on, an \
              owner can kill it: latchkey cancel 0199-run --force\n",
             "quarantine  2 things: latchkey quarantine list --run 0199-run\n",
-            "latchkey cancel 0199-run to give it up\n",
+            "latchkey discard 0199-run to give it up\n",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

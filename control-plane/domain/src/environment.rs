@@ -7,7 +7,7 @@ use crate::id::RunId;
 pub struct Hold {
     /// The run between its turn and its end.
     pub holder: Option<RunId>,
-    /// Set by a run whose remains a person must deal with.
+    /// Set by a run whose remains a person must deal with; the first of several.
     pub frozen: Option<Frozen>,
 }
 
@@ -56,9 +56,52 @@ impl Hold {
             }
             Change::Freeze { reason } => {
                 next.holder.take_if(|holder| *holder == run);
-                next.frozen = Some(Frozen { run, reason: reason.clone() });
+                match &mut next.frozen {
+                    // What that run left must be dealt with first, or it would be forgotten.
+                    Some(frozen) if frozen.run != run => frozen.add(run, reason),
+                    Some(_) | None => next.frozen = Some(Frozen { run, reason: reason.clone() }),
+                }
             }
         }
         next
+    }
+}
+
+impl Frozen {
+    /// The longest that a reason grows: a person reads it, and each restore may add to it.
+    const LONGEST: usize = 2000;
+
+    fn add(&mut self, run: RunId, reason: &str) {
+        let added = format!("; and run {run}: {reason}");
+        if !self.reason.contains(&added) && self.reason.len() + added.len() <= Self::LONGEST {
+            self.reason.push_str(&added);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freeze_never_hides_what_another_run_left() {
+        let (first, second) = (RunId::from_bytes([1; 16]), RunId::from_bytes([2; 16]));
+        let freeze = |reason: &str| Change::Freeze { reason: reason.into() };
+        let hold = Hold::default().after(first, &freeze("a state was not delivered"));
+        let hold = hold.after(second, &freeze("it was restored"));
+        let frozen = hold.frozen.clone().unwrap();
+        assert_eq!(frozen.run, first);
+        assert!(frozen.reason.starts_with("a state was not delivered"), "{}", frozen.reason);
+        assert!(frozen.reason.contains(&format!("run {second}: it was restored")));
+        // A repeat says nothing new, and no number of runs makes it too long to be kept.
+        assert_eq!(hold.after(second, &freeze("it was restored")), hold);
+        let many = (3..200).fold(hold, |hold, number| {
+            hold.after(RunId::from_bytes([number; 16]), &freeze("it was restored"))
+        });
+        assert!(many.frozen.clone().unwrap().reason.len() <= Frozen::LONGEST);
+        // Its own freeze, a run replaces; that of another it cannot take back.
+        assert_eq!(many.after(second, &Change::Thaw), many);
+        let own = many.after(first, &freeze("recovered")).frozen.unwrap();
+        assert_eq!((own.run, own.reason.as_str()), (first, "recovered"));
     }
 }

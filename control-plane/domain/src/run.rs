@@ -385,17 +385,11 @@ impl Run {
         }
     }
 
-    /// Tells whether this person has approved the plan, by a confirmation rather than a code.
-    pub fn was_confirmed_by(&self, person: &str) -> bool {
-        self.apply.authenticated.is_none()
-            && self.approval.as_ref().is_some_and(|approval| approval.by == person)
-    }
-
-    /// Returns from when on a person may have a running phase killed; absent unless a graceful
-    /// cancel was asked for and terraform may still run.
-    pub fn force_cancel_time(&self, grace: Duration) -> Option<Timestamp> {
-        let may_run = match self.state {
-            RunState::Planning | RunState::Applying | RunState::Lost => true,
+    /// Returns the phase that may be running: one with a lease, or lost.
+    pub fn running_phase(&self) -> Option<Phase> {
+        match self.state {
+            RunState::Planning => Some(Phase::Plan),
+            RunState::Applying | RunState::Lost => Some(Phase::Apply),
             RunState::AwaitingPlanMfa
             | RunState::Pending
             | RunState::PlanQueued
@@ -406,8 +400,20 @@ impl Run {
             | RunState::Applied
             | RunState::Errored
             | RunState::Canceled
-            | RunState::Discarded => false,
-        };
+            | RunState::Discarded => None,
+        }
+    }
+
+    /// Tells whether this person has approved the plan, by a confirmation rather than a code.
+    pub fn was_confirmed_by(&self, person: &str) -> bool {
+        self.apply.authenticated.is_none()
+            && self.approval.as_ref().is_some_and(|approval| approval.by == person)
+    }
+
+    /// Returns from when on a person may have a running phase killed; absent unless a graceful
+    /// cancel was asked for and terraform may still run.
+    pub fn force_cancel_time(&self, grace: Duration) -> Option<Timestamp> {
+        let may_run = self.running_phase().is_some();
         self.cancel_requested_at.filter(|_| may_run).map(|at| at + grace)
     }
 

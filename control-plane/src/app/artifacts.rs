@@ -5,20 +5,19 @@
 
 use std::sync::Arc;
 
-use latchkey_domain::id::{Digest, OrganizationId};
+use latchkey_domain::id::Digest;
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
-use tokio::sync::mpsc;
 
 use super::App;
-use super::chunks::Chunks;
+use super::claims::{Claim, Settled};
 use super::configurations::blob_error;
 use super::finish_job::JobResult;
 use super::quarantine::{Learned, outcome};
+use super::uploads::Place;
 use crate::auth::RunnerIdentity;
 use crate::blobs::{BlobReader, Upload};
-use crate::blocking;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
 use crate::store::keys::BlobUser;
@@ -32,7 +31,6 @@ pub(super) const LARGEST_STATE: u64 = 256 << 20;
 const LARGEST_WORKSPACE: u64 = 1 << 30;
 const LARGEST_LOG: u64 = 256 << 20;
 pub const LARGEST_RESULT: u64 = 1 << 20;
-const LONGEST_LINEAGE: usize = 256;
 const ATTEMPTS: usize = 16;
 
 /// What may be fetched for a job.
@@ -150,6 +148,7 @@ pub struct ArtifactUpload {
     blob: Upload,
     received: u64,
     outcome: Option<String>,
+    place: Place,
 }
 
 impl std::fmt::Debug for ArtifactUpload {
@@ -218,6 +217,7 @@ impl App {
             }
             Err(error) => return Err(error),
         };
+        let place = self.uploads.artifact(runner.id, header.size).await?;
         let organization = runner.organization;
         let blob = self
             .blobs
@@ -232,14 +232,21 @@ impl App {
             blob,
             received: 0,
             outcome: None,
+            place,
         })
     }
 
     /// Notes what a lease made, in place of what it made before.
-    async fn record_made(&self, runner: &RunnerIdentity, header: ArtifactHeader) -> Result<()> {
+    async fn record_made(
+        &self,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+        claim: &Claim,
+    ) -> Result<Settled> {
         let organization = runner.organization;
         let key = made_key(header.lease, header.kind);
         for _ in 0..ATTEMPTS {
+            let (identity, unrevoked) = self.identity_guard(runner.id).await?;
             // The lease may have been lost while the data came.
             self.leased(runner, header.lease).await?;
             let before: Option<Loaded<Text<Digest>>> = self.fetch(key.clone()).await?;
@@ -248,13 +255,13 @@ impl App {
             if let Some(before) = before
                 && before.value.0 != header.digest
             {
-                let garbage = keys::garbage(organization, &before.value.0);
-                batch = batch.put(garbage, Expect::Anything, []);
+                let run = header.lease.job.run;
+                batch = self.end_made(batch, organization, run, &before).await?;
             }
             let user = BlobUser::Made(header.lease.job.run);
-            let batch = self.claim_blob(batch, organization, &header.digest, user).await?;
+            let batch = self.settle_claim(batch, claim, user).await?.check(identity, unrevoked);
             match self.store.commit(batch).await {
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(Settled::Kept),
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
             }
@@ -273,43 +280,21 @@ impl App {
         Ok(made.is_some_and(|made| made.value.0 == digest))
     }
 
-    /// Reads lineage and serial out of a stored state, part by part; `None` if it is none.
-    async fn state_facts(
-        &self,
-        organization: OrganizationId,
-        digest: Digest,
-    ) -> Result<Option<StateFacts>> {
-        let mut reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
-        let (sender, chunks) = mpsc::channel(4);
-        let parsed =
-            blocking::spawn(move || serde_json::from_reader::<_, StateFacts>(Chunks::new(chunks)));
-        while let Some(chunk) = reader.next().await.map_err(blob_error)? {
-            if sender.send(chunk).await.is_err() {
-                break;
-            }
-        }
-        drop(sender);
-        let facts = parsed.await.map_err(Error::internal)?;
-        let fits = |facts: &StateFacts| {
-            (1..=LONGEST_LINEAGE).contains(&facts.lineage.len())
-                && !facts.lineage.contains(char::is_control)
-        };
-        Ok(facts.ok().filter(fits))
-    }
-
     /// Makes a state the environment's newest, if it continues the one before.
     async fn record_state(
         &self,
         runner: &RunnerIdentity,
         header: ArtifactHeader,
         facts: StateFacts,
-    ) -> Result<()> {
+        claim: &Claim,
+    ) -> Result<Settled> {
         for _ in 0..ATTEMPTS {
+            let (identity, unrevoked) = self.identity_guard(runner.id).await?;
             let subject = self.leased(runner, header.lease).await?;
             let (run, environment) = (&subject.run.value, &subject.environment);
             let head = environment.value.state.as_ref();
             if head.is_some_and(|head| head.digest.0 == header.digest) {
-                return Ok(());
+                return Ok(Settled::NotNeeded);
             }
             if let Some(head) = head
                 && (head.lineage != facts.lineage || head.serial > facts.serial)
@@ -347,14 +332,15 @@ impl App {
             let record = encode(&EnvironmentRecord::from(&next));
             let user = BlobUser::State(next.id);
             let batch = self
-                .claim_blob(Batch::new(), run.request.organization, &header.digest, user)
+                .settle_claim(Batch::new(), claim, user)
                 .await?
+                .check(identity, unrevoked)
                 .check(subject.run.key.clone(), Expect::At(subject.run.version))
                 .put(environment.key.clone(), Expect::At(environment.version), record)
                 .put(keys::state_version(next.id, number), Expect::Absent, encode(&version))
                 .audit(draft);
             match self.store.commit(batch).await {
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(Settled::Kept),
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
             }
@@ -365,46 +351,49 @@ impl App {
     /// Gives what was uploaded its place.
     async fn settle_upload(
         &self,
-        runner: &RunnerIdentity,
-        header: ArtifactHeader,
+        (runner, header): (&RunnerIdentity, ArtifactHeader),
         destination: Destination,
         outcome: Option<String>,
-    ) -> Result<Destination> {
-        let state = match header.kind {
+        claim: &Claim,
+    ) -> Result<(Destination, Settled)> {
+        let facts = match header.kind {
             Made::State | Made::ErroredState | Made::StateDump => {
-                self.state_facts(runner.organization, header.digest).await?
+                Some(self.state_facts(runner.organization, header.digest).await?)
             }
             Made::Workspace | Made::Changes | Made::Log | Made::Result => None,
         };
-        let learned = Learned { state: state.clone(), outcome };
-        let recorded = match (destination, header.kind, state) {
+        let state = facts.as_ref().and_then(|facts| facts.as_ref().ok()).cloned();
+        let learned = Learned { state, outcome };
+        let recorded = match (destination, header.kind, facts) {
             (Destination::Quarantine, _, _) => {
-                self.quarantine(runner, header, learned).await?;
-                return Ok(Destination::Quarantine);
+                let settled = self.quarantine(runner, header, learned, claim).await?;
+                return Ok((Destination::Quarantine, settled));
             }
-            (Destination::Current, Made::State, Some(facts)) => {
-                self.record_state(runner, header, facts).await
+            (Destination::Current, Made::State, Some(Ok(facts))) => {
+                self.record_state(runner, header, facts, claim).await
             }
-            (Destination::Current, Made::State, None) => {
-                return Err(Error::field("data", "it is not a Terraform state"));
+            (Destination::Current, Made::State, Some(Err(unfit))) => {
+                let (field, message) = unfit.explained();
+                return Err(Error::field(field, message));
             }
             (
                 Destination::Current,
                 Made::Workspace
+                | Made::State
                 | Made::Changes
                 | Made::ErroredState
                 | Made::StateDump
                 | Made::Log
                 | Made::Result,
                 _,
-            ) => self.record_made(runner, header).await,
+            ) => self.record_made(runner, header, claim).await,
         };
         match recorded {
-            Ok(()) => Ok(Destination::Current),
+            Ok(settled) => Ok((Destination::Current, settled)),
             // The lease was lost on the way: what came is kept all the same.
             Err(error) if error.reason() == Reason::LeaseLost => {
-                self.quarantine(runner, header, learned).await?;
-                Ok(Destination::Quarantine)
+                let settled = self.quarantine(runner, header, learned, claim).await?;
+                Ok((Destination::Quarantine, settled))
             }
             Err(error) => Err(error),
         }
@@ -446,24 +435,29 @@ impl ArtifactUpload {
         self.outcome = Some(outcome(self.header.lease.job.phase, result));
     }
 
-    /// Ends the upload; answers when what it changes is durable, and where it went.
+    /// Ends the upload, also if nobody waits for it any more; answers when what it changes is
+    /// durable, and where it went.
     pub async fn finish(self) -> Result<Destination> {
         if self.received != self.header.size {
             return Err(Error::field("data", "it is shorter than the header says"));
         }
-        let Self { app, runner, header, destination, blob, outcome, .. } = self;
-        blob.finish().await.map_err(blob_error)?;
+        tokio::spawn(self.record()).await.map_err(Error::internal)?
+    }
+
+    async fn record(self) -> Result<Destination> {
+        let Self { app, runner, header, destination, blob, outcome, place, .. } = self;
+        let claim = app.store_blob(runner.organization, blob).await?;
         latchkey_failpoint::reach("cp.artifact.stored");
-        let settled = app.settle_upload(&runner, header, destination, outcome).await;
+        let settled = app.settle_upload((&runner, header), destination, outcome, &claim).await;
         latchkey_failpoint::reach("cp.artifact.recorded");
-        if settled.is_err() {
-            // What was refused is nobody's, unless equal content is somebody's.
-            let note = keys::garbage(runner.organization, &header.digest);
-            app.store.commit(Batch::new().put(note, Expect::Anything, [])).await?;
+        if !matches!(settled, Ok((_, Settled::Kept))) {
+            // It is nobody's, unless equal content is somebody's.
+            app.release_claim(&claim).await?;
         }
         // What it replaced, too: whoever uploads without end must not fill the disk until the
         // reaper comes.
         app.collect_garbage_soon();
-        settled
+        drop(place);
+        settled.map(|(destination, _)| destination)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use latchkey_domain::id::Digest;
+use latchkey_domain::id::{Digest, OrganizationId};
 use latchkey_proto::v1::Reason;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
@@ -10,15 +10,16 @@ use tokio::task::JoinHandle;
 use super::App;
 use super::archive_check::{LARGEST_PACKED, inspect};
 use super::chunks::Chunks;
+use super::claims::{Claim, Settled};
+use super::uploads::MOST_ARCHIVES;
 use crate::auth::{Caller, Right, Standing};
 use crate::blobs::{BlobError, Upload};
 use crate::error::{Error, Result};
 use crate::store::record::encode;
 use crate::store::record::environment::Configuration;
-use crate::store::{Batch, Expect, keys};
+use crate::store::{Batch, CommitError, Expect, keys};
 
-/// How many archives may be on their way in.
-pub const MOST_UPLOADS: usize = 32;
+const ATTEMPTS: usize = 16;
 
 /// An archive on its way in.
 pub struct ConfigurationUpload {
@@ -47,9 +48,9 @@ impl App {
     ) -> Result<ConfigurationUpload> {
         let standing = self.standing(caller, organization, Right::Operate).await?;
         self.environment_named(standing.organization, environment).await?;
-        let place = Arc::clone(&self.uploads).try_acquire_owned().map_err(|_| {
+        let place = self.uploads.archive().ok_or_else(|| {
             let message = "too many uploads at once; try again in a moment";
-            Error::refused(Reason::LimitReached, message).with("limit", MOST_UPLOADS.to_string())
+            Error::refused(Reason::LimitReached, message).with("limit", MOST_ARCHIVES.to_string())
         })?;
         let blob = self
             .blobs
@@ -80,27 +81,57 @@ impl ConfigurationUpload {
         Ok(())
     }
 
-    /// Ends the upload. A bad archive leaves nothing behind.
+    /// Ends the upload, also if nobody waits for it any more. A bad archive leaves nothing behind.
     pub async fn finish(mut self) -> Result<Digest> {
         drop(self.to_check.take());
-        self.check.await.map_err(Error::internal)??;
-        let digest = self.blob.finish().await.map_err(blob_error)?;
-        let Standing { caller, organization, .. } = &self.standing;
-        let key = keys::configuration(*organization, &digest);
-        if self.app.store.fetch(&key).await?.is_some() {
-            return Ok(digest);
+        (&mut self.check).await.map_err(Error::internal)??;
+        tokio::spawn(self.record()).await.map_err(Error::internal)?
+    }
+
+    async fn record(self) -> Result<Digest> {
+        let Self { app, standing, blob, _place: place, .. } = self;
+        let Standing { caller, organization, .. } = &standing;
+        let claim = app.store_blob(*organization, blob).await?;
+        let digest = claim.digest;
+        let recorded = app.record_configuration(caller, *organization, &claim).await;
+        if !matches!(recorded, Ok(Settled::Kept)) {
+            app.release_claim(&claim).await?;
+            app.collect_garbage_soon();
         }
-        let record =
-            Configuration { uploaded_by: caller.name().to_owned(), at: self.app.now().into() };
-        let draft = self.app.draft(
-            *organization,
-            caller.audit_name(),
-            "upload_configuration",
-            format!("configuration {digest}"),
-        );
-        let batch = Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft);
-        self.app.store.commit(batch).await?;
-        Ok(digest)
+        drop(place);
+        recorded.map(|_| digest)
+    }
+}
+
+impl App {
+    async fn record_configuration(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        claim: &Claim,
+    ) -> Result<Settled> {
+        let key = keys::configuration(organization, &claim.digest);
+        for _ in 0..ATTEMPTS {
+            if self.store.fetch(&key).await?.is_some() {
+                return Ok(Settled::NotNeeded);
+            }
+            let record =
+                Configuration { uploaded_by: caller.name().to_owned(), at: self.now().into() };
+            let draft = self.draft(
+                organization,
+                caller.audit_name(),
+                "upload_configuration",
+                format!("configuration {}", claim.digest),
+            );
+            let batch = Batch::new().put(key.clone(), Expect::Absent, encode(&record));
+            let batch = self.settle_claim_by_record(batch, claim).await?.audit(draft);
+            match self.store.commit(batch).await {
+                Ok(_) => return Ok(Settled::Kept),
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+        }
+        Err(Error::refused(Reason::ChangedMeanwhile, "it took too long; send it again"))
     }
 }
 

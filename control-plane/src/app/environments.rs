@@ -363,7 +363,7 @@ fn check_engine(engine: &str, version: &str) -> Result<()> {
 
 /// Tells whether this is one semantic version, without build metadata: two builds of a version
 /// could not be told apart.
-fn is_exact(version: &str) -> bool {
+pub(super) fn is_exact(version: &str) -> bool {
     let (core, pre) = match version.split_once('-') {
         Some((core, pre)) => (core, Some(pre)),
         None => (version, None),

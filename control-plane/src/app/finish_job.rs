@@ -12,13 +12,14 @@ use latchkey_proto::v1::Reason;
 use super::App;
 use super::artifacts::{LARGEST_CHANGES, Made};
 use super::configurations::blob_error;
+use super::environments::is_exact;
 use super::lease_job::lease_lost;
 use crate::auth::{RunnerIdentity, sha256};
 use crate::error::{Error, Result};
 use crate::job::{ENGINES, LeaseRef, TERRAFORM};
+use crate::store::record::environment::Settings;
 
 pub(super) const LONGEST_REASON: usize = 1024;
-const LONGEST_VERSION: usize = 64;
 const LARGEST_OUTPUTS: usize = 24 * 1024;
 
 /// How a job ended.
@@ -32,8 +33,13 @@ pub enum JobResult {
         engine: String,
         terraform_version: String,
     },
-    Applied { outputs: Option<String> },
-    Failed { kind: FailureKind, reason: String },
+    Applied {
+        outputs: Option<String>,
+    },
+    Failed {
+        kind: FailureKind,
+        reason: String,
+    },
 }
 
 impl App {
@@ -66,7 +72,6 @@ impl App {
             Phase::Plan | Phase::Apply => result,
         };
         let runner_id = runner.id;
-        let actor = runner.audit_name();
         match (job.phase, result) {
             (
                 Phase::Plan,
@@ -81,19 +86,24 @@ impl App {
                     }
                 }
                 self.check_changes(organization, digests.changes).await?;
-                let planned = Planned {
-                    digest: digest_of(&digests),
-                    digests,
-                    applyable,
-                    counts,
-                    engine: engine_of(&engine)?,
-                    terraform_version: printable(&terraform_version, LONGEST_VERSION),
+                let engine = engine_of(&engine)?;
+                let settings = &subject.environment.value.settings;
+                let outcome = match unpinned(settings, &engine, &terraform_version) {
+                    Some(reason) => PlanOutcome::Failed(failure(FailureKind::Errored, reason)),
+                    None => PlanOutcome::Planned(Planned {
+                        digest: digest_of(&digests),
+                        digests,
+                        applyable,
+                        counts,
+                        engine,
+                        terraform_version,
+                    }),
                 };
-                self.advance(job.run, &actor, "finish_plan", |subject| {
+                self.advance_by(runner, job.run, "finish_plan", |subject| {
                     Ok(Event::PlanEnded {
                         runner: runner_id,
                         epoch,
-                        outcome: PlanOutcome::Planned(planned.clone()),
+                        outcome: outcome.clone(),
                         current: subject.environment.value.settings.policy,
                     })
                 })
@@ -101,7 +111,7 @@ impl App {
             }
             (Phase::Plan, JobResult::Failed { kind, reason }) => {
                 let failure = failure(kind, reason);
-                self.advance(job.run, &actor, "fail_plan", |subject| {
+                self.advance_by(runner, job.run, "fail_plan", |subject| {
                     Ok(Event::PlanEnded {
                         runner: runner_id,
                         epoch,
@@ -113,7 +123,7 @@ impl App {
             }
             (Phase::Apply, JobResult::Applied { outputs }) => {
                 let outputs = outputs.filter(|outputs| fits(outputs));
-                self.advance(job.run, &actor, "finish_apply", |_| {
+                self.advance_by(runner, job.run, "finish_apply", |_| {
                     Ok(Event::ApplyEnded {
                         runner: runner_id,
                         epoch,
@@ -124,7 +134,7 @@ impl App {
             }
             (Phase::Apply, JobResult::Failed { kind, reason }) => {
                 let failure = failure(kind, reason);
-                self.advance(job.run, &actor, "fail_apply", |_| {
+                self.advance_by(runner, job.run, "fail_apply", |_| {
                     Ok(Event::ApplyEnded {
                         runner: runner_id,
                         epoch,
@@ -161,6 +171,7 @@ impl App {
     /// with this epoch was the last to hold it.
     async fn is_recorded(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<bool> {
         self.check_generation(lease)?;
+        self.identity_guard(runner.id).await?;
         let run = match self.run(lease.job.run).await {
             Ok(run) => run.value,
             Err(error) if error.reason() == Reason::NotFound => return Err(lease_lost()),
@@ -181,6 +192,27 @@ fn engine_of(engine: &str) -> Result<String> {
         name if ENGINES.contains(&name) => Ok(name.to_owned()),
         _ => Err(Error::field("engine", "it is terraform or tofu")),
     }
+}
+
+/// Says why no apply could be held to what made a plan, if none could: the version must be one,
+/// and the one that owners want where they want one.
+fn unpinned(settings: &Settings, engine: &str, version: &str) -> Option<String> {
+    if !is_exact(version) {
+        return Some(
+            "the runner does not say which version of the engine made the plan, so that its apply \
+             could be done by any"
+                .into(),
+        );
+    }
+    let Settings { engine: wanted, engine_version, .. } = settings;
+    let fits = (wanted.is_empty() || wanted == engine)
+        && (engine_version.is_empty() || engine_version == version);
+    (!fits).then(|| {
+        format!(
+            "the plan was made by {engine} {version} and the environment wants {wanted} \
+             {engine_version}; queue the run again"
+        )
+    })
 }
 
 /// One digest over the four that an approval is bound to.
@@ -215,7 +247,8 @@ fn undelivered(result: JobResult) -> JobResult {
         }
         JobResult::Failed { reason, .. } => reason,
         JobResult::Applied { .. } => {
-            "the apply says that it ended well, but it left a state that it could not deliver".into()
+            "the apply says that it ended well, but it left a state that it could not deliver"
+                .into()
         }
     };
     JobResult::Failed { kind: FailureKind::StateUndelivered, reason }

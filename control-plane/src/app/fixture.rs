@@ -15,9 +15,9 @@ use secrecy::SecretString;
 use super::App;
 use super::artifacts::{ArtifactHeader, Made};
 use super::authenticate_run::Submission;
-use super::configurations::MOST_UPLOADS;
 use super::environments::SettingsChange;
 use super::finish_job::JobResult;
+use super::history::Mark;
 use super::lease_job::SESSION_FLOOR;
 use super::queue_run::NewRun;
 use super::start_job::Start;
@@ -32,8 +32,10 @@ use crate::job::LeaseRef;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::memory::Memory;
+use crate::store::record::runner::Runner;
+use crate::store::record::{Text, encode};
 use crate::store::record::variable::Category;
-use crate::store::{Batch, Expect, Store, keys};
+use crate::store::{Batch, CommitError, Expect, Store, keys};
 use crate::sts::aws::AwsSts;
 
 pub(crate) const ORGANIZATION: &str = "acme";
@@ -103,9 +105,26 @@ impl Fixture {
         self.directory().join("key")
     }
 
+    /// What a runner was told by a control plane of a later generation, under the same key.
+    pub(crate) async fn told_later(&self) -> Mark {
+        let store: Arc<dyn Store> = Arc::new(Memory::new());
+        let generation = encode(&(self.app.generation.get() + 1));
+        let batch = Batch::new().put(keys::generation(), Expect::Absent, generation);
+        store.commit(batch).await.unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        self.on(directory.path(), &store).await.mark().unwrap()
+    }
+
     /// A control plane on other data, under the same master key and clock.
     pub(crate) async fn on(&self, data: &Path, store: &Arc<dyn Store>) -> Arc<App> {
         app(data, &self.master, store, &self.clock, &self.endpoint).await.0
+    }
+
+    /// A control plane of the same process, so to speak, that commits through another store.
+    pub(crate) async fn committing_through(&self, store: Arc<dyn Store>) -> Arc<App> {
+        let app = self.on(self.directory(), &store).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        Arc::new(App { dispatch: self.app.dispatch.clone(), ..app })
     }
 
     /// Lets dispatch run, for tests of what it does and knows.
@@ -141,16 +160,22 @@ impl Fixture {
     }
 
     pub(crate) async fn try_queue(&self, caller: &Caller, request_id: &str) -> Result<Run> {
-        self.queue_with(caller, request_id, None).await
+        self.queue_with(&self.app, caller, request_id, None).await
     }
 
     /// Queues a run that asks to be applied without a confirmation.
     pub(crate) async fn queue_automatic(&self, caller: &Caller, request_id: &str) -> Result<Run> {
-        self.queue_with(caller, request_id, Some(true)).await
+        self.queue_with(&self.app, caller, request_id, Some(true)).await
+    }
+
+    /// Queues a run at another control plane, on a copy of these data.
+    pub(crate) async fn queue_at(&self, app: &Arc<App>, request_id: &str) -> Run {
+        self.queue_with(app, &self.owner, request_id, None).await.unwrap()
     }
 
     async fn queue_with(
         &self,
+        app: &Arc<App>,
         caller: &Caller,
         request_id: &str,
         auto_apply: Option<bool>,
@@ -158,7 +183,7 @@ impl Fixture {
         let organization = self.organization().await;
         let configuration = Digest::from_bytes([1; 32]);
         let key = keys::configuration(organization, &configuration);
-        self.store.commit(Batch::new().put(key, Expect::Anything, b"{}".as_slice())).await.unwrap();
+        app.store.commit(Batch::new().put(key, Expect::Anything, b"{}".as_slice())).await.unwrap();
         let new = NewRun {
             organization: ORGANIZATION.into(),
             environment: ENVIRONMENT.into(),
@@ -171,7 +196,7 @@ impl Fixture {
             destroy_confirmation: String::new(),
             request_id: request_id.into(),
         };
-        self.app.queue_run(caller, new).await
+        app.queue_run(caller, new).await
     }
 
     pub(crate) async fn organization(&self) -> OrganizationId {
@@ -209,12 +234,31 @@ impl Fixture {
     }
 
     pub(crate) async fn runner(&self) -> RunnerIdentity {
-        RunnerIdentity {
-            id: RunnerId::from_bytes([7; 16]),
+        self.enrolled(7).await
+    }
+
+    /// A runner with a record, as all that are enrolled have. Repeatable.
+    pub(crate) async fn enrolled(&self, number: u8) -> RunnerIdentity {
+        let (organization, pool) = (self.organization().await, PoolId::from_bytes([8; 16]));
+        let id = RunnerId::from_bytes([number; 16]);
+        let record = Runner {
+            id: Text(id),
             name: "builder".into(),
-            organization: self.organization().await,
-            pool: PoolId::from_bytes([8; 16]),
+            pool: Text(pool),
+            organization: Text(organization),
+            key: Text(Digest::from_bytes([number; 32])),
+            enrolled_at: self.app.now().into(),
+            said: None,
+            drained_at: None,
+            revoked_at: None,
+            fought_at: None,
+        };
+        let batch = Batch::new().put(keys::runner(id), Expect::Absent, encode(&record));
+        match self.store.commit(batch).await {
+            Ok(_) | Err(CommitError::Conflict { .. }) => {}
+            Err(CommitError::Store(error)) => panic!("{error}"),
         }
+        RunnerIdentity { id, name: record.name, organization, pool }
     }
 
     /// Grants a run's job and releases its credentials.
@@ -289,7 +333,8 @@ async fn app(
         gates: super::run_output::Gates::default(),
         history: super::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
-        uploads: Arc::new(tokio::sync::Semaphore::new(MOST_UPLOADS)),
+        uploads: super::uploads::Uploads::default(),
     };
+    app.begin_incarnation().await.unwrap();
     (Arc::new(app), inbox)
 }

@@ -1,34 +1,55 @@
 //! Deletes what nothing needs any more: noted in the commit that ended the need, done after it,
 //! and done again by the reaper should that have failed.
 //!
-//! Equal content is one blob, whoever brought it. So whoever comes to need a blob says so in the
-//! commit that makes it theirs ([`App::claim_blob`]), and a noted blob is deleted only when
-//! nobody has:
+//! Who needs a blob says so before it can be found ([`super::claims`]), and a noted blob is
+//! deleted only when nobody has:
 //!
 //! 1. the note is marked as *deleting*, if it is still the one that was read; a claim that came
-//!    before has removed it, and wins;
+//!    before has written it again, and wins;
 //! 2. the blob is deleted; a claim that comes now is refused, and its content is sent again;
 //! 3. the note is removed.
+//!
+//! No backup begins between 1 and 2, and none is waited for. A mark that is found was left by a
+//! process that ended: a process collects one at a time, and no two have one directory of blobs.
+//!
+//! What nobody noted is found by a slow walk through all blobs: what a crash or a restore left.
+
+mod legacy;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use latchkey_domain::id::{Digest, OrganizationId};
+use latchkey_domain::id::{Digest, OrganizationId, QuarantinedId};
 use latchkey_proto::v1::Reason;
 
 use super::App;
+use super::claims::TERM;
 use super::configurations::blob_error;
-use crate::error::{Error, Result};
+use crate::blobs::Walk;
+use crate::error::Result;
 use crate::store::keys::BlobUser;
+use crate::store::record::{Millis, decode};
 use crate::store::{Batch, CommitError, Expect, Key, Versioned, keys};
 
 /// The value of a note whose blob is being deleted.
-const DELETING: &[u8] = b"deleting";
+pub(super) const DELETING: &[u8] = b"deleting";
+
+/// How many blobs one sweep looks at, and how old one is that can't be on its way any more.
+const SWEPT: usize = 256;
+const AGE: Duration = Duration::from_secs(24 * 3600);
+
+/// What one collection leaves to the next.
+#[derive(Debug, Default)]
+pub(super) struct Collection {
+    walk: Option<Walk>,
+}
 
 /// Whether somebody needs a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Need {
     None,
-    /// A job of a run that goes on made it; it is asked again when that has ended.
+    /// A job of a run that goes on made it, or an upload is not settled; it is asked again when
+    /// that has ended.
     ForNow,
     Lasting,
 }
@@ -45,10 +66,8 @@ impl App {
 
     /// Deletes noted blobs, and the variables of runs that have ended. Idempotent.
     pub async fn collect_garbage(&self) -> Result<()> {
-        if self.blobs.is_held() {
-            // A backup copies them; what is noted stays noted.
-            return Ok(());
-        }
+        let _collection = self.uploads.collection.lock().await;
+        self.record_old_uses().await?;
         for (key, note) in self.list(keys::all(keys::Kind::Garbage)).await? {
             self.collect(key, note).await?;
         }
@@ -61,6 +80,29 @@ impl App {
         Ok(())
     }
 
+    /// Goes on with the walk through all blobs, and notes those that nobody needs.
+    pub async fn sweep_blobs(&self) -> Result<()> {
+        let mut collection = self.uploads.collection.lock().await;
+        self.record_old_uses().await?;
+        let age = i64::try_from(AGE.as_millis()).expect("a day is small");
+        let before = self.now().as_millis().saturating_sub(age);
+        let walk = collection.walk.take();
+        let (found, walk) = self.blobs.walk(walk, SWEPT, before).await.map_err(blob_error)?;
+        for (organization, digest) in found {
+            if self.need(organization, digest).await? != Need::None {
+                continue;
+            }
+            let note = keys::garbage(organization, &digest);
+            match self.store.commit(Batch::new().put(note, Expect::Absent, [])).await {
+                // Noted already.
+                Ok(_) | Err(CommitError::Conflict { .. }) => {}
+                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            }
+        }
+        collection.walk = walk;
+        Ok(())
+    }
+
     async fn collect(&self, key: Key, note: Versioned) -> Result<()> {
         let mut version = note.version;
         if let Some((organization, digest)) = keys::read_garbage(&key) {
@@ -70,6 +112,8 @@ impl App {
             };
             match need {
                 Need::None => {
+                    // A backup copies them: what is noted stays noted.
+                    let Some(deleting) = self.blobs.may_delete() else { return Ok(()) };
                     let mark =
                         Batch::new().put(key.clone(), Expect::At(version), DELETING.to_vec());
                     version = match self.store.commit(mark).await {
@@ -77,7 +121,7 @@ impl App {
                         Err(CommitError::Conflict { .. }) => return Ok(()),
                         Err(error @ CommitError::Store(_)) => return Err(error.into()),
                     };
-                    self.blobs.delete(organization, digest).await.map_err(blob_error)?;
+                    deleting.delete(organization, digest).await.map_err(blob_error)?;
                 }
                 Need::ForNow => return Ok(()),
                 Need::Lasting => {}
@@ -95,61 +139,58 @@ impl App {
             return Ok(Need::Lasting);
         }
         let mut need = Need::None;
-        for (key, _) in self.list(keys::blob_uses(organization, &digest)).await? {
-            let run = match keys::read_blob_user(&key) {
-                Some(BlobUser::State(_) | BlobUser::Quarantined(_)) => return Ok(Need::Lasting),
-                Some(BlobUser::Made(run)) => run,
+        for (key, found) in self.list(keys::blob_uses(organization, &digest)).await? {
+            let use_need = match keys::read_blob_user(&key) {
+                Some(BlobUser::State(_)) => Need::Lasting,
+                Some(BlobUser::Quarantined(id)) => self.quarantine_needs(organization, id).await?,
+                Some(BlobUser::Made(run)) => self.run_needs(run, digest).await?,
+                Some(BlobUser::Upload(_)) => {
+                    let since: Millis = decode(&key, &found)?;
+                    let over = latchkey_domain::time::Timestamp::from(since) + TERM <= self.now();
+                    if over { Need::None } else { Need::ForNow }
+                }
                 None => continue,
             };
-            match self.run(run).await {
-                Ok(run) if !run.value.state.is_end() => need = Need::ForNow,
-                Ok(run) => {
-                    // Shown with the run, as long as there is one.
-                    let planned = run.value.planned.as_ref();
-                    if planned.is_some_and(|planned| planned.digests.changes == digest) {
-                        return Ok(Need::Lasting);
+            match use_need {
+                Need::Lasting => return Ok(Need::Lasting),
+                Need::ForNow => need = Need::ForNow,
+                Need::None => {
+                    // Whoever would still rely on it expects it to be there.
+                    let ended = Batch::new().delete(key, Expect::At(found.version));
+                    match self.store.commit(ended).await {
+                        Ok(_) => {}
+                        Err(CommitError::Conflict { .. }) => need = Need::ForNow,
+                        Err(error @ CommitError::Store(_)) => return Err(error.into()),
                     }
-                    self.store.commit(Batch::new().delete(key, Expect::Anything)).await?;
                 }
-                Err(error) if error.reason() == Reason::NotFound => {
-                    self.store.commit(Batch::new().delete(key, Expect::Anything)).await?;
-                }
-                Err(error) => return Err(error),
             }
         }
         Ok(need)
     }
 
-    /// Adds to a batch that a blob, which was stored just now, is needed. The batch is refused
-    /// if the blob is deleted meanwhile.
-    pub(super) async fn claim_blob(
+    async fn quarantine_needs(
         &self,
-        batch: Batch,
         organization: OrganizationId,
-        digest: &Digest,
-        user: BlobUser,
-    ) -> Result<Batch> {
-        let note = keys::garbage(organization, digest);
-        let batch = match self.store.fetch(&note).await? {
-            None => batch.check(note, Expect::Absent),
-            Some(found) if found.value == DELETING => {
-                let message = "equal content is being deleted; send it again";
-                return Err(Error::refused(Reason::StoreUnavailable, message));
-            }
-            Some(found) => batch.delete(note, Expect::At(found.version)),
-        };
-        Ok(batch.put(keys::blob_use(organization, digest, user), Expect::Anything, []))
+        id: QuarantinedId,
+    ) -> Result<Need> {
+        let found = self.store.fetch(&keys::quarantined(organization, id)).await?;
+        Ok(if found.is_some() { Need::Lasting } else { Need::None })
     }
 
-    /// Adds to a batch that a blob is not needed by `user` any more.
-    pub(super) fn release_blob(
-        batch: Batch,
-        organization: OrganizationId,
-        digest: &Digest,
-        user: BlobUser,
-    ) -> Batch {
-        batch
-            .delete(keys::blob_use(organization, digest, user), Expect::Anything)
-            .put(keys::garbage(organization, digest), Expect::Anything, [])
+    async fn run_needs(&self, run: latchkey_domain::id::RunId, digest: Digest) -> Result<Need> {
+        let run = match self.run(run).await {
+            Ok(run) => run.value,
+            Err(error) if error.reason() == Reason::NotFound => return Ok(Need::None),
+            Err(error) => return Err(error),
+        };
+        if !run.state.is_end() {
+            return Ok(Need::ForNow);
+        }
+        // Shown with the run, as long as there is one.
+        let shown = run.planned.is_some_and(|planned| planned.digests.changes == digest);
+        Ok(if shown { Need::Lasting } else { Need::None })
     }
 }
+
+#[cfg(test)]
+mod tests;

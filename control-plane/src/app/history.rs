@@ -1,64 +1,89 @@
 //! Whether the data are the newest there are: an old copy put in place looks whole from inside.
 //!
-//! Runners remember how far they were told that history has come, and hold leases that it
-//! granted. A runner that knows of more than the store does proves that the data are an old copy,
-//! by which an apply could be started a second time. From then on nothing is granted, no
-//! credentials leave, no code is spent, and no runner's word changes anything: their streams end
-//! with `HISTORY_LOST`, and they keep what they have. People can still look.
+//! Runners remember the last [`Mark`] that they were told. One that the data cannot have said
+//! proves that they are an old copy, by which an apply could be started a second time. From then
+//! on nothing is granted, no credentials leave, no code is spent, and no runner's word changes
+//! anything: their streams end with `HISTORY_LOST`, and they keep what they have. People can still
+//! look.
 //!
-//! The proof is kept in the store, for the old copy's own commits take its history on, and a later
-//! start might look as new as what the runners know. A restore, which starts a new generation,
-//! takes the alarm back; so does a start after an owner has revoked the runner that gave the proof,
-//! for a runner can lie.
+//! Only a mark counts, for only a mark is the control plane's own word: a runner that merely says
+//! it holds what was never granted here stops nobody but itself. Whoever started terraform has a
+//! mark, since `Go` carries one.
+//!
+//! The proof is kept in the store, so that the alarm stands at the next start, before any runner
+//! comes. A restore, which starts a new generation, takes it back; so does a person on the host.
+
+mod mark;
 
 use std::cmp::Ordering;
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use latchkey_domain::id::{Generation, RunnerId};
+use latchkey_domain::id::RunnerId;
 use latchkey_proto::v1::Reason;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+pub use self::mark::Mark;
+use self::mark::{Branch, Told, Verdict};
 use super::App;
 use super::lease_job::lease_lost;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
-use crate::store::record::runner::Runner;
-use crate::store::record::{Text, encode};
+use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, Expect, keys};
 
 /// What whoever runs the control plane has to do.
 const REMEDY: &str = "this control plane runs on an old copy of its data: it grants nothing any \
                       more. Stop it, and bring the newest backup back with \
-                      `latchkey-control-plane restore`, which starts a new generation. Should the \
-                      runner have lied, revoke it and start again";
+                      `latchkey-control-plane restore`, which starts a new generation. Are these \
+                      the newest data that are left, back them up and restore that";
 
-/// The alarm. Raised once, by the first runner that proves it, and never taken back.
+/// How many runners' made up marks are told of in the audit trail, each once.
+const MOST_LIARS: usize = 1000;
+
+/// What this process knows of history, and whether an alarm was raised.
 #[derive(Clone, Debug)]
-pub struct History(Arc<watch::Sender<bool>>);
+pub struct History {
+    is_lost: Arc<watch::Sender<bool>>,
+    branch: Told,
+    /// Who brought marks that nobody here made.
+    liars: Arc<Mutex<HashSet<RunnerId>>>,
+}
 
 impl Default for History {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(false)))
+        Self {
+            is_lost: Arc::new(watch::Sender::new(false)),
+            branch: Told::default(),
+            liars: Arc::default(),
+        }
     }
 }
 
 impl History {
     pub(crate) fn is_lost(&self) -> bool {
-        *self.0.borrow()
+        *self.is_lost.borrow()
     }
 
     /// Waits until the history is known to be lost.
     pub(crate) async fn lost(&self) {
-        let mut lost = self.0.subscribe();
+        let mut lost = self.is_lost.subscribe();
         // The sender lives as long as self.
         let _ = lost.wait_for(|lost| *lost).await;
     }
 
+    /// Waits until the alarm is taken back.
+    pub(crate) async fn found(&self) {
+        let mut lost = self.is_lost.subscribe();
+        let _ = lost.wait_for(|lost| !*lost).await;
+    }
+
     /// Answers whether this was the first alarm.
     fn raise(&self) -> bool {
-        self.0.send_if_modified(|lost| !std::mem::replace(lost, true))
+        self.is_lost.send_if_modified(|lost| !std::mem::replace(lost, true))
     }
 }
 
@@ -66,17 +91,16 @@ impl History {
 pub(crate) const LOST: &str = "history lost";
 
 /// Who proved what.
-#[derive(Debug, Serialize, Deserialize)]
-struct Proof {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Proof {
     runner: Text<RunnerId>,
     proof: String,
 }
 
-/// The furthest that a runner was ever told of; zeros when nothing.
-#[derive(Clone, Copy, Debug)]
-pub struct Seen {
-    pub generation: Generation,
-    pub history: u64,
+impl fmt::Display for Proof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "proved by the runner {}: {}", self.runner.0, self.proof)
+    }
 }
 
 impl App {
@@ -88,61 +112,57 @@ impl App {
         Ok(())
     }
 
-    /// Hears what a runner knows of history when it connects. If that is more than the store
-    /// knows, the alarm is raised, and the runner keeps all it has.
-    pub async fn greet(
-        &self,
-        runner: &RunnerIdentity,
-        seen: Seen,
-        held: &[LeaseRef],
-    ) -> Result<()> {
+    /// Begins an incarnation of the data, at a start, before anybody is told anything.
+    pub async fn begin_incarnation(&self) -> Result<()> {
+        let branch = Branch::begin(&*self.store, self.generation).await?;
+        self.history.branch.set(branch).map_err(|_| Error::internal("it began once already"))
+    }
+
+    /// Says how far history has come, for runners to keep. Without disk.
+    pub fn mark(&self) -> Option<Mark> {
+        let branch = self.history.branch.get()?;
+        Some(branch.say(&self.master, self.store.history().get()))
+    }
+
+    /// Hears what a runner was last told when it connects. If these data cannot have said it, the
+    /// alarm is raised, and the runner keeps all it has.
+    pub async fn greet(&self, runner: &RunnerIdentity, told: Option<&Mark>) -> Result<()> {
         self.check_history()?;
-        match self.proof(seen, held).await? {
-            None => Ok(()),
-            Some(proof) => {
+        let (Some(told), Some(branch)) = (told, self.history.branch.get()) else { return Ok(()) };
+        match branch.judge(&self.master, told) {
+            Verdict::Fits => Ok(()),
+            Verdict::MadeUp => {
+                self.note_liar(runner).await;
+                Ok(())
+            }
+            Verdict::Proof(proof) => {
                 self.raise_alarm(runner, &proof).await;
                 Err(history_lost())
             }
         }
     }
 
-    /// Returns how the runner knows more than the store, if it does.
-    async fn proof(&self, seen: Seen, held: &[LeaseRef]) -> Result<Option<String>> {
-        let own = self.generation;
-        let highest = held.iter().map(|lease| lease.generation).max();
-        let told = highest.map_or(seen.generation, |highest| highest.max(seen.generation));
-        if told > own {
-            return Ok(Some(format!(
-                "it has seen generation {}, this is {}",
-                told.get(),
-                own.get()
-            )));
+    /// A mark that nobody here made stops nobody. Its runner may be hostile, or another control
+    /// plane's.
+    async fn note_liar(&self, runner: &RunnerIdentity) {
+        let is_new = {
+            let mut liars = self.history.liars.lock().unwrap_or_else(PoisonError::into_inner);
+            liars.len() < MOST_LIARS && liars.insert(runner.id)
+        };
+        if !is_new {
+            return;
         }
-        // What this process knows may be behind the database, so that is asked only now.
-        if seen.generation == own && seen.history > self.store.history().get() {
-            let newest = self.store.newest().await?.get();
-            if seen.history > newest {
-                return Ok(Some(format!(
-                    "it has seen commit {} of this generation, the last one here is {newest}",
-                    seen.history
-                )));
-            }
+        tracing::warn!(runner_id = %runner.id, "a runner says that it was told of a history by \
+            this control plane that it was never told of: ignored");
+        let draft = self.draft(
+            runner.organization,
+            runner.audit_name(),
+            "bring_false_history",
+            "control plane",
+        );
+        if let Err(error) = self.store.commit(Batch::new().audit(draft)).await {
+            tracing::error!(error = %error, "a false history is not in the audit trail");
         }
-        for lease in held.iter().filter(|lease| lease.generation == own) {
-            let granted = match self.run(lease.job.run).await {
-                Ok(run) => run.value.job(lease.job.phase).epoch >= lease.epoch,
-                Err(error) if error.reason() == Reason::NotFound => false,
-                Err(error) => return Err(error),
-            };
-            if !granted {
-                return Ok(Some(format!(
-                    "it holds epoch {} of the job {}, which was never granted here",
-                    lease.epoch.get(),
-                    lease.job
-                )));
-            }
-        }
-        Ok(None)
     }
 
     async fn raise_alarm(&self, runner: &RunnerIdentity, proof: &str) {
@@ -167,18 +187,28 @@ impl App {
 
     /// At a start: raises the alarm again that an earlier process heard.
     pub async fn recall_alarm(&self) -> Result<()> {
-        let Some(kept) = self.fetch::<Proof>(keys::setting(LOST)).await? else { return Ok(()) };
-        let id = kept.value.runner.0;
-        let runner = self.fetch::<Runner>(keys::runner(id)).await?;
-        if runner.is_some_and(|runner| runner.value.revoked_at.is_some()) {
-            tracing::warn!(runner_id = %id, "the runner that proved an old copy was revoked since: \
-                its word is not taken any more");
-            self.store.commit(Batch::new().delete(kept.key, Expect::At(kept.version))).await?;
-            return Ok(());
-        }
+        let Some(kept) = self.alarm().await? else { return Ok(()) };
         self.history.raise();
-        tracing::error!(runner_id = %id, proof = kept.value.proof, "{REMEDY}");
+        tracing::error!(runner_id = %kept.value.runner.0, proof = kept.value.proof, "{REMEDY}");
         Ok(())
+    }
+
+    pub(crate) async fn alarm(&self) -> Result<Option<Loaded<Proof>>> {
+        self.fetch(keys::setting(LOST)).await
+    }
+
+    /// Takes the alarm back, since a person on the host says so, and answers what it was. The next
+    /// runner that proves it raises it again.
+    pub(crate) async fn clear_alarm(&self) -> Result<Option<Proof>> {
+        let kept = self.alarm().await?;
+        if let Some(kept) = &kept {
+            let batch = Batch::new().delete(kept.key.clone(), Expect::At(kept.version));
+            self.store.commit(batch).await?;
+        }
+        if self.history.is_lost.send_replace(false) {
+            tracing::warn!("the alarm was taken back on the host");
+        }
+        Ok(kept.map(|kept| kept.value))
     }
 
     /// Refuses a lease of another generation: one before ours is gone, one after ours is not here.

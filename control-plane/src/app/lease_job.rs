@@ -5,18 +5,23 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use latchkey_domain::id::{Epoch, Generation, JobId, RunnerId};
+use latchkey_domain::lease::Lease;
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Event, Run, RunState};
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 
 use super::App;
-use super::transition::{Decision, Subject, wanted};
+use super::environments::is_exact;
+use super::transition::{Decision, Guard, Subject, wanted};
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Leases, Wanted};
 use crate::error::{Error, Result};
 use crate::job::{JobSpec, LeaseRef};
-use crate::store::{Batch, BoxFuture};
+use crate::store::BoxFuture;
+
+/// What a runner is told of a lease that is not its any more.
+const OVER: &str = "the lease is over";
 
 /// What is to become of a job that a runner says it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,14 +58,13 @@ impl App {
                 Err(error) => tracing::warn!(%job, error = %error, "the log says nothing of it"),
             }
         }
-        let (record, expect) = self.guard_of(runner).await?;
+        let actor = format!("runner {runner}");
+        let grant = (actor.as_str(), "grant_lease");
         let advance = self
-            .advance_with(job.run, &format!("runner {runner}"), "grant_lease", |subject| {
+            .advance_guarded(job.run, Guard::Grant(runner), grant, |subject| {
                 let state = subject.environment.value.state.as_ref().map(|state| state.number);
-                let event =
-                    Event::Granted { phase: job.phase, runner, log_base: length, state };
-                let batch = Batch::new().check(record.clone(), expect);
-                Ok(Decision { batch, ..Decision::from(event) })
+                let event = Event::Granted { phase: job.phase, runner, log_base: length, state };
+                Ok(Decision::from(event))
             })
             .await?;
         latchkey_failpoint::reach("cp.grant.committed");
@@ -82,6 +86,11 @@ impl App {
             wanted(run, phase, &environment.settings);
         let (archive, approved) = match (phase, &run.planned) {
             (Phase::Plan, _) => (request.configuration, None),
+            (Phase::Apply, Some(_)) if !is_exact(&terraform_version) => {
+                let message = "its plan does not say which version of the engine made it: discard \
+                               it and queue it again";
+                return Err(Error::refused(Reason::WrongState, message));
+            }
             (Phase::Apply, Some(planned)) => {
                 (planned.digests.workspace, Some(planned.digests.clone()))
             }
@@ -117,7 +126,7 @@ impl App {
         let LeaseRef { job, epoch, .. } = lease;
         // First, or the job would be offered to the same runner again.
         self.dispatch.rest(runner.id);
-        self.advance(job.run, &runner.audit_name(), "hand_back_job", |_| {
+        self.advance_by(runner, job.run, "hand_back_job", |_| {
             Ok(Event::HandedBack { phase: job.phase, runner: runner.id, epoch })
         })
         .await?;
@@ -150,19 +159,14 @@ impl App {
         self.check_generation(lease)?;
         let LeaseRef { job, epoch, .. } = lease;
         let returned = self
-            .advance(job.run, &runner.audit_name(), "return", |_| {
+            .advance_by(runner, job.run, "return", |_| {
                 Ok(Event::Returned { phase: job.phase, runner: runner.id, epoch })
             })
             .await;
         match returned {
             Ok(advance) => {
                 self.dispatch.watch(job, epoch, runner.id);
-                let run = advance.into_run();
-                Ok(match (run.forced_by, run.cancel_requested_by) {
-                    (Some(_), _) => Held::KeepCanceled { force: true },
-                    (None, Some(_)) => Held::KeepCanceled { force: false },
-                    (None, None) => Held::Keep,
-                })
+                Ok(Held::of(&advance.into_run()))
             }
             Err(error) if matches!(error.reason(), Reason::LeaseLost | Reason::NotFound) => {
                 Ok(Held::GiveUp)
@@ -171,9 +175,28 @@ impl App {
         }
     }
 
-    /// Fetches the run of a lease, if the runner holds it now.
+    /// Asks again, once a runner's stream is registered, what is to become of what it holds, and
+    /// has dispatch tell it: what was decided while it connected reached nobody.
+    pub async fn confirm_held(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        held: &[LeaseRef],
+    ) -> Result<()> {
+        for lease in held {
+            let LeaseRef { job, epoch, .. } = *lease;
+            match self.take_up(runner, *lease).await? {
+                Held::Keep => {}
+                Held::KeepCanceled { force } => self.dispatch.cancel(job, epoch, force),
+                Held::GiveUp => self.dispatch.revoke(job, epoch, OVER),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches the run of a lease, if the runner holds it now and is not revoked.
     pub(super) async fn leased(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<Subject> {
         self.check_generation(lease)?;
+        self.identity_guard(runner.id).await?;
         let subject = match self.subject(lease.job.run).await {
             Ok(subject) => subject,
             // Ids of others are answered like any lease that is not theirs.
@@ -206,15 +229,16 @@ impl App {
         Ok(())
     }
 
-    /// Tells dispatch of every open job and standing lease it does not know. Rebuilds at a start
-    /// what lives in memory only, and mends later what a failure made it miss. Idempotent.
+    /// Tells dispatch of every open job and standing lease it does not know, and repeats to
+    /// runners what the store asks of them. Rebuilds at a start what lives in memory only, and
+    /// mends later what a failure made it miss. Idempotent, here and at the runners.
     pub async fn reconcile(self: &Arc<Self>) -> Result<()> {
+        // First: a lease that is watched by now was granted in the store, or is over there.
+        let watched = self.dispatch.watched().await;
         for run in self.open_runs().await? {
             for phase in Phase::ALL {
-                if let Some(lease) = &run.job(phase).lease
-                    && run.state != RunState::Lost
-                {
-                    self.dispatch.watch_unknown(run.job_id(phase), lease.epoch, lease.runner);
+                if let Some(lease) = &run.job(phase).lease {
+                    self.reconcile_lease(&run, phase, lease).await?;
                 }
             }
             if let Some(phase) = run.open_phase() {
@@ -224,7 +248,56 @@ impl App {
                 self.offer(&run, phase, &environment);
             }
         }
+        for (job, epoch, runner) in watched {
+            let run = match self.run(job.run).await {
+                Ok(run) => run.value,
+                Err(error) if error.reason() == Reason::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let known = run.job(job.phase);
+            if known.lease.as_ref().is_some_and(|lease| lease.is(runner, epoch)) {
+                continue;
+            }
+            if known.ended_at.is_some() && known.epoch == epoch {
+                // It ended by its runner's word.
+                self.dispatch.released(job, epoch);
+            } else {
+                self.dispatch.revoke(job, epoch, OVER);
+            }
+        }
         Ok(())
+    }
+
+    async fn reconcile_lease(
+        self: &Arc<Self>,
+        run: &Run,
+        phase: Phase,
+        lease: &Lease,
+    ) -> Result<()> {
+        let (job, epoch) = (run.job_id(phase), lease.epoch);
+        if self.is_revoked(lease.runner).await? {
+            return self.end_lease_of_revoked(job, lease.runner, epoch).await;
+        }
+        if run.state == RunState::Lost {
+            return Ok(());
+        }
+        self.dispatch.watch_unknown(job, epoch, lease.runner);
+        match Held::of(run) {
+            Held::KeepCanceled { force } => self.dispatch.cancel(job, epoch, force),
+            Held::Keep | Held::GiveUp => {}
+        }
+        Ok(())
+    }
+}
+
+impl Held {
+    /// Tells what the holder of a run's lease is to do with it.
+    fn of(run: &Run) -> Self {
+        match (&run.forced_by, &run.cancel_requested_by) {
+            (Some(_), _) => Held::KeepCanceled { force: true },
+            (None, Some(_)) => Held::KeepCanceled { force: false },
+            (None, None) => Held::Keep,
+        }
     }
 }
 

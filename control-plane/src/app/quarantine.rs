@@ -5,40 +5,34 @@
 //! a state the environment's newest, or drops it.
 //!
 //! Taken is only what comes from who held the job at that epoch; and, since a restore forgets
-//! runs and epochs, what a runner of the organization says of an older generation, within bounds.
+//! runs and epochs, what a runner of the organization says of an older generation, within bounds of
+//! its own, and told as what it is. Where nothing was ever restored, there is no such time.
 
+mod bounds;
 mod review;
 mod serial;
 
-use latchkey_domain::id::{EnvironmentId, QuarantinedId, RunId};
+use latchkey_domain::id::{EnvironmentId, Generation, QuarantinedId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
 
 use super::App;
 use super::artifacts::{ArtifactHeader, Made};
+use super::claims::{Claim, Settled};
 use super::finish_job::{JobResult, LONGEST_REASON, printable};
 use super::lease_job::lease_lost;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
 use crate::store::keys::{BlobUser, QuarantineSlot};
-use crate::store::record::quarantine::{Quarantined, StateFacts, Tally};
+use crate::store::record::quarantine::{Quarantined, StateFacts, Witness};
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Version, keys};
 
 pub use self::review::{QuarantinedView, next_steps};
 
 const ATTEMPTS: usize = 16;
-
-/// The most that is kept of one run that the control plane has seen leased. Small things, which
-/// states are next to workspaces, are taken above it: each lease brings one of a kind.
-const MOST_BYTES: u64 = 4 << 30;
-
-/// The most that is kept of what runners say of an older generation.
-const FOREIGN_ENTRIES: u64 = 16;
-const FOREIGN_BYTES: u64 = 1 << 30;
-const FOREIGN_RUNS: usize = 64;
 
 /// What is read of a thing before it goes to quarantine.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +57,13 @@ impl Origin {
             Origin::Foreign(None) => None,
         }
     }
+
+    const fn witness(&self) -> Witness {
+        match self {
+            Origin::Held(_) => Witness::Record,
+            Origin::Foreign(_) => Witness::Word,
+        }
+    }
 }
 
 impl App {
@@ -75,11 +76,11 @@ impl App {
         self.identity_guard(runner.id).await?;
         let origin = self.origin(runner, header.lease).await?;
         let slot = slot_of(runner, header);
-        let key = keys::quarantine_tally(runner.organization, slot.run);
-        let tally = self.fetch::<Tally>(key).await?.map_or(Tally::default(), |tally| tally.value);
         let before = self.in_slot(slot).await?;
         let before = before.as_ref().map(|(_, before)| &before.value);
-        check_bounds(&origin, header, tally_with(tally, before, header.size))?;
+        let tallies = self.tallies(slot, origin.witness()).await?;
+        tallies.with(before, header.size).check(header.kind)?;
+        self.check_replaced(slot, before)?;
         if let Origin::Foreign(_) = origin {
             self.quota(runner, slot.run).await?;
         }
@@ -92,28 +93,29 @@ impl App {
         runner: &RunnerIdentity,
         header: ArtifactHeader,
         learned: Learned,
-    ) -> Result<()> {
+        claim: &Claim,
+    ) -> Result<Settled> {
         let organization = runner.organization;
+        let _turn = self.uploads.quarantine.lock().await;
         for _ in 0..ATTEMPTS {
+            // What an old copy acknowledges is thrown away with it.
+            self.check_history()?;
             let (identity, unrevoked) = self.identity_guard(runner.id).await?;
             let origin = self.origin(runner, header.lease).await?;
             let slot = slot_of(runner, header);
-            let tally_key = keys::quarantine_tally(organization, slot.run);
-            let tally: Option<Loaded<Tally>> = self.fetch(tally_key.clone()).await?;
+            let tallies = self.tallies(slot, origin.witness()).await?;
             let before = self.in_slot(slot).await?;
             let known = before.as_ref().map(|(_, before)| &before.value);
             if known.is_some_and(|known| known.digest.0 == header.digest) {
-                return Ok(());
+                return Ok(Settled::NotNeeded);
             }
             if known.is_some_and(|known| known.sequence > header.sequence) {
                 // An older snapshot that was on its way while a newer one was kept.
-                let note = keys::garbage(organization, &header.digest);
-                self.store.commit(Batch::new().put(note, Expect::Anything, [])).await?;
-                return Ok(());
+                return Ok(Settled::NotNeeded);
             }
-            let total = tally.as_ref().map_or(Tally::default(), |tally| tally.value);
-            let total = tally_with(total, known, header.size);
-            check_bounds(&origin, header, total)?;
+            let tallies = tallies.with(known, header.size);
+            tallies.check(header.kind)?;
+            let replaced = self.check_replaced(slot, known)?;
 
             let id = QuarantinedId::from_uuid(self.new_id());
             let record = Quarantined {
@@ -128,8 +130,10 @@ impl App {
                 digest: Text(header.digest),
                 size: header.size,
                 runner: Text(runner.id),
+                witness: origin.witness(),
                 at: self.now().into(),
                 sequence: header.sequence,
+                replaced,
                 state: learned.state.clone(),
                 outcome: learned.outcome.clone(),
                 accepted: None,
@@ -142,10 +146,9 @@ impl App {
                 .with("epoch", slot.epoch.get())
                 .with("generation", slot.generation.get())
                 .with("digest", header.digest.to_string());
-            let expect = tally.map_or(Expect::Absent, |tally| Expect::At(tally.version));
-            let mut batch = Batch::new()
+            let mut batch = tallies
+                .write(Batch::new())
                 .check(identity, unrevoked)
-                .put(tally_key, expect, encode(&total))
                 .put(keys::quarantined(organization, id), Expect::Absent, encode(&record))
                 .audit(draft);
             if let Origin::Foreign(_) = origin {
@@ -160,18 +163,19 @@ impl App {
                 Some((version, before)) => {
                     let user = BlobUser::Quarantined(before.value.id.0);
                     batch = batch.delete(before.key, Expect::At(before.version));
-                    batch = Self::release_blob(batch, organization, &before.value.digest.0, user);
+                    let digest = before.value.digest.0;
+                    batch = self.end_use(batch, organization, &digest, user).await?;
                     Expect::At(version)
                 }
             };
             batch = batch.put(keys::quarantine(slot), expect, encode(&Text(id)));
             let user = BlobUser::Quarantined(id);
-            let batch = self.claim_blob(batch, organization, &header.digest, user).await?;
+            let batch = self.settle_claim(batch, claim, user).await?;
             match self.store.commit(batch).await {
                 Ok(_) => {
                     tracing::warn!(run_id = %slot.run, runner_id = %runner.id, epoch = slot.epoch.get(),
                         kind = header.kind.as_str(), "kept in quarantine");
-                    return Ok(());
+                    return Ok(Settled::Kept);
                 }
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
@@ -199,7 +203,10 @@ impl App {
             Some(run) if run.job(lease.job.phase).was_held_by(runner.id, lease.epoch) => {
                 Ok(Origin::Held(run))
             }
-            run if lease.generation < self.generation => Ok(Origin::Foreign(run)),
+            // A plane that was never restored is of the first generation: there is none before.
+            run if (Generation::FIRST..self.generation).contains(&lease.generation) => {
+                Ok(Origin::Foreign(run))
+            }
             Some(_) | None => Err(lease_lost()),
         }
     }
@@ -212,27 +219,6 @@ impl App {
         let Some(id) = id else { return Ok(None) };
         let found = self.fetch(keys::quarantined(slot.organization, id.value.0)).await?;
         Ok(found.map(|found| (id.version, found)))
-    }
-
-    /// Fetches of which runs a runner has brought things on its word alone, if this one may be
-    /// among them.
-    async fn quota(
-        &self,
-        runner: &RunnerIdentity,
-        run: RunId,
-    ) -> Result<(Vec<Text<RunId>>, Expect)> {
-        let found: Option<Loaded<Vec<Text<RunId>>>> =
-            self.fetch(keys::quarantine_quota(runner.id)).await?;
-        let (runs, expect) = match found {
-            Some(found) => (found.value, Expect::At(found.version)),
-            None => (vec![], Expect::Absent),
-        };
-        if runs.len() >= FOREIGN_RUNS && !runs.contains(&Text(run)) {
-            return Err(limit(format!(
-                "this runner has {FOREIGN_RUNS} runs of before the restore in quarantine; drop some"
-            )));
-        }
-        Ok((runs, expect))
     }
 
     /// Tells whether a lease left a state that terraform could not deliver.
@@ -271,33 +257,6 @@ fn slot(runner: &RunnerIdentity, lease: LeaseRef, kind: Made) -> QuarantineSlot 
         runner: runner.id,
         kind: kind.number(),
     }
-}
-
-fn tally_with(tally: Tally, before: Option<&Quarantined>, size: u64) -> Tally {
-    Tally {
-        entries: tally.entries + u64::from(before.is_none()),
-        bytes: tally.bytes.saturating_sub(before.map_or(0, |before| before.size)) + size,
-    }
-}
-
-fn check_bounds(origin: &Origin, header: ArtifactHeader, total: Tally) -> Result<()> {
-    let fits = match (origin, header.kind) {
-        (Origin::Foreign(_), _) => total.entries <= FOREIGN_ENTRIES && total.bytes <= FOREIGN_BYTES,
-        (Origin::Held(_), Made::Workspace | Made::Changes | Made::Log) => total.bytes <= MOST_BYTES,
-        // At most one of each for each of the holders that are remembered.
-        (Origin::Held(_), Made::State | Made::ErroredState | Made::StateDump | Made::Result) => {
-            true
-        }
-    };
-    if fits {
-        Ok(())
-    } else {
-        Err(limit("too much of this run is in quarantine; drop some".into()))
-    }
-}
-
-fn limit(message: String) -> Error {
-    Error::refused(Reason::LimitReached, message)
 }
 
 /// Says in a sentence how a job ended, as its runner told it.

@@ -8,13 +8,20 @@
 //! 2. Attempts without an outcome are closed, with the sessions that they may hold.
 //! 3. Every run that has not ended is ended, and its environment frozen in its name; approval,
 //!    evidence, lease and session go with it. Of several runs of one environment, the one that
-//!    held it comes last, and the environment names that.
-//! 4. Sessions and pool tokens that are left are deleted.
-//! 5. One commit removes the note and tells each organization's audit trail.
+//!    held it comes first, and the environment names that.
+//! 4. Sessions, pool tokens and service tokens that are left are deleted: an owner makes new ones.
+//! 5. Every runner is drained: it may have been revoked since, and nothing of the backup says so.
+//!    An owner who knows that it was not resumes it, so that nothing is granted, and no
+//!    credentials leave, before somebody has looked.
+//! 6. One commit removes the note and tells each organization's audit trail.
+//!
+//! The logins and memberships of people stay, or nobody could look. Who they are is what the
+//! restore prints.
 //!
 //! Each step can be done again, and the note stays until all are done; so a kill midway is mended
 //! by the next start. No listener is open before.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 use latchkey_domain::device::CODE_MEMORY;
@@ -29,6 +36,8 @@ use super::authenticate_run::rfc3339;
 use crate::error::{Error, Result};
 use crate::store::keys::Kind;
 use crate::store::record::authentication::{Authentication, OpenAuthentication};
+use crate::store::record::people::{Bearer, Token};
+use crate::store::record::runner::Runner;
 use crate::store::record::{Loaded, Millis, decode, encode};
 use crate::store::{Batch, Expect, keys};
 use crate::sts::errors::clock_time;
@@ -69,7 +78,51 @@ impl App {
                 self.store.commit(Batch::new().delete(key, Expect::Anything)).await?;
             }
         }
+        self.void_service_tokens().await?;
+        self.drain_all_runners(&note.value).await?;
         self.tell(&note, interrupted).await
+    }
+
+    /// The rest of step 4.
+    async fn void_service_tokens(&self) -> Result<()> {
+        for (key, found) in self.list(keys::all(Kind::Token)).await? {
+            let token: Token = decode(&key, &found)?;
+            match token.bearer {
+                Bearer::Service { .. } => {
+                    let batch = Batch::new().delete(key, Expect::At(found.version));
+                    self.store.commit(batch).await?;
+                }
+                Bearer::User { .. } => {}
+            }
+        }
+        // Last: their names are free again once the tokens are void.
+        for (key, found) in self.list(keys::all(Kind::ServiceToken)).await? {
+            self.store.commit(Batch::new().delete(key, Expect::At(found.version))).await?;
+        }
+        Ok(())
+    }
+
+    /// Step 5.
+    async fn drain_all_runners(&self, note: &RestoredRecord) -> Result<()> {
+        for (key, found) in self.list(keys::all(Kind::Runner)).await? {
+            let runner: Runner = decode(&key, &found)?;
+            if runner.revoked_at.is_some() || runner.drained_at.is_some() {
+                continue;
+            }
+            let reason = format!(
+                "restored: resume it once you know it was not revoked since {}",
+                note.taken_at
+            );
+            let organization = runner.organization.0;
+            let subject = format!("runner {}", runner.id.0);
+            let draft = self
+                .draft(organization, "system", "drain_runner", subject)
+                .with("reason", reason.as_str());
+            let drained = Runner { drained_at: Some(self.now().into()), ..runner };
+            let batch = Batch::new().put(key, Expect::At(found.version), encode(&drained));
+            self.store.commit(batch.audit(draft)).await?;
+        }
+        Ok(())
     }
 
     async fn close_attempts(&self) -> Result<()> {
@@ -95,7 +148,7 @@ impl App {
 
     async fn end_runs(self: &Arc<Self>) -> Result<usize> {
         let mut runs = self.open_runs().await?;
-        runs.sort_by_key(precedence);
+        runs.sort_by_key(|run| Reverse(precedence(run)));
         for run in &runs {
             let ended = self.advance(run.id, "system", "interrupt_run", |_| Ok(Event::Restored));
             match ended.await {
@@ -107,7 +160,7 @@ impl App {
         Ok(runs.len())
     }
 
-    /// Step 5.
+    /// Step 6.
     async fn tell(&self, note: &Loaded<RestoredRecord>, interrupted: usize) -> Result<()> {
         let mut batch = Batch::new().delete(note.key.clone(), Expect::At(note.version));
         for (key, _) in self.list(keys::all(Kind::Organization)).await? {
@@ -142,7 +195,7 @@ impl App {
     }
 }
 
-/// Orders the runs of an environment: last comes the one that an owner has to look at first.
+/// The highest of an environment's runs is the one that an owner has to look at first.
 fn precedence(run: &Run) -> (bool, bool) {
     let released = |lease: &latchkey_domain::lease::Lease| lease.released.is_some();
     (run.state.holds_environment(), run.apply.lease.as_ref().is_some_and(released))

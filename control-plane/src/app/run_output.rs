@@ -188,6 +188,8 @@ impl Appender {
         };
         pieces.for_each(|piece| data.extend_from_slice(&piece.data));
         let _locked = self.gate.lock.lock().await;
+        // What an old copy acknowledges is thrown away with it.
+        self.app.check_history()?;
         if self.gate.epoch.load(Ordering::SeqCst) != self.lease.epoch.get() {
             return Err(lease_lost());
         }

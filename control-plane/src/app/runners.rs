@@ -12,6 +12,7 @@ use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Event, RunState};
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
+use tracing::Instrument;
 
 use super::{App, Page, PageRequest};
 use crate::auth::{Caller, Right, RunnerIdentity};
@@ -112,27 +113,27 @@ impl App {
 
     /// Lets a runner finish what it holds and offers it nothing more.
     pub async fn drain_runner(&self, caller: &Caller, id: RunnerId) -> Result<RunnerView> {
-        self.steer(caller, id, "drain_runner", |runner, now| {
+        let drained = self.steer(caller, id, "drain_runner", |runner, now| {
             if runner.revoked_at.is_some() {
                 return Err(Error::refused(Reason::WrongState, "the runner was revoked"));
             }
             let changes = runner.drained_at.is_none();
             runner.drained_at.get_or_insert(now.into());
             Ok(changes)
-        })
-        .await
+        });
+        self.shown_runner(drained.await?).await
     }
 
     /// Takes a drain back.
     pub async fn resume_runner(&self, caller: &Caller, id: RunnerId) -> Result<RunnerView> {
-        self.steer(caller, id, "resume_runner", |runner, _| {
+        let resumed = self.steer(caller, id, "resume_runner", |runner, _| {
             if runner.revoked_at.is_some() {
                 let message = "the runner was revoked, for good; enroll the host again";
                 return Err(Error::refused(Reason::WrongState, message));
             }
             Ok(runner.drained_at.take().is_some())
-        })
-        .await
+        });
+        self.shown_runner(resumed.await?).await
     }
 
     /// Ends a runner's identity for good, and with it all that it holds.
@@ -141,24 +142,30 @@ impl App {
         caller: &Caller,
         id: RunnerId,
     ) -> Result<RunnerView> {
-        self.steer(caller, id, "revoke_runner", |runner, now| {
-            let changes = runner.revoked_at.is_none();
-            runner.revoked_at.get_or_insert(now.into());
-            Ok(changes)
-        })
-        .await?;
-        self.cut_off(id);
-        // No grant to it is committed any more, so what is listed now is all.
-        for run in self.open_runs().await? {
-            for phase in Phase::ALL {
-                let held = run.job(phase).lease.as_ref().filter(|lease| lease.runner == id);
-                if let Some(lease) = held {
-                    self.end_lease_of_revoked(run.job_id(phase), id, lease.epoch).await?;
+        let (app, caller) = (Arc::clone(self), caller.clone());
+        // In a task of its own: what is revoked in the store must be cut off here, whether or
+        // not the owner waits for it.
+        let revoking = async move {
+            let revoked = app.steer(&caller, id, "revoke_runner", |runner, now| {
+                let changes = runner.revoked_at.is_none();
+                runner.revoked_at.get_or_insert(now.into());
+                Ok(changes)
+            });
+            let runner = revoked.await?;
+            app.cut_off(id);
+            // No grant to it is committed any more, so what is listed now is all.
+            for run in app.open_runs().await? {
+                for phase in Phase::ALL {
+                    let held = run.job(phase).lease.as_ref().filter(|lease| lease.runner == id);
+                    if let Some(lease) = held {
+                        app.end_lease_of_revoked(run.job_id(phase), id, lease.epoch).await?;
+                    }
                 }
             }
-        }
-        let runner = self.runner_for(caller, id, Right::Own).await?;
-        self.shown_runner(runner.value).await
+            Ok::<_, Error>(runner)
+        };
+        let runner = tokio::spawn(revoking.in_current_span()).await.map_err(Error::internal)??;
+        self.shown_runner(runner).await
     }
 
     /// Ends what this process has of a runner whose record says that it is revoked.
@@ -167,7 +174,7 @@ impl App {
         self.dispatch.expel(id);
     }
 
-    async fn end_lease_of_revoked(
+    pub(super) async fn end_lease_of_revoked(
         self: &Arc<Self>,
         job: JobId,
         runner: RunnerId,
@@ -251,9 +258,15 @@ impl App {
                 Err(revoked())
             }
             Some(Loaded { key, version, .. }) => Ok((key, Expect::At(version))),
-            // Records of runners are never deleted: that it appears meanwhile undoes the commit.
-            None => Ok((keys::runner(id), Expect::Absent)),
+            // Records of runners are never deleted: whoever has none was never enrolled here.
+            None => Err(Error::refused(Reason::IdentityRequired, "no such runner is enrolled")),
         }
+    }
+
+    /// Tells whether an owner has ended a runner's identity.
+    pub(super) async fn is_revoked(&self, id: RunnerId) -> Result<bool> {
+        let found = self.fetch::<Runner>(keys::runner(id)).await?;
+        Ok(found.is_some_and(|found| found.value.revoked_at.is_some()))
     }
 
     /// Records that two programs fight over one identity.
@@ -286,7 +299,7 @@ impl App {
         id: RunnerId,
         action: &str,
         change: impl Fn(&mut Runner, Timestamp) -> Result<bool>,
-    ) -> Result<RunnerView> {
+    ) -> Result<Runner> {
         for _ in 0..ATTEMPTS {
             let Loaded { key, version, value } = self.runner_for(caller, id, Right::Own).await?;
             let mut next = value;
@@ -305,7 +318,7 @@ impl App {
             }
             let drained = next.drained_at.is_some();
             self.dispatch.stand(id, Standing { drained, version: stored });
-            return self.shown_runner(next).await;
+            return Ok(next);
         }
         Err(changed_meanwhile())
     }

@@ -7,15 +7,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use latchkey_domain::id::OrganizationId;
+use latchkey_domain::id::{JobId, OrganizationId};
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Event, Run};
+use latchkey_domain::run::Event;
 use latchkey_proto::v1::Reason;
 
 use super::App;
 use super::finish_job::{LONGEST_REASON, printable};
 use super::lease_job::lease_lost;
-use super::transition::{Decision, Subject};
+use super::transition::{Decision, Guard, Subject};
 use super::variables::JobVariable;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
@@ -77,8 +77,10 @@ impl App {
             credentials: self.seal_session(&place, session),
             expires_at: session.expires_at.into(),
         });
+        let actor = runner.audit_name();
+        let release = (actor.as_str(), "release_credentials");
         let advance = self
-            .advance_with(job.run, &runner.audit_name(), "release_credentials", |subject| {
+            .advance_guarded(job.run, Guard::Identity(runner.id), release, |subject| {
                 let event = Event::Starting {
                     phase,
                     runner: runner.id,
@@ -112,7 +114,7 @@ impl App {
             return Ok(Start::Revoked { reason });
         }
         latchkey_failpoint::reach("cp.go.committed");
-        self.go(&run, phase).await.map(Start::Go)
+        self.go(runner, lease).await
     }
 
     /// Answers a supervisor that was replaced while terraform runs.
@@ -128,21 +130,27 @@ impl App {
         }
         let held = run.job(lease.job.phase).lease.as_ref();
         match held.and_then(|held| held.released) {
-            Some(_) => self.go(run, lease.job.phase).await.map(Start::Go),
+            Some(_) => self.go(runner, lease).await,
             None => Err(lease_lost()),
         }
     }
 
-    async fn go(&self, run: &Run, phase: Phase) -> Result<Go> {
+    /// Answers what a released lease starts with.
+    pub(super) async fn go(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Result<Start> {
+        let JobId { run: id, phase } = lease.job;
+        let session = self.session_of(id, phase).await?;
+        // Judged after the session was read: what takes one away, a kill or the lease's end, shows
+        // here, so that no phase starts without the session it was released with.
+        let run = self.leased(runner, lease).await?.run.value;
+        if run.forced_by.is_some() {
+            return Ok(Start::Forced);
+        }
+        let request = &run.request;
+        let variables =
+            self.job_variables(request.organization, request.environment, run.id).await?;
         // Last: the alarm may have come since the lease was looked at.
         self.check_history()?;
-        let request = &run.request;
-        Ok(Go {
-            session: self.session_of(run.id, phase).await?,
-            variables: self
-                .job_variables(request.organization, request.environment, run.id)
-                .await?,
-        })
+        Ok(Start::Go(Go { session, variables }))
     }
 
     /// Gets a session without MFA for a phase that demands no code, where the environment wants
@@ -229,14 +237,19 @@ impl App {
     ) -> Result<Start> {
         let LeaseRef { job, epoch, .. } = lease;
         let advance = self
-            .advance(job.run, "system", "refuse_start", |_| {
-                Ok(Event::CannotStart {
-                    phase: job.phase,
-                    runner: runner.id,
-                    epoch,
-                    reason: reason.clone(),
-                })
-            })
+            .advance_guarded(
+                job.run,
+                Guard::Identity(runner.id),
+                ("system", "refuse_start"),
+                |_| {
+                    Ok(Decision::from(Event::CannotStart {
+                        phase: job.phase,
+                        runner: runner.id,
+                        epoch,
+                        reason: reason.clone(),
+                    }))
+                },
+            )
             .await;
         match advance {
             Ok(_) => Ok(Start::Revoked { reason }),

@@ -2,18 +2,21 @@
 //!
 //! Everything a step changes is in one batch: the run, its environment, indexes, the sessions
 //! that are over, and the audit record that tells of it. What remains for after the commit are
-//! messages to the dispatch, which are derived again from the store at a start.
+//! messages to the dispatch. They are sent by the task that commits, which nobody who hangs up
+//! can stop, and are derived again from the store at a start and by the reaper.
 
 use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
-use latchkey_domain::id::{PoolId, RunId};
+use latchkey_domain::id::{PoolId, RunId, RunnerId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 
 use serde_json::Value;
+use tracing::Instrument;
 
 use super::App;
+use crate::auth::RunnerIdentity;
 use crate::dispatch::{Place, Wanted};
 use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
@@ -46,6 +49,17 @@ impl From<Event> for Decision {
     fn from(event: Event) -> Self {
         Self { event, batch: Batch::new(), details: vec![] }
     }
+}
+
+/// Whose standing a commit depends on, besides the run's and the environment's.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Guard {
+    /// A person's or our own word: rights were checked.
+    None,
+    /// The runner that speaks must not have been revoked.
+    Identity(RunnerId),
+    /// The runner that is given something to do must be neither revoked nor drained.
+    Grant(RunnerId),
 }
 
 /// What an event did.
@@ -92,9 +106,43 @@ impl App {
         action: &str,
         decide: impl Fn(&Subject) -> Result<Decision>,
     ) -> Result<Advance> {
+        self.advance_guarded(id, Guard::None, (actor, action), decide).await
+    }
+
+    /// As [`App::advance`], by the word of a runner: it is worth nothing once the runner is
+    /// revoked, whichever process heard it.
+    pub(super) async fn advance_by(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        id: RunId,
+        action: &str,
+        decide: impl Fn(&Subject) -> Result<Event>,
+    ) -> Result<Advance> {
+        let (guard, actor) = (Guard::Identity(runner.id), runner.audit_name());
+        let decide = |subject: &Subject| decide(subject).map(Decision::from);
+        self.advance_guarded(id, guard, (&actor, action), decide).await
+    }
+
+    /// As [`App::advance_with`], if whom the commit is about is still admitted. Asked in each
+    /// round: their record may be what changed.
+    pub(super) async fn advance_guarded(
+        self: &Arc<Self>,
+        id: RunId,
+        guard: Guard,
+        (actor, action): (&str, &str),
+        decide: impl Fn(&Subject) -> Result<Decision>,
+    ) -> Result<Advance> {
         for _ in 0..ATTEMPTS {
+            let admitted = match guard {
+                Guard::None => None,
+                Guard::Identity(runner) => Some(self.identity_guard(runner).await?),
+                Guard::Grant(runner) => Some(self.guard_of(runner).await?),
+            };
             let subject = self.subject(id).await?;
-            let Decision { event, batch, details } = decide(&subject)?;
+            let Decision { event, mut batch, details } = decide(&subject)?;
+            if let Some((key, expect)) = admitted {
+                batch = batch.check(key, expect);
+            }
             let run = &subject.run.value;
             let (next, environment, effects) = match step(run, event, self.now()) {
                 Step::Unchanged => {
@@ -108,18 +156,37 @@ impl App {
             };
             let moved = self.with_turn(&subject, (next, environment, effects));
             let batch = self.write(&subject, &moved, (actor, action, details), batch);
-            match self.store.commit(batch).await {
-                Ok(_) => {}
-                Err(CommitError::Conflict { .. }) => continue,
-                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            let (next, _, effects) = &moved;
+            let batch = self.note_what_ends(batch, &subject.run.value, next, effects).await?;
+            if let Some(next) = self.commit_and_perform(subject, moved, batch, action).await? {
+                return Ok(Advance::Moved(next));
             }
-            let (next, _, effects) = moved;
-            tracing::info!(run_id = %id, state = %next.state, action, "the run moved");
-            self.after_leases(&subject.run.value, &next);
-            self.perform(&next, &subject.environment.value, effects);
-            return Ok(Advance::Moved(Box::new(next)));
         }
         Err(CommitError::Conflict { key: keys::run(id) }.into())
+    }
+
+    /// Commits and performs in one task of its own: who asked may hang up while the disk writes,
+    /// and what was committed must follow all the same. `None` after a lost race.
+    async fn commit_and_perform(
+        self: &Arc<Self>,
+        subject: Subject,
+        (next, _, effects): Moved,
+        batch: Batch,
+        action: &str,
+    ) -> Result<Option<Box<Run>>> {
+        let (app, action) = (Arc::clone(self), action.to_owned());
+        let committing = async move {
+            match app.store.commit(batch).await {
+                Ok(_) => {}
+                Err(CommitError::Conflict { .. }) => return Ok(None),
+                Err(error @ CommitError::Store(_)) => return Err(Error::from(error)),
+            }
+            tracing::info!(run_id = %next.id, state = %next.state, action, "the run moved");
+            app.after_leases(&subject.run.value, &next);
+            app.perform(&next, &subject.environment.value, effects);
+            Ok(Some(Box::new(next)))
+        };
+        tokio::spawn(committing.in_current_span()).await.map_err(Error::internal)?
     }
 
     /// Gives a run that has just become pending its turn in the same commit, if nothing is in
@@ -144,7 +211,7 @@ impl App {
     fn write(
         &self,
         subject: &Subject,
-        (next, change, effects): &Moved,
+        (next, change, _): &Moved,
         (actor, action, details): (&str, &str, Details),
         mut batch: Batch,
     ) -> Batch {
@@ -176,12 +243,6 @@ impl App {
             let over = has_session(&run.value, phase) && !has_session(next, phase);
             if over && !batch.names(&session) {
                 batch = batch.delete(session, Expect::Anything);
-            }
-        }
-        for effect in effects {
-            if let (Effect::DropPlan, Some(planned)) = (effect, &next.planned) {
-                let key = keys::garbage(request.organization, &planned.digests.workspace);
-                batch = batch.put(key, Expect::Anything, []);
             }
         }
         let mut draft = self
@@ -242,14 +303,12 @@ pub(super) fn place(run: &Run, phase: Phase, settings: &Settings, pool: PoolId) 
 /// What a job runs by: a plan by what the settings say, an apply by what made its plan only.
 pub(super) fn wanted(run: &Run, phase: Phase, settings: &Settings) -> Wanted {
     match (phase, &run.planned) {
-        (Phase::Apply, Some(planned)) => Wanted {
-            engine: planned.engine.clone(),
-            version: planned.terraform_version.clone(),
-        },
-        (Phase::Plan, _) | (Phase::Apply, None) => Wanted {
-            engine: settings.engine.clone(),
-            version: settings.engine_version.clone(),
-        },
+        (Phase::Apply, Some(planned)) => {
+            Wanted { engine: planned.engine.clone(), version: planned.terraform_version.clone() }
+        }
+        (Phase::Plan, _) | (Phase::Apply, None) => {
+            Wanted { engine: settings.engine.clone(), version: settings.engine_version.clone() }
+        }
     }
 }
 

@@ -141,20 +141,10 @@ impl App {
     /// Adds to a run's reason what a person can know and do where its runner is silent.
     fn say_what_is_known(&self, view: &mut RunView) {
         let RunView { run, plan_facts, apply_facts, .. } = view;
-        let facts = match run.state {
-            RunState::Planning => plan_facts,
-            RunState::Applying | RunState::Lost => apply_facts,
-            RunState::AwaitingPlanMfa
-            | RunState::Pending
-            | RunState::PlanQueued
-            | RunState::AwaitingConfirmation
-            | RunState::AwaitingApplyMfa
-            | RunState::ApplyQueued
-            | RunState::Planned
-            | RunState::Applied
-            | RunState::Errored
-            | RunState::Canceled
-            | RunState::Discarded => return,
+        let facts = match run.running_phase() {
+            Some(Phase::Plan) => plan_facts,
+            Some(Phase::Apply) => apply_facts,
+            None => return,
         };
         let mut known = vec![];
         known.extend(run.reason.take());
@@ -165,9 +155,14 @@ impl App {
         if run.state == RunState::Lost {
             let id = run.id;
             let count = facts.quarantined;
+            let waits = match run.apply.lease {
+                Some(_) => "wait for the runner to come back, ",
+                // It was revoked.
+                None => "",
+            };
             known.push(format!(
-                "wait for the runner to come back, recover a state (`latchkey quarantine list \
-                 --run {id}`: {count} there), or give the run up with `latchkey cancel {id}`"
+                "{waits}recover a state (`latchkey quarantine list --run {id}`: {count} there), or \
+                 give the run up with `latchkey discard {id}` (owners)"
             ));
         }
         run.reason = Some(known.join("; ")).filter(|known| !known.is_empty());

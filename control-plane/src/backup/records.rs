@@ -74,6 +74,10 @@ impl Records {
             _ => self.0.read_exact(&mut length[1..])?,
         }
         let key = self.part(u16::from_be_bytes(length).into(), KEY_LIMIT)?;
+        // Those are the database's own, and would tell it lies about itself.
+        if key.first().is_none_or(|kind| *kind == 0) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a record has no kind"));
+        }
         let version = Version::new(u64::from_be_bytes(self.number()?));
         let length = u32::from_be_bytes(self.number()?);
         let value = self.part(length as usize, VALUE_LIMIT)?;

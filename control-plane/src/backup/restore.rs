@@ -1,18 +1,21 @@
 //! A data directory out of a backup.
 //!
 //! 1. The data directory must be empty or not there yet; the backup must be whole.
-//! 2. The files are copied to a hidden directory beside it, each held against its digest, and the
-//!    CA's key among them must open under the master key that is here.
+//! 2. The files are copied to a hidden directory in it ([`place`]), each held against its digest,
+//!    and the CA's key among them must open under the master key that is here.
 //! 3. The records go into a new database, with the versions they had.
 //! 4. One commit gives it a new generation, and notes what the first start has to end.
-//! 5. Everything is synced; the directory gets its name.
+//! 5. Everything is synced and moved to its place.
 //!
-//! A kill before 5 leaves nothing but what the next restore throws away.
+//! A kill leaves what no control plane starts on and the next restore throws away.
 //!
 //! The new generation is above the backup's and, being the time in milliseconds, above that of
-//! every restore before: also of those that are remembered nowhere but by runners.
+//! every restore before: also of those that are remembered nowhere but by runners. Should the
+//! clock have been ahead at one of them, a person names the number that it made.
 
-use std::fs;
+mod place;
+mod returned;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +23,9 @@ use std::sync::Arc;
 use latchkey_domain::id::Generation;
 use latchkey_domain::time::Timestamp;
 
+pub(crate) use self::place::refuse_in_part;
+use self::place::{Place, STORE};
+pub use self::returned::{Named, Person, Returned};
 use super::manifest::{self, Manifest, Unusable};
 use super::records::{self, Records};
 use super::{AUTHORITY, BLOBS, LOGS, files};
@@ -31,13 +37,24 @@ use crate::durable;
 use crate::seal::{IfMissing, KeyError, MasterKey};
 use crate::store::record::encode;
 use crate::store::sled::{self, LoadError, OpenError, Options, Sled};
-use crate::store::{Batch, CommitError, Expect, Store, Version, keys};
+use crate::store::{Batch, CommitError, Expect, Store, StoreError, Version, keys};
 
 /// What became of a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Restored {
     pub manifest: Manifest,
     pub generation: Generation,
+    pub returned: Returned,
+}
+
+/// What to restore, and where to.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan<'a> {
+    pub from: &'a Path,
+    pub data_dir: &'a Path,
+    pub key_file: &'a Path,
+    /// A generation that runners have seen; the new one is above it.
+    pub above: Option<Generation>,
 }
 
 /// Why nothing was restored. The data directory is as it was.
@@ -48,8 +65,11 @@ pub enum RestoreError {
          control plane first"
     )]
     NotEmpty { path: PathBuf },
-    #[error("restore into {path}: it has no name of its own; name a directory")]
-    NoName { path: PathBuf },
+    #[error(
+        "restore into {path}: it belongs to the user {owner}, who could not use what another one \
+         makes in it; run this as that user"
+    )]
+    Owner { path: PathBuf, owner: u32 },
     #[error("restore into {path}: another restore to there is under way")]
     UnderWay { path: PathBuf },
     #[error(
@@ -67,6 +87,12 @@ pub enum RestoreError {
          give the key file that belonged to it (--key-file)"
     )]
     OtherMasterKey { key: PathBuf },
+    #[error(
+        "trust the backup {path}: it was not written with the master key {key}, or was changed \
+         since by somebody without it; give the key file that belonged to it (--key-file), or use \
+         another backup"
+    )]
+    Foreign { path: PathBuf, key: PathBuf },
     #[error(transparent)]
     Key(KeyError),
     #[error("use the CA of the backup")]
@@ -77,6 +103,8 @@ pub enum RestoreError {
     Open(#[source] OpenError),
     #[error("begin the new generation")]
     Commit(#[source] CommitError),
+    #[error("read who may do what again")]
+    Store(#[from] StoreError),
     #[error("{attempt} {path}")]
     Io {
         attempt: &'static str,
@@ -91,56 +119,58 @@ fn failed(attempt: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Resto
     move |source| RestoreError::Io { attempt, path, source }
 }
 
-/// Makes `data_dir` out of the backup `from`, in a new generation. Does its file work where it is
+/// Makes a data directory out of a backup, in a new generation. Does its file work where it is
 /// called.
-pub async fn restore(
-    from: &Path,
-    data_dir: &Path,
-    key_file: &Path,
+pub async fn restore(plan: Plan<'_>, clock: Arc<dyn Clock>) -> Result<Restored, RestoreError> {
+    let master = MasterKey::open(plan.key_file, IfMissing::Refuse).map_err(RestoreError::Key)?;
+    let place = Place::claim(plan.data_dir)?;
+    match fill(plan, &master, place.work(), clock).await {
+        Ok(restored) => place.move_up().map(|()| restored),
+        Err(error) => {
+            place.give_up();
+            Err(error)
+        }
+    }
+}
+
+/// Steps 2 to 4.
+async fn fill(
+    plan: Plan<'_>,
+    master: &MasterKey,
+    work: &Path,
     clock: Arc<dyn Clock>,
 ) -> Result<Restored, RestoreError> {
-    if data_dir.symlink_metadata().is_ok() && !files::is_empty_directory(data_dir) {
-        return Err(RestoreError::NotEmpty { path: data_dir.to_path_buf() });
-    }
-    let manifest = read_manifest(from)?;
+    let from = plan.from;
+    let manifest = read_manifest(plan, master)?;
     check_sum(from, files::NAME, &manifest.files.sha256)?;
     check_sum(from, records::NAME, &manifest.records.sha256)?;
-    let master = MasterKey::open(key_file, IfMissing::Refuse).map_err(RestoreError::Key)?;
-
-    let partial = files::beside(data_dir, "restoring")
-        .ok_or_else(|| RestoreError::NoName { path: data_dir.to_path_buf() })?;
-    let _locked = files::claim(&partial)
-        .map_err(failed("prepare", &partial))?
-        .ok_or_else(|| RestoreError::UnderWay { path: data_dir.to_path_buf() })?;
-    copy_files(from, &partial, manifest.files.count)?;
-    let authority = partial.join(AUTHORITY);
-    Authority::open(&authority, &master, Arc::clone(&clock)).map_err(|error| match error {
+    copy_files(from, work, manifest.files.count)?;
+    let authority = work.join(AUTHORITY);
+    Authority::open(&authority, master, Arc::clone(&clock)).map_err(|error| match error {
         AuthorityError::OtherMasterKey => {
-            RestoreError::OtherMasterKey { key: key_file.to_path_buf() }
+            RestoreError::OtherMasterKey { key: plan.key_file.to_path_buf() }
         }
         error @ (AuthorityError::Io { .. } | AuthorityError::Unusable(_)) => {
             RestoreError::Authority(error)
         }
     })?;
-    let options = Options::new(partial.join("store"));
+    let options = Options::new(work.join(STORE));
     load(from, &options, &manifest)?;
-    let generation = begin(&options, &manifest, clock.now()).await?;
-
-    durable::sync_directory(&partial).map_err(failed("sync", &partial))?;
-    fs::rename(&partial, data_dir).map_err(failed("give its name to", data_dir))?;
-    durable::sync_parent(data_dir).map_err(failed("sync", data_dir))?;
-    Ok(Restored { manifest, generation })
+    let (generation, returned) = begin(&options, &manifest, plan.above, clock.now()).await?;
+    Ok(Restored { manifest, generation, returned })
 }
 
-fn read_manifest(from: &Path) -> Result<Manifest, RestoreError> {
+fn read_manifest(plan: Plan<'_>, master: &MasterKey) -> Result<Manifest, RestoreError> {
+    let from = plan.from;
     let path = from.to_path_buf();
-    Manifest::read(from).map_err(|error| match error {
+    Manifest::read(from, master).map_err(|error| match error {
         Unusable::Io(error) if error.kind() == io::ErrorKind::NotFound => {
-            damaged(from, manifest::NAME, "or its digest is not there")
+            damaged(from, manifest::NAME, "or a digest of it is not there")
         }
         Unusable::Io(source) => RestoreError::Io { attempt: "read", path, source },
         Unusable::Damaged(part, reason) => damaged(from, part, reason),
         Unusable::Newer(found) => RestoreError::Newer { path, found },
+        Unusable::Foreign => RestoreError::Foreign { path, key: plan.key_file.to_path_buf() },
     })
 }
 
@@ -220,11 +250,14 @@ fn load(from: &Path, options: &Options, manifest: &Manifest) -> Result<(), Resto
 async fn begin(
     options: &Options,
     manifest: &Manifest,
+    above: Option<Generation>,
     now: Timestamp,
-) -> Result<Generation, RestoreError> {
+) -> Result<(Generation, Returned), RestoreError> {
     let store = Sled::open(options).map_err(RestoreError::Open)?;
     let now_number = u64::try_from(now.as_millis()).unwrap_or(0);
-    let generation = Generation::new(now_number.max(manifest.generation.saturating_add(1)));
+    let known = manifest.generation.max(above.map_or(0, Generation::get));
+    let generation = Generation::new(now_number.max(known.saturating_add(1)));
+    let returned = returned::read(&store).await?;
     let note = RestoredRecord {
         from_generation: manifest.generation,
         taken_at: manifest.time.clone(),
@@ -235,5 +268,5 @@ async fn begin(
         .put(keys::setting(RESTORED), Expect::Anything, encode(&note))
         .delete(keys::setting(LOST), Expect::Anything);
     store.commit(batch).await.map_err(RestoreError::Commit)?;
-    Ok(generation)
+    Ok((generation, returned))
 }

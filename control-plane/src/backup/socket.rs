@@ -27,24 +27,34 @@ const LONGEST: u64 = 64 * 1024;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case")]
 enum Command {
-    Backup { to: PathBuf },
+    Backup {
+        to: PathBuf,
+    },
+    /// Whether the data were proved to be an old copy.
+    Alarm {
+        clear: bool,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Answer {
     Backup(Manifest),
+    /// Who proved what, if an alarm was raised.
+    Alarm(Option<String>),
     /// Reads after "failed to".
     Failed(String),
 }
 
-/// Why the control plane that runs took no backup.
+/// Why the control plane that runs did not do it.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     #[error("ask the control plane that runs")]
     Io(#[source] io::Error),
     #[error("understand the control plane's answer")]
     Malformed(#[source] serde_json::Error),
+    #[error("understand the control plane's answer: it is to another question")]
+    Unexpected,
     #[error("{0}")]
     Refused(String),
 }
@@ -91,6 +101,7 @@ async fn answer(
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no command came"))??;
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Backup { to }) => backup(app, data_dir, to).await,
+        Ok(Command::Alarm { clear }) => alarm(app, clear).await,
         Err(error) => Answer::Failed(format!("understand the command: {error}")),
     };
     let mut text = serde_json::to_vec(&answer)?;
@@ -108,6 +119,7 @@ async fn backup(app: &Arc<App>, data_dir: &Path, to: PathBuf) -> Answer {
             store: &*app.store,
             logs: &app.logs,
             blobs: Some(&app.blobs),
+            master: &app.master,
         };
         tokio::runtime::Handle::current().block_on(super::take(source, &to, app.now()))
     });
@@ -126,8 +138,38 @@ async fn backup(app: &Arc<App>, data_dir: &Path, to: PathBuf) -> Answer {
     }
 }
 
+async fn alarm(app: &Arc<App>, clear: bool) -> Answer {
+    let found = match clear {
+        true => app.clear_alarm().await,
+        false => app.alarm().await.map(|kept| kept.map(|kept| kept.value)),
+    };
+    match found {
+        Ok(found) => Answer::Alarm(found.map(|proof| proof.to_string())),
+        Err(error) => Answer::Failed(format!("read the alarm: {error}")),
+    }
+}
+
 /// Asks the control plane that runs on these data for a backup; answers nothing when none runs.
 pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskError> {
+    match ask(data_dir, &Command::Backup { to: to.to_path_buf() })? {
+        None => Ok(None),
+        Some(Answer::Backup(manifest)) => Ok(Some(manifest)),
+        Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
+        Some(Answer::Alarm(_)) => Err(AskError::Unexpected),
+    }
+}
+
+/// Asks the control plane that runs on these data for its alarm; answers nothing when none runs.
+pub fn ask_alarm(data_dir: &Path, clear: bool) -> Result<Option<Option<String>>, AskError> {
+    match ask(data_dir, &Command::Alarm { clear })? {
+        None => Ok(None),
+        Some(Answer::Alarm(found)) => Ok(Some(found)),
+        Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
+        Some(Answer::Backup(_)) => Err(AskError::Unexpected),
+    }
+}
+
+fn ask(data_dir: &Path, command: &Command) -> Result<Option<Answer>, AskError> {
     let connected = File::open(data_dir).and_then(|directory| {
         let stream = UnixStream::connect(through(&directory))?;
         Ok((directory, stream))
@@ -144,8 +186,7 @@ pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskErr
         }
         Err(error) => return Err(AskError::Io(error)),
     };
-    let command = Command::Backup { to: to.to_path_buf() };
-    let mut text = serde_json::to_vec(&command).map_err(AskError::Malformed)?;
+    let mut text = serde_json::to_vec(command).map_err(AskError::Malformed)?;
     text.push(b'\n');
     stream.write_all(&text).map_err(AskError::Io)?;
     let mut line = String::new();
@@ -154,10 +195,7 @@ pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskErr
         let error = io::Error::new(io::ErrorKind::UnexpectedEof, "it stopped before it was done");
         return Err(AskError::Io(error));
     }
-    match serde_json::from_str(&line).map_err(AskError::Malformed)? {
-        Answer::Backup(manifest) => Ok(Some(manifest)),
-        Answer::Failed(why) => Err(AskError::Refused(why)),
-    }
+    serde_json::from_str(&line).map(Some).map_err(AskError::Malformed)
 }
 
 fn through(directory: &File) -> PathBuf {

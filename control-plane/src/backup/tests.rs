@@ -11,6 +11,7 @@ use latchkey_domain::policy::Phase;
 use latchkey_domain::time::Timestamp;
 
 use super::{BackupError, Manifest, RestoreError, Source, restore, take};
+use crate::auth::sha256;
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
@@ -27,6 +28,7 @@ struct Data {
     store: Arc<Sled>,
     blobs: Blobs,
     logs: RunLogs,
+    master: Arc<MasterKey>,
 }
 
 fn clock() -> Arc<dyn Clock> {
@@ -57,9 +59,10 @@ impl Data {
         let generation = encode(&Generation::new(4).get());
         let batch = Batch::new().put(keys::generation(), Expect::Absent, generation);
         store.commit(batch).await.unwrap();
-        let blobs = Blobs::open(data.join("blobs"), Arc::new(master)).unwrap();
+        let master = Arc::new(master);
+        let blobs = Blobs::open(data.join("blobs"), Arc::clone(&master)).unwrap();
         let logs = RunLogs::open(run_log::Options::new(data.join("logs"))).unwrap();
-        Self { root, data, store, blobs, logs }
+        Self { root, data, store, blobs, logs, master }
     }
 
     fn key_file(&self) -> PathBuf {
@@ -76,12 +79,23 @@ impl Data {
             store: &*self.store,
             logs: &self.logs,
             blobs: Some(&self.blobs),
+            master: &self.master,
         };
         take(source, to, Timestamp::from_millis(1_000)).await
     }
 
     async fn restore(&self, from: &str, to: &str) -> Result<super::Restored, RestoreError> {
-        restore(&self.path(from), &self.path(to), &self.key_file(), clock()).await
+        self.restore_with(from, to, &self.key_file()).await
+    }
+
+    async fn restore_with(
+        &self,
+        from: &str,
+        to: &str,
+        key_file: &Path,
+    ) -> Result<super::Restored, RestoreError> {
+        let (from, data_dir) = (&self.path(from), &self.path(to));
+        restore(super::Plan { from, data_dir, key_file, above: None }, clock()).await
     }
 
     /// Lets 64 writers commit until the answer's flag is raised; they answer what was
@@ -191,7 +205,7 @@ async fn blobs_and_logs_come_back_as_they_were() {
     assert_eq!((mode(&data.path("backup")), mode(&data.path("backup/records"))), (0o700, 0o600));
     // What comes later is not in it, not even through a link.
     data.logs.append(run(1), Phase::Plan, log.len() as u64, log.clone()).await.unwrap();
-    data.blobs.delete(organization(), digest).await.unwrap();
+    data.blobs.may_delete().unwrap().delete(organization(), digest).await.unwrap();
 
     data.restore("backup", "restored").await.unwrap();
     let restored = data.path("restored");
@@ -215,8 +229,15 @@ async fn a_damaged_backup_is_refused_and_nothing_is_left() {
     let digest = data.blobs.put(organization(), b"a state").await.unwrap();
     data.take(&data.path("backup")).await.unwrap();
     let blob = format!("blobs/{}/{digest}", hex::encode(organization().as_bytes()));
-    for part in ["records", "files", "manifest.json", "manifest.sha256", "authority/ca.key", &blob]
-    {
+    for part in [
+        "records",
+        "files",
+        "manifest.json",
+        "manifest.sha256",
+        "manifest.mac",
+        "authority/ca.key",
+        &blob,
+    ] {
         let path = data.path("backup").join(part);
         let whole = fs::read(&path).unwrap();
         let mut flipped = whole.clone();
@@ -229,8 +250,14 @@ async fn a_damaged_backup_is_refused_and_nothing_is_left() {
                 fs::write(&path, damaged).unwrap();
             }
             let error = data.restore("backup", "restored").await.unwrap_err();
-            assert!(matches!(error, RestoreError::Damaged { .. }), "{part}: {error}");
-            assert!(error.to_string().contains("use another"), "{part}: {error}");
+            let is_told = match &error {
+                RestoreError::Damaged { .. } => true,
+                RestoreError::Foreign { .. } => part == "manifest.mac",
+                error => panic!("{part}: {error}"),
+            };
+            assert!(is_told, "{part}: {error}");
+            let told = error.to_string();
+            assert!(told.contains("use another"), "{part}: {told}");
             assert!(!data.path("restored").exists());
             let _ = fs::remove_file(&path);
         }
@@ -243,7 +270,7 @@ async fn a_damaged_backup_is_refused_and_nothing_is_left() {
 async fn what_cannot_be_safe_is_refused() {
     let data = Data::new().await;
     let taken = data.take(&data.path("backup")).await.unwrap();
-    assert_eq!(Manifest::read(&data.path("backup")).unwrap(), taken);
+    assert_eq!(Manifest::read(&data.path("backup"), &data.master).unwrap(), taken);
     let exists = data.take(&data.path("backup")).await.unwrap_err();
     assert!(matches!(exists, BackupError::Exists { .. }));
     let within = data.take(&data.data.join("backup")).await.unwrap_err();
@@ -253,14 +280,92 @@ async fn what_cannot_be_safe_is_refused() {
 
     let other = data.path("other.key");
     drop(MasterKey::open(&other, IfMissing::Create).unwrap());
-    let (from, to) = (data.path("backup"), data.path("restored"));
-    let error = restore(&from, &to, &other, clock()).await.unwrap_err();
-    assert!(matches!(error, RestoreError::OtherMasterKey { .. }), "{error}");
-    let none = restore(&from, &to, &data.path("none"), clock()).await.unwrap_err();
+    let error = data.restore_with("backup", "restored", &other).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Foreign { .. }), "{error}");
+    let none = data.restore_with("backup", "restored", &data.path("none")).await.unwrap_err();
     assert!(matches!(none, RestoreError::Key(_)), "{none}");
-    assert!(!to.exists());
+    assert!(!data.path("restored").exists());
     // What a killed restore left is in nobody's way.
     data.restore("backup", "restored").await.unwrap();
+}
+
+/// As whoever may write to where backups are kept could, with all digests put right again.
+fn forge(backup: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut records = fs::read(backup.join("records")).unwrap();
+    change(&mut records);
+    fs::write(backup.join("records"), &records).unwrap();
+    let manifest = backup.join("manifest.json");
+    let mut text: serde_json::Value =
+        serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    text["records"]["sha256"] = sha256(&records).to_string().into();
+    text["records"]["bytes"] = records.len().into();
+    text["records"]["count"] = (text["records"]["count"].as_u64().unwrap() + 1).into();
+    let text = serde_json::to_vec(&text).unwrap();
+    fs::write(&manifest, &text).unwrap();
+    fs::write(backup.join("manifest.sha256"), sha256(&text).to_string()).unwrap();
+}
+
+/// A record of its own.
+fn put(records: &mut Vec<u8>, key: &[u8]) {
+    records.extend(u16::try_from(key.len()).unwrap().to_be_bytes());
+    records.extend(key);
+    records.extend([1_u64.to_be_bytes().as_slice(), &4_u32.to_be_bytes(), b"true"].concat());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_somebody_without_the_master_key_changed_is_refused() {
+    let data = Data::new().await;
+    data.take(&data.path("backup")).await.unwrap();
+    forge(&data.path("backup"), |records| put(records, record(7).as_bytes()));
+    let error = data.restore("backup", "restored").await.unwrap_err();
+    assert!(matches!(error, RestoreError::Foreign { .. }), "{error}");
+    assert!(!data.path("restored").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_record_may_have_a_key_of_the_databases_own() {
+    for key in [b"\0last".as_slice(), b"\0", b""] {
+        let data = Data::new().await;
+        data.take(&data.path("backup")).await.unwrap();
+        forge(&data.path("backup"), |records| put(records, key));
+        // Even from somebody with the master key.
+        let text = fs::read(data.path("backup/manifest.json")).unwrap();
+        let mac = hex::encode(data.master.digest(b"backup manifest", &text));
+        fs::write(data.path("backup/manifest.mac"), mac).unwrap();
+        let error = data.restore("backup", "restored").await.unwrap_err();
+        assert!(matches!(error, RestoreError::Load(_)), "{key:?}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_directory_that_is_a_mount_point_is_filled_and_not_replaced() {
+    let data = Data::new().await;
+    data.take(&data.path("backup")).await.unwrap();
+    let restored = data.path("restored");
+    // What a file system has at its top.
+    fs::create_dir_all(restored.join("lost+found")).unwrap();
+    let before = fs::metadata(&restored).unwrap().ino();
+    data.restore("backup", "restored").await.unwrap();
+    assert_eq!(fs::metadata(&restored).unwrap().ino(), before);
+    let mut names: Vec<_> =
+        fs::read_dir(&restored).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["authority", "blobs", "logs", "lost+found", "store"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_restored_into_what_belongs_to_another_user() {
+    let data = Data::new().await;
+    data.take(&data.path("backup")).await.unwrap();
+    let restored = data.path("restored");
+    fs::create_dir(&restored).unwrap();
+    // Only root can give a directory away.
+    if std::os::unix::fs::chown(&restored, Some(4242), None).is_err() {
+        return;
+    }
+    let error = data.restore("backup", "restored").await.unwrap_err();
+    assert!(matches!(error, RestoreError::Owner { owner: 4242, .. }), "{error}");
+    assert_eq!(fs::read_dir(&restored).unwrap().count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

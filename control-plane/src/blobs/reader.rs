@@ -2,7 +2,7 @@
 //! after the digest of the whole was found to be the name's.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Cursor, Read};
 use std::sync::Arc;
 
 use aws_lc_rs::digest;
@@ -59,8 +59,7 @@ impl BlobReader {
         organization: OrganizationId,
         digest: Digest,
     ) -> Result<Self, BlobError> {
-        let opened =
-            blocking::spawn(move || Ok(Opening::new(&shared, organization, digest))).await;
+        let opened = blocking::spawn(move || Ok(Opening::new(&shared, organization, digest))).await;
         match joined(opened) {
             Ok(Ok((file, length))) => Ok(Self { digest, length, file: Some(file) }),
             Ok(Err(Failure::Io(error))) if error.kind() == io::ErrorKind::NotFound => {
@@ -80,10 +79,8 @@ impl BlobReader {
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, BlobError> {
         let Some(mut file) = self.file.take() else { return Ok(None) };
         let expected = self.digest;
-        let read = blocking::spawn(move || {
-            Ok(file.next(expected).map(|segment| (file, segment)))
-        })
-        .await;
+        let read =
+            blocking::spawn(move || Ok(file.next(expected).map(|segment| (file, segment)))).await;
         match joined(read) {
             Ok(Ok((file, segment))) => {
                 if file.left > 0 {
@@ -94,6 +91,59 @@ impl BlobReader {
             }
             Ok(Err(failure)) => Err(named(failure, self.digest)),
             Err(error) => Err(named(Failure::Io(error), self.digest)),
+        }
+    }
+}
+
+impl BlobReader {
+    /// Has all that is left read by `work`, in one piece of work that may block: it waits for no
+    /// other. What `work` answers counts only if all that it read was authentic.
+    pub async fn read_with<T: Send + 'static>(
+        self,
+        work: impl FnOnce(&mut dyn Read) -> T + Send + 'static,
+    ) -> Result<T, BlobError> {
+        let Self { digest, file, .. } = self;
+        let read = blocking::spawn(move || {
+            let mut plain = Plain { digest, file, segment: Cursor::default(), failure: None };
+            let answer = work(&mut plain);
+            Ok(plain.failure.map_or(Ok(answer), Err))
+        })
+        .await;
+        match joined(read) {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(failure)) => Err(named(failure, digest)),
+            Err(error) => Err(named(Failure::Io(error), digest)),
+        }
+    }
+}
+
+/// A blob's plaintext for a reader that blocks.
+struct Plain {
+    digest: Digest,
+    /// Gone at the end and after an error.
+    file: Option<Opening>,
+    segment: Cursor<Vec<u8>>,
+    failure: Option<Failure>,
+}
+
+impl Read for Plain {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = self.segment.read(buffer)?;
+            if read > 0 || buffer.is_empty() {
+                return Ok(read);
+            }
+            let Some(mut file) = self.file.take() else { return Ok(0) };
+            match file.next(self.digest) {
+                Ok(segment) => self.segment = Cursor::new(segment),
+                Err(failure) => {
+                    self.failure = Some(failure);
+                    return Err(io::Error::other("the blob cannot be read"));
+                }
+            }
+            if file.left > 0 {
+                self.file = Some(file);
+            }
         }
     }
 }

@@ -189,7 +189,7 @@ async fn deleting_is_final_and_may_be_repeated() {
     let blobs = open(root.path());
     let digest = blobs.put(organization(1), b"gone").await.unwrap();
     for _ in 0..2 {
-        blobs.delete(organization(1), digest).await.unwrap();
+        blobs.may_delete().unwrap().delete(organization(1), digest).await.unwrap();
         assert!(!blobs.exists(organization(1), digest).await.unwrap());
     }
     let error = blobs.get(organization(1), digest, 10).await.unwrap_err();
@@ -206,18 +206,76 @@ async fn a_blob_too_large_to_hold_is_not_gotten() {
 }
 
 #[tokio::test]
-async fn held_blobs_are_deleted_only_afterwards() {
+async fn held_blobs_are_deleted_only_afterwards_and_nobody_waits() {
     let root = tempfile::tempdir().unwrap();
-    let blobs = Blobs::open(root.path(), Arc::new(MasterKey::ephemeral())).unwrap();
+    let blobs = open(root.path());
     let digest = blobs.put(organization(1), b"kept").await.unwrap();
     let held = blobs.hold().await;
-    let deleting = tokio::spawn({
-        let blobs = blobs.clone();
-        async move { blobs.delete(organization(1), digest).await }
-    });
-    tokio::task::yield_now().await;
-    assert!(blobs.is_held() && blobs.exists(organization(1), digest).await.unwrap());
+    assert!(blobs.may_delete().is_none());
     drop(held);
-    deleting.await.unwrap().unwrap();
+    let deleting = blobs.may_delete().unwrap();
+    let holding = tokio::spawn({
+        let blobs = blobs.clone();
+        async move { blobs.hold().await }
+    });
+    deleting.delete(organization(1), digest).await.unwrap();
+    assert!(!holding.is_finished(), "a backup begins after the deletions under way");
+    drop(deleting);
+    drop(holding.await.unwrap());
     assert!(!blobs.exists(organization(1), digest).await.unwrap());
+}
+
+#[tokio::test]
+async fn what_is_read_in_one_piece_of_work_is_whole_or_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let blobs = open(root.path());
+    for length in [0, SEGMENT, 3 * SEGMENT + 5] {
+        let digest = blobs.put(organization(1), &bytes(length)).await.unwrap();
+        let reader = blobs.read(organization(1), digest).await.unwrap();
+        let read = reader.read_with(|reader| {
+            let mut whole = vec![];
+            reader.read_to_end(&mut whole).map(|_| whole)
+        });
+        assert_eq!(read.await.unwrap().unwrap(), bytes(length));
+    }
+    let digest = blobs.put(organization(1), &bytes(2 * SEGMENT)).await.unwrap();
+    let path = root.path().join(hex::encode([1; 16])).join(digest.to_string());
+    let mut flipped = fs::read(&path).unwrap();
+    *flipped.last_mut().unwrap() ^= 1;
+    fs::write(&path, flipped).unwrap();
+    let reader = blobs.read(organization(1), digest).await.unwrap();
+    let error = reader.read_with(|reader| std::io::copy(reader, &mut std::io::sink()).is_ok());
+    assert!(matches!(error.await, Err(BlobError::Damaged { .. })));
+}
+
+#[tokio::test]
+async fn a_walk_passes_every_blob_once_in_bounded_steps() {
+    let root = tempfile::tempdir().unwrap();
+    let blobs = open(root.path());
+    let mut stored = vec![];
+    for number in 1..=3 {
+        for length in 0..4 {
+            let digest = blobs.put(organization(number), &bytes(length)).await.unwrap();
+            stored.push((organization(number), digest));
+        }
+    }
+    fs::write(root.path().join("temporary/upload"), b"on its way").unwrap();
+    fs::write(root.path().join("stray"), b"no blob").unwrap();
+    let (mut walk, mut found) = (None, vec![]);
+    let late = i64::MAX;
+    loop {
+        let (some, next) = blobs.walk(walk, 5, late).await.unwrap();
+        assert!(some.len() <= 5);
+        found.extend(some);
+        walk = next;
+        if walk.is_none() {
+            break;
+        }
+    }
+    let key = |found: &(OrganizationId, Digest)| (*found.0.as_bytes(), *found.1.as_bytes());
+    found.sort_by_key(key);
+    stored.sort_by_key(key);
+    assert_eq!(found, stored);
+    // What is newer than asked for may be an upload that has just been named.
+    assert!(blobs.walk(None, 100, 0).await.unwrap().0.is_empty());
 }

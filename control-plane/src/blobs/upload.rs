@@ -28,6 +28,16 @@ pub struct Upload {
     pending: Vec<u8>,
 }
 
+/// A blob that is whole and durable, but has no name yet. Dropped before [`Sealed::name`], it
+/// leaves nothing.
+#[derive(Debug)]
+pub struct Sealed {
+    shared: Arc<Shared>,
+    organization: OrganizationId,
+    digest: Digest,
+    file: Sealing,
+}
+
 /// The temporary file.
 #[derive(Debug)]
 struct Sealing {
@@ -97,7 +107,15 @@ impl Upload {
     }
 
     /// Names the blob and returns its digest, once it is durable.
-    pub async fn finish(mut self) -> Result<Digest, BlobError> {
+    pub async fn finish(self) -> Result<Digest, BlobError> {
+        let sealed = self.seal().await?;
+        let digest = sealed.digest();
+        sealed.name().await?;
+        Ok(digest)
+    }
+
+    /// Makes the blob whole and durable. It is not to be found yet.
+    pub async fn seal(mut self) -> Result<Sealed, BlobError> {
         let segment = std::mem::take(&mut self.pending);
         self.work(move |file| {
             file.write(segment, Place::Last)?;
@@ -111,9 +129,8 @@ impl Upload {
         {
             return Err(BlobError::WrongDigest { expected, found: digest });
         }
-        let path = self.shared.path(self.organization, digest);
-        blocking("name a blob", move || file.publish(&path)).await?;
-        Ok(digest)
+        let shared = Arc::clone(&self.shared);
+        Ok(Sealed { shared, organization: self.organization, digest, file })
     }
 
     async fn work(
@@ -128,6 +145,19 @@ impl Upload {
         .await?;
         self.file = Some(file);
         Ok(())
+    }
+}
+
+impl Sealed {
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Names the blob, durably. Equal content that has the name already is replaced.
+    pub async fn name(self) -> Result<(), BlobError> {
+        let Self { shared, organization, digest, file } = self;
+        let path = shared.path(organization, digest);
+        blocking("name a blob", move || file.publish(&path)).await
     }
 }
 

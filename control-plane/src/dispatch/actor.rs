@@ -45,7 +45,7 @@ pub(super) struct Actor {
     known: HashMap<RunnerId, Known>,
     leases: HashMap<JobId, Watched>,
     /// Jobs whose grant is being committed.
-    granting: HashMap<JobId, RunnerId>,
+    granting: HashMap<JobId, Granting>,
     /// Runners that rest, to be looked at by the next tick.
     resting: Vec<RunnerId>,
     connections: u64,
@@ -94,6 +94,13 @@ struct Known {
     /// When one of its streams ended another, within [`FIGHT`].
     takeovers: VecDeque<Instant>,
     alarmed: Option<Instant>,
+}
+
+/// A grant that is being committed.
+struct Granting {
+    runner: RunnerId,
+    /// The job was said to be open meanwhile, as of this epoch.
+    reopened: Option<(Place, Epoch)>,
 }
 
 /// A lease and when it ends without a heartbeat.
@@ -151,7 +158,12 @@ impl Actor {
             Message::Open { job, place, epoch } => {
                 let pool = place.pool;
                 let overtaken = self.leases.get(&job).is_some_and(|known| known.epoch > epoch);
-                if overtaken || self.granting.contains_key(&job) {
+                if overtaken {
+                    return;
+                }
+                if let Some(granting) = self.granting.get_mut(&job) {
+                    // Judged when it is known which lease the grant made.
+                    granting.reopened = Some((place, epoch));
                     return;
                 }
                 self.forget_lease(job);
@@ -224,6 +236,10 @@ impl Actor {
             }
             Message::Expel { runner } => {
                 self.drop_connection(runner);
+            }
+            Message::Watched { reply } => {
+                let watched = self.leases.iter().map(|(job, w)| (*job, w.epoch, w.runner));
+                let _ = reply.send(watched.collect());
             }
             Message::See { runners, reply } => {
                 let seen = runners.into_iter().map(|runner| (runner, self.see(runner))).collect();
@@ -367,7 +383,7 @@ impl Actor {
     /// Gives a slot back, unless the runner has the job for another reason still.
     fn give_back(&mut self, runner: RunnerId, job: JobId) {
         let leased = self.leases.get(&job).is_some_and(|watched| watched.runner == runner);
-        if leased || self.granting.get(&job) == Some(&runner) {
+        if leased || self.granting.get(&job).is_some_and(|granting| granting.runner == runner) {
             return;
         }
         if let Some(known) = self.known.get_mut(&runner) {
@@ -449,7 +465,7 @@ impl Actor {
     fn match_pool(&mut self, pool: PoolId) {
         while let Some((job, place, runner)) = self.next_match(pool) {
             self.withdraw(job);
-            self.granting.insert(job, runner);
+            self.granting.insert(job, Granting { runner, reopened: None });
             self.take(runner, job);
             let (decider, own) = (Arc::clone(&self.decider), self.own.clone());
             tokio::spawn(async move {
@@ -505,7 +521,18 @@ impl Actor {
         runner: RunnerId,
         lease: Option<(LeaseRef, Box<JobSpec>)>,
     ) {
-        self.granting.remove(&job);
+        let granting = self.granting.remove(&job);
+        let made = lease.as_ref().map(|(lease, _)| lease.epoch);
+        // A lease of that epoch was over when the job was opened anew; a later one was not.
+        let reopened = granting
+            .and_then(|granting| granting.reopened)
+            .filter(|(_, epoch)| made.is_none_or(|made| made <= *epoch));
+        if let Some((place, epoch)) = reopened {
+            self.forget_lease(job);
+            self.give_back(runner, job);
+            self.handle(Message::Open { job, place, epoch });
+            return;
+        }
         let Some((lease, spec)) = lease else {
             self.give_back(runner, job);
             self.match_pool(pool);

@@ -1,6 +1,5 @@
 use std::time::Duration;
 
-use latchkey_domain::id::Generation;
 use latchkey_domain::policy::MfaPolicy;
 use tokio::net::TcpListener;
 use tonic::transport::Endpoint;
@@ -10,7 +9,6 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use crate::app::fixture::Fixture;
-use crate::app::history::Seen;
 
 #[tokio::test]
 async fn an_old_copy_is_not_ready_for_runners_and_stays_alive() {
@@ -27,10 +25,13 @@ async fn an_old_copy_is_not_ready_for_runners_and_stays_alive() {
     let first = watched.message().await.unwrap().unwrap();
     assert_eq!(first.status(), ServingStatus::Serving);
 
-    let seen = Seen { generation: Generation::new(99), history: 0 };
-    fixture.app.greet(&fixture.runner().await, seen, &[]).await.unwrap_err();
+    let later = fixture.told_later().await;
+    fixture.app.greet(&fixture.runner().await, Some(&later)).await.unwrap_err();
     let next = tokio::time::timeout(Duration::from_secs(10), watched.message()).await;
     assert_eq!(next.unwrap().unwrap().unwrap().status(), ServingStatus::NotServing);
     let whole = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(whole.status(), ServingStatus::Serving);
+    fixture.app.clear_alarm().await.unwrap();
+    let next = tokio::time::timeout(Duration::from_secs(10), watched.message()).await;
+    assert_eq!(next.unwrap().unwrap().unwrap().status(), ServingStatus::Serving);
 }

@@ -15,6 +15,7 @@ use latchkey_domain::id::{
     QuarantinedId, RunId, RunnerId, ServiceTokenId, UserId,
 };
 use latchkey_domain::policy::Phase;
+use uuid::Uuid;
 
 /// The name of one record.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,6 +50,7 @@ macro_rules! kinds {
 kinds! {
     Generation = 0x01
     Setting = 0x02
+    Incarnation = 0x03
     User = 0x10
     UserByName = 0x11
     Token = 0x12
@@ -76,6 +78,7 @@ kinds! {
     QuarantineTally = 0x3a
     QuarantineQuota = 0x3b
     BlobUse = 0x3c
+    QuarantineTotal = 0x3d
     Authentication = 0x40
     AuthenticationOpen = 0x41
     Device = 0x42
@@ -119,6 +122,11 @@ impl Key {
         self.0.get(1..)?.last_chunk().copied()
     }
 
+    /// Returns the first 16 bytes after the kind: the id of what the record belongs to.
+    pub fn first_id(&self) -> Option<[u8; 16]> {
+        self.0.get(1..)?.first_chunk().copied()
+    }
+
     /// Returns the name at the end of a `*ByName` or `Variable` key.
     pub fn name(&self) -> Option<&str> {
         let fixed = match self.kind()? {
@@ -130,6 +138,7 @@ impl Key {
                 _ => return None,
             },
             Kind::Generation
+            | Kind::Incarnation
             | Kind::User
             | Kind::Token
             | Kind::Organization
@@ -152,6 +161,7 @@ impl Key {
             | Kind::QuarantineTally
             | Kind::QuarantineQuota
             | Kind::BlobUse
+            | Kind::QuarantineTotal
             | Kind::Authentication
             | Kind::AuthenticationOpen
             | Kind::Device
@@ -251,6 +261,11 @@ pub fn all(kind: Kind) -> Prefix {
 
 pub fn generation() -> Key {
     key(Kind::Generation, &[])
+}
+
+/// A start of a control plane, by the last commit before it.
+pub fn incarnation(begins: u64) -> Key {
+    key(Kind::Incarnation, &[&begins.to_be_bytes()])
 }
 
 pub fn setting(name: &str) -> Key {
@@ -418,6 +433,11 @@ pub fn artifact(run: RunId, phase: Phase, epoch: Epoch, kind: u8) -> Key {
     key(Kind::Artifact, &parts)
 }
 
+/// What the leases of a run have uploaded.
+pub fn artifacts_of(run: RunId) -> Prefix {
+    prefix(Kind::Artifact, &[run.as_bytes()])
+}
+
 /// A blob that nothing needs any more and that is about to be deleted.
 pub fn garbage(organization: OrganizationId, digest: &Digest) -> Key {
     key(Kind::Garbage, &[organization.as_bytes(), digest.as_bytes()])
@@ -443,6 +463,8 @@ pub enum BlobUser {
     /// What a job of the run made.
     Made(RunId),
     Quarantined(QuarantinedId),
+    /// An upload that is not settled yet.
+    Upload(Uuid),
 }
 
 pub fn blob_use(organization: OrganizationId, digest: &Digest, user: BlobUser) -> Key {
@@ -450,6 +472,7 @@ pub fn blob_use(organization: OrganizationId, digest: &Digest, user: BlobUser) -
         BlobUser::State(environment) => (b"s", *environment.as_bytes()),
         BlobUser::Made(run) => (b"m", *run.as_bytes()),
         BlobUser::Quarantined(id) => (b"q", *id.as_bytes()),
+        BlobUser::Upload(id) => (b"u", *id.as_bytes()),
     };
     key(Kind::BlobUse, &[organization.as_bytes(), digest.as_bytes(), tag, &id])
 }
@@ -465,6 +488,7 @@ pub fn read_blob_user(key: &Key) -> Option<BlobUser> {
         b's' => Some(BlobUser::State(EnvironmentId::from_bytes(id))),
         b'm' => Some(BlobUser::Made(RunId::from_bytes(id))),
         b'q' => Some(BlobUser::Quarantined(QuarantinedId::from_bytes(id))),
+        b'u' => Some(BlobUser::Upload(Uuid::from_bytes(id))),
         _ => None,
     }
 }
@@ -517,9 +541,30 @@ pub fn quarantined_of(organization: OrganizationId) -> Prefix {
     prefix(Kind::Quarantined, &[organization.as_bytes()])
 }
 
-/// How much of a run is in quarantine.
+/// How much of a run is in quarantine, of what those brought who were seen to hold it.
 pub fn quarantine_tally(organization: OrganizationId, run: RunId) -> Key {
     key(Kind::QuarantineTally, &[organization.as_bytes(), run.as_bytes()])
+}
+
+/// How much of a run is in quarantine on one runner's word alone.
+pub fn quarantine_tally_on_word(
+    organization: OrganizationId,
+    run: RunId,
+    runner: RunnerId,
+) -> Key {
+    let parts = [organization.as_bytes().as_slice(), run.as_bytes(), runner.as_bytes()];
+    key(Kind::QuarantineTally, &parts)
+}
+
+/// How much of an organization is in quarantine, of one sort of witness; of all its runners
+/// together, or of one.
+pub fn quarantine_total(
+    organization: OrganizationId,
+    witness: u8,
+    runner: Option<RunnerId>,
+) -> Key {
+    let runner = runner.as_ref().map_or([].as_slice(), |runner| runner.as_bytes());
+    key(Kind::QuarantineTotal, &[organization.as_bytes(), &[witness], runner])
 }
 
 /// Of which runs a runner has brought things that it was never seen to hold.

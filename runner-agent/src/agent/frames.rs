@@ -9,7 +9,6 @@ use tokio::time::Duration;
 
 use super::intake;
 use super::job::Origin;
-use super::seen::History;
 use super::told::{Event, Told};
 use super::{Agent, Held};
 use crate::config::Lifetime;
@@ -32,7 +31,6 @@ enum Answer {
 impl Agent {
     /// Step 1.
     pub(super) fn hello(&mut self) -> v1::Hello {
-        let seen = self.seen.kept();
         v1::Hello {
             slots: match self.config.lifetime {
                 Lifetime::UntilStopped => self.config.slots,
@@ -48,8 +46,7 @@ impl Agent {
                 Some(Phase::Apply) => vec![v1::Phase::Apply.into()],
             },
             host: Some(host::facts(&self.isolation)),
-            seen_generation: seen.generation,
-            seen_history: seen.history,
+            seen: self.seen.kept(),
             draining: self.intake.is_leaving() || self.intake.is_unfit(),
         }
     }
@@ -60,8 +57,7 @@ impl Agent {
 
     /// Step 2.
     pub(super) fn welcomed(&mut self, welcome: &v1::Welcome) -> Result<(), lease::Error> {
-        self.generation = welcome.generation;
-        self.saw(welcome.history);
+        self.seen.note(welcome.history.clone());
         self.intake.resume();
         self.named.clear();
         let given_up: Vec<Lease> =
@@ -86,7 +82,12 @@ impl Agent {
     ) -> Result<(), lease::Error> {
         match frame {
             Response::Offer(offer) => self.offered(offer, connection),
-            Response::Go(go) => self.tell(go.lease.clone(), Told::Go(go)),
+            Response::Go(mut go) => {
+                // Whoever starts terraform can prove later that it was released.
+                self.seen.note(go.history.take());
+                self.seen.keep();
+                self.tell(go.lease.clone(), Told::Go(go))
+            }
             Response::Cancel(cancel) => {
                 self.tell(cancel.lease, Told::Cancel { force: cancel.force })
             }
@@ -106,7 +107,7 @@ impl Agent {
                 Ok(())
             }
             Response::Renewed(renewed) => {
-                self.saw(renewed.history);
+                self.seen.note(renewed.history);
                 let renewed: Vec<Lease> =
                     renewed.lease.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect();
                 // One accepted since the heartbeat cannot be in its answer.
@@ -120,10 +121,6 @@ impl Agent {
             // It is the first frame, and was.
             Response::Welcome(_) => Ok(()),
         }
-    }
-
-    fn saw(&mut self, history: u64) {
-        self.seen.note(History { generation: self.generation, history });
     }
 
     fn offered(

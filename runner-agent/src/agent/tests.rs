@@ -90,6 +90,13 @@ struct Plane {
 
 type Stream1<T> = Pin<Box<dyn Stream<Item = Result<T, Refusal>> + Send>>;
 
+impl World {
+    fn mark(&self) -> Option<v1::HistoryMark> {
+        let (generation, history) = (self.generation.max(1), self.history);
+        Some(v1::HistoryMark { generation, incarnation: "a".repeat(32), history, mac: vec![1; 32] })
+    }
+}
+
 impl Plane {
     async fn start() -> Self {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
@@ -297,7 +304,7 @@ impl RunnerService for Plane {
                             world.hellos.push(hello.clone());
                             let generation = world.generation.max(1);
                             let offer = world.offer.clone();
-                            (world.give_up, offer, generation, world.history, world.drains)
+                            (world.give_up, offer, generation, world.mark(), world.drains)
                         };
                         let (keep, give_up) = if give_up {
                             (vec![], hello.held.clone())
@@ -343,8 +350,10 @@ impl RunnerService for Plane {
                                 expire_time: None,
                             });
                             let lease = starting.lease;
-                            send(Response::Go(v1::Go { lease, credentials, variables: vec![] }))
-                                .await;
+                            let history = plane.world().mark();
+                            let variables = vec![];
+                            let go = v1::Go { lease, credentials, variables, history };
+                            send(Response::Go(go)).await;
                         }
                     }
                     Request::Heartbeat(heartbeat) => {
@@ -354,7 +363,7 @@ impl RunnerService for Plane {
                             let world = plane.world();
                             let lost = world.loses_leases && !world.renews_lost_leases;
                             let all_the_same = world.offers_all_the_same;
-                            (world.offer.clone(), world.cancel, lost, world.history, all_the_same)
+                            (world.offer.clone(), world.cancel, lost, world.mark(), all_the_same)
                         };
                         let held = offer.is_some() && !lost;
                         let idle = heartbeat.held.is_empty() && (!draining || all_the_same);

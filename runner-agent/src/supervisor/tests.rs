@@ -190,7 +190,12 @@ fn go(variables: Vec<v1::JobVariable>) -> Order {
         session_token: "canary-session-token".into(),
         expire_time: None,
     };
-    Order::Go(v1::Go { lease: None, credentials: Some(credentials), variables })
+    Order::Go(v1::Go {
+        lease: None,
+        credentials: Some(credentials),
+        variables,
+        history: None,
+    })
 }
 
 /// Restores what a plan sealed, as the agent does for the apply.

@@ -118,14 +118,13 @@ impl Agent {
             engines: vec![v1::Engine { name: "terraform".into(), version: "1.11.4".into() }],
             held: self.held(),
             version: "simulated".into(),
-            seen_generation: self.machine.seen().0,
-            seen_history: self.machine.seen().1,
+            seen: self.machine.seen(),
             ..Default::default()
         };
         let (mut connection, welcome) = Connection::open(self.client.clone(), hello).await?;
         self.machine.world.model.note(format!("{} is welcome", self.machine.name));
         self.generation = welcome.generation;
-        self.machine.saw(welcome.generation, welcome.history);
+        self.machine.saw(welcome.history.clone());
         (self.named, self.drained) = (vec![], false);
         let given_up: Vec<Lease> =
             welcome.give_up.iter().filter_map(|lease| Lease::from_wire(Some(lease))).collect();
@@ -183,7 +182,7 @@ impl Agent {
                     .iter()
                     .filter_map(|lease| Lease::from_wire(Some(lease)))
                     .collect();
-                self.machine.saw(self.generation, history);
+                self.machine.saw(history);
                 for lease in self.named.iter().filter(|lease| !renewed.contains(lease)) {
                     if let Some(job) = self.jobs.get(lease) {
                         tell(job, Told::NotRenewed)?;

@@ -145,7 +145,7 @@ struct Inner {
     disk: BTreeMap<Lease, Directory>,
     supervisors: BTreeMap<Lease, (Link, AbortHandle)>,
     terraforms: BTreeMap<Lease, Arc<Terraform>>,
-    seen: (u64, u64),
+    seen: Option<v1::HistoryMark>,
 }
 
 impl Machine {
@@ -172,14 +172,17 @@ impl Machine {
         inner.terraforms.clear();
     }
 
-    /// The highest generation and history that this host was told.
-    pub(crate) fn seen(&self) -> (u64, u64) {
-        self.inner().seen
+    /// The furthest mark of history that this host was told.
+    pub(crate) fn seen(&self) -> Option<v1::HistoryMark> {
+        self.inner().seen.clone()
     }
 
-    pub(crate) fn saw(&self, generation: u64, history: u64) {
+    pub(crate) fn saw(&self, mark: Option<v1::HistoryMark>) {
+        let reach = |mark: &v1::HistoryMark| (mark.generation, mark.history);
         let mut inner = self.inner();
-        inner.seen = inner.seen.max((generation, history));
+        if mark.as_ref().map(reach) > inner.seen.as_ref().map(reach) {
+            inner.seen = mark;
+        }
     }
 
     pub(crate) fn leases(&self) -> Vec<Lease> {

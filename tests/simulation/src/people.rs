@@ -141,7 +141,7 @@ impl Person {
             AwaitingApplyMfa if !calm && chance.happens(0.08) => self.discard(&run).await,
             AwaitingApplyMfa => self.submit(&run, Phase::Apply).await,
             AwaitingConfirmation => self.confirm(&run).await,
-            Lost if calm => self.cancel(&run, false).await,
+            Lost if calm => self.discard(&run).await,
             Planning | Applying if run.cancel_requested && chance.happens(0.1) => {
                 self.cancel(&run, true).await;
             }

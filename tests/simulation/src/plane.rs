@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_control_plane::app::App;
-use latchkey_control_plane::app::configurations::MOST_UPLOADS;
 use latchkey_control_plane::app::environments::SettingsChange;
 use latchkey_control_plane::app::history::History;
 use latchkey_control_plane::app::lease_job::SESSION_FLOOR;
 use latchkey_control_plane::app::run_output::Gates;
+use latchkey_control_plane::app::uploads::Uploads;
 use latchkey_control_plane::app::variables::{NewVariable, Scope};
 use latchkey_control_plane::auth::revocation::Revocations;
 use latchkey_control_plane::auth::{Caller, sha256};
@@ -27,7 +27,6 @@ use latchkey_control_plane::store::{Batch, Expect, Store, keys};
 use latchkey_control_plane::sts::Sts;
 use latchkey_domain::id::Generation;
 use latchkey_domain::policy::MfaPolicy;
-use tokio::sync::Semaphore;
 
 use crate::net::{self, IdentityLayer};
 use crate::planted::Planted;
@@ -61,6 +60,7 @@ pub(crate) async fn host(world: Arc<World>) -> turmoil::Result {
         let _ = world.furniture.set(furniture);
         world.model.arm();
     }
+    app.begin_incarnation().await?;
     app.recall_alarm().await?;
     app.settle_restore().await?;
     app.settle_authentications().await?;
@@ -107,7 +107,7 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
         history: History::default(),
         revocations: Revocations::default(),
         gates: Gates::default(),
-        uploads: Arc::new(Semaphore::new(MOST_UPLOADS)),
+        uploads: Uploads::default(),
     })
 }
 

@@ -2,14 +2,26 @@
 //!
 //! Commit `next` and what [`Step::Moved`] says of the environment in one batch; perform the
 //! effects after that and only then. Every effect can be derived again from the stored run.
+//!
+//! What persons decide is in [`person`], what becomes of a lease in [`lease`], how a phase ends
+//! in [`result`].
+
+mod lease;
+mod person;
+mod result;
 
 use std::time::Duration;
 
-use super::{Approval, Authenticated, Job, Planned, RefusedCode, Run, RunState};
+use self::lease::{
+    cannot_start, granted, handed_back, lease_expired, returned, runner_revoked, starting,
+};
+use self::person::{cancel_requested, code_accepted, confirmed, discarded, force_requested};
+use self::result::{apply_ended, plan_ended};
+use super::{Approval, Planned, RefusedCode, Run, RunState};
 use crate::environment::Change;
 use crate::id::{Digest, Epoch, JobId, RunnerId};
-use crate::lease::{Lease, Released};
-use crate::policy::{Denial, Evidence, MfaPolicy, Phase, Release, judge};
+use crate::lease::Lease;
+use crate::policy::{Evidence, MfaPolicy, Phase};
 use crate::time::Timestamp;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -232,9 +244,6 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
     }
 }
 
-const REVOKED: &str =
-    "the runner was revoked after the apply may have started; what it did is not known";
-
 /// The state a phase is in while a runner holds its lease.
 const fn running(phase: Phase) -> RunState {
     match phase {
@@ -287,47 +296,6 @@ fn current_lease(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch) -> Opt
     (run.state == running(phase) && lease.is(runner, epoch)).then_some(lease)
 }
 
-fn code_accepted(
-    run: &Run,
-    evidence: Evidence,
-    seen: Option<Digest>,
-    current: MfaPolicy,
-    now: Timestamp,
-) -> Step {
-    let phase = evidence.phase;
-    match run.awaits_code(current) {
-        None => return Step::Refused(Refusal::NotAwaitingCode),
-        Some(awaited) if awaited != phase => return Step::Refused(Refusal::OtherPhase),
-        Some(_) => {}
-    }
-    let state = match phase {
-        Phase::Plan => RunState::Pending,
-        Phase::Apply => RunState::ApplyQueued,
-    };
-    let mut next = moved(run, state, now);
-    next.refused_code = None;
-    next.reason = None;
-    let effect = match phase {
-        Phase::Plan => Effect::GiveTurn,
-        Phase::Apply => {
-            let Some(approval) = approve(run, evidence.user.clone(), seen, now) else {
-                return Step::Refused(Refusal::PlanChanged);
-            };
-            next.approval = Some(approval);
-            next.apply.queued_at = Some(now);
-            Effect::Offer(run.job_id(Phase::Apply))
-        }
-    };
-    let job = next.job_mut(phase);
-    job.authenticated = Some(Authenticated {
-        user: evidence.user.clone(),
-        at: evidence.authenticated_at,
-        expires_at: evidence.expires_at,
-    });
-    job.evidence = Some(evidence);
-    done(next, vec![effect])
-}
-
 fn approve(run: &Run, by: String, seen: Option<Digest>, at: Timestamp) -> Option<Approval> {
     let digest = run.planned.as_ref()?.digest;
     (seen == Some(digest)).then_some(Approval { by, at, digest })
@@ -357,421 +325,6 @@ fn turn_came(run: &Run, now: Timestamp) -> Step {
     }
 }
 
-fn granted(
-    run: &Run,
-    (phase, runner): (Phase, RunnerId),
-    log_base: u64,
-    state: Option<u64>,
-    now: Timestamp,
-) -> Step {
-    if run.state != queued(phase) {
-        return Step::Refused(Refusal::WrongState);
-    }
-    let mut next = moved(run, running(phase), now);
-    let job = next.job_mut(phase);
-    let lease = Lease::after(job.epoch, runner, log_base, state, now);
-    job.epoch = lease.epoch;
-    job.remember(runner, lease.epoch);
-    job.lease = Some(lease);
-    done(next, vec![])
-}
-
-/// Returns a job that was provably not started to the queue.
-fn requeue(run: &Run, phase: Phase, now: Timestamp) -> Step {
-    let mut next = moved(run, queued(phase), now);
-    next.job_mut(phase).lease = None;
-    next.job_mut(phase).started_at = None;
-    done(next, vec![Effect::Offer(run.job_id(phase))])
-}
-
-fn handed_back(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch, now: Timestamp) -> Step {
-    if current_lease(run, phase, runner, epoch).is_none() {
-        return Step::Refused(Refusal::LeaseLost);
-    }
-    if let Some(by) = &run.cancel_requested_by {
-        let reason = format!("canceled by {by}");
-        return ended(moved(run, run.state, now), RunState::Canceled, Some(reason), vec![]);
-    }
-    requeue(run, phase, now)
-}
-
-fn starting(
-    run: &Run,
-    (phase, runner, epoch): (Phase, RunnerId, Epoch),
-    current: MfaPolicy,
-    floor: Duration,
-    now: Timestamp,
-) -> Step {
-    let Some(lease) = current_lease(run, phase, runner, epoch) else {
-        return Step::Refused(Refusal::LeaseLost);
-    };
-    if run.forced_by.is_some() {
-        return Step::Refused(Refusal::Forced);
-    }
-    if lease.released.is_some() {
-        return Step::Unchanged;
-    }
-    if phase == Phase::Apply && !is_approved(run) {
-        return Step::Refused(Refusal::PlanChanged);
-    }
-    let release = Release {
-        phase,
-        carried: run.request.policy,
-        current,
-        evidence: run.job(phase).evidence.as_ref(),
-        floor,
-    };
-    match judge(release, now) {
-        Ok(permit) => {
-            let mut next = moved(run, run.state, now);
-            let job = next.job_mut(phase);
-            job.started_at = Some(now);
-            if let Some(lease) = &mut job.lease {
-                lease.released = Some(Released { at: now, permit });
-            }
-            done(next, vec![])
-        }
-        Err(denial) => denied(run, (phase, epoch), denial, now),
-    }
-}
-
-fn cannot_start(
-    run: &Run,
-    (phase, runner, epoch): (Phase, RunnerId, Epoch),
-    reason: String,
-    now: Timestamp,
-) -> Step {
-    match current_lease(run, phase, runner, epoch) {
-        Some(lease) if lease.released.is_none() => {
-            let revoke = Effect::Revoke(run.job_id(phase), epoch);
-            ended(moved(run, run.state, now), RunState::Errored, Some(reason), vec![revoke])
-        }
-        Some(_) | None => Step::Refused(Refusal::LeaseLost),
-    }
-}
-
-fn is_approved(run: &Run) -> bool {
-    match (&run.approval, &run.planned) {
-        (Some(approval), Some(planned)) => approval.digest == planned.digest,
-        (None, _) | (_, None) => false,
-    }
-}
-
-/// Sends the run back to wait for a code. A plan gives its turn up: a person may take long. An
-/// apply keeps it: the plan would be stale otherwise.
-fn denied(run: &Run, (phase, epoch): (Phase, Epoch), denial: Denial, now: Timestamp) -> Step {
-    let state = match phase {
-        Phase::Plan => RunState::AwaitingPlanMfa,
-        Phase::Apply => RunState::AwaitingApplyMfa,
-    };
-    let mut next = moved(run, state, now);
-    next.reason = Some(denial.to_string());
-    next.approval = None;
-    let mut effects = vec![Effect::Revoke(run.job_id(phase), epoch)];
-    let job = next.job_mut(phase);
-    job.lease = None;
-    job.evidence = None;
-    job.authenticated = None;
-    match phase {
-        Phase::Plan => {
-            effects.push(Effect::GiveTurn);
-            done_with(next, Change::Free, effects)
-        }
-        Phase::Apply => done(next, effects),
-    }
-}
-
-fn lease_expired(run: &Run, phase: Phase, epoch: Epoch, now: Timestamp) -> Step {
-    let lease = match &run.job(phase).lease {
-        Some(lease) if run.state == running(phase) && lease.epoch == epoch => lease,
-        Some(_) | None => return Step::Refused(Refusal::LeaseLost),
-    };
-    match (phase, lease.released) {
-        (Phase::Apply, Some(_)) => {
-            let reason = lost_reason(run);
-            let mut next = moved(run, RunState::Lost, now);
-            next.reason = Some(reason.clone());
-            done_with(next, Change::Freeze { reason }, vec![])
-        }
-        (Phase::Plan, Some(_) | None) | (Phase::Apply, None) => {
-            if let Some(by) = &run.cancel_requested_by {
-                let reason = format!("canceled by {by}");
-                return ended(moved(run, run.state, now), RunState::Canceled, Some(reason), vec![]);
-            }
-            requeue(run, phase, now)
-        }
-    }
-}
-
-/// As if the lease had expired, but for good: not even a lost apply can be told of any more.
-fn runner_revoked(
-    run: &Run,
-    (phase, runner, epoch): (Phase, RunnerId, Epoch),
-    now: Timestamp,
-) -> Step {
-    let held = |lease: &Lease| lease.is(runner, epoch);
-    if !run.job(phase).lease.as_ref().is_some_and(held) {
-        return Step::Refused(Refusal::LeaseLost);
-    }
-    let reason = REVOKED.to_owned();
-    let (mut next, environment) = match (run.state, lease_expired(run, phase, epoch, now)) {
-        (RunState::Lost, _) => (moved(run, RunState::Lost, now), Change::Keep),
-        (_, Step::Moved { next, environment: Change::Freeze { .. }, .. }) => {
-            (*next, Change::Freeze { reason: reason.clone() })
-        }
-        (_, other @ (Step::Moved { .. } | Step::Unchanged | Step::Refused(_))) => return other,
-    };
-    next.reason = Some(reason);
-    let job = next.job_mut(phase);
-    job.lease = None;
-    job.evidence = None;
-    done_with(next, environment, vec![])
-}
-
-fn returned(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch, now: Timestamp) -> Step {
-    if current_lease(run, phase, runner, epoch).is_some() {
-        return Step::Unchanged;
-    }
-    let was_lost = run.state == RunState::Lost
-        && phase == Phase::Apply
-        && run.apply.lease.as_ref().is_some_and(|lease| lease.is(runner, epoch));
-    if !was_lost {
-        return Step::Refused(Refusal::LeaseLost);
-    }
-    let mut next = moved(run, RunState::Applying, now);
-    next.reason = stopping(run);
-    done_with(next, Change::Hold, vec![])
-}
-
-fn plan_ended(
-    run: &Run,
-    runner: RunnerId,
-    epoch: Epoch,
-    outcome: PlanOutcome,
-    current: MfaPolicy,
-    now: Timestamp,
-) -> Step {
-    match current_lease(run, Phase::Plan, runner, epoch) {
-        Some(lease) if lease.released.is_some() => {}
-        Some(_) | None => return Step::Refused(Refusal::LeaseLost),
-    }
-    let mut next = moved(run, run.state, now);
-    next.plan.ended_at = Some(now);
-    next.plan.lease = None;
-    if let Some(by) = &run.cancel_requested_by {
-        return ended(next, RunState::Canceled, Some(format!("canceled by {by}")), vec![]);
-    }
-    let planned = match outcome {
-        PlanOutcome::Planned(planned) => planned,
-        PlanOutcome::Failed(failure) => {
-            let state = match failure.kind {
-                FailureKind::Canceled => RunState::Canceled,
-                FailureKind::Errored
-                | FailureKind::EndedUnknown
-                | FailureKind::StateUndelivered => RunState::Errored,
-            };
-            return ended(next, state, Some(failure.reason), vec![]);
-        }
-    };
-    let applyable = planned.applyable;
-    let digest = planned.digest;
-    next.planned = Some(planned);
-    if run.is_plan_only() || !applyable {
-        let reason = (!applyable).then(|| "nothing is to be changed".to_owned());
-        return ended(next, RunState::Planned, reason, vec![]);
-    }
-    let mut effects = vec![];
-    next.plan.evidence = None;
-    if run.request.policy.max(current).requires_code(Phase::Apply) {
-        next.state = RunState::AwaitingApplyMfa;
-    } else if run.request.auto_apply {
-        next.state = RunState::ApplyQueued;
-        next.apply.queued_at = Some(now);
-        let by = run.request.queued_by.name().to_owned();
-        next.approval = Some(Approval { by, at: now, digest });
-        effects.push(Effect::Offer(run.job_id(Phase::Apply)));
-    } else {
-        next.state = RunState::AwaitingConfirmation;
-    }
-    done(next, effects)
-}
-
-fn apply_ended(
-    run: &Run,
-    runner: RunnerId,
-    epoch: Epoch,
-    outcome: ApplyOutcome,
-    now: Timestamp,
-) -> Step {
-    let speaks = matches!(run.state, RunState::Applying | RunState::Lost)
-        && run.apply.lease.as_ref().is_some_and(|l| l.is(runner, epoch) && l.released.is_some());
-    if !speaks {
-        return Step::Refused(Refusal::LeaseLost);
-    }
-    let mut next = moved(run, run.state, now);
-    next.apply.ended_at = Some(now);
-    let failure = match outcome {
-        ApplyOutcome::Applied { outputs } => {
-            next.outputs = outputs;
-            return thaw(run, ended(next, RunState::Applied, None, vec![]));
-        }
-        ApplyOutcome::Failed(failure) => failure,
-    };
-    if let Some(by) = &run.forced_by {
-        // What was killed may have changed things that no state tells of.
-        let reason = format!("killed by {by} in the middle of the apply: {}", failure.reason);
-        return match ended(next, RunState::Canceled, Some(reason.clone()), vec![]) {
-            Step::Moved { next, effects, .. } => {
-                Step::Moved { next, environment: Change::Freeze { reason }, effects }
-            }
-            other @ (Step::Unchanged | Step::Refused(_)) => other,
-        };
-    }
-    match failure.kind {
-        FailureKind::Errored => {
-            thaw(run, ended(next, RunState::Errored, Some(failure.reason), vec![]))
-        }
-        FailureKind::Canceled => {
-            thaw(run, ended(next, RunState::Canceled, Some(failure.reason), vec![]))
-        }
-        FailureKind::EndedUnknown | FailureKind::StateUndelivered => {
-            let reason = failure.reason;
-            match ended(next, RunState::Errored, Some(reason.clone()), vec![]) {
-                Step::Moved { next, effects, .. } => {
-                    Step::Moved { next, environment: Change::Freeze { reason }, effects }
-                }
-                other @ (Step::Unchanged | Step::Refused(_)) => other,
-            }
-        }
-    }
-}
-
-/// A run that was lost and told its end after all: its remains are dealt with, so the
-/// environment it froze is free again.
-fn thaw(run: &Run, step: Step) -> Step {
-    match step {
-        Step::Moved { next, effects, .. } if run.state == RunState::Lost => {
-            Step::Moved { next, environment: Change::Thaw, effects }
-        }
-        other @ (Step::Moved { .. } | Step::Unchanged | Step::Refused(_)) => other,
-    }
-}
-
-fn confirmed(run: &Run, by: String, seen: Digest, current: MfaPolicy, now: Timestamp) -> Step {
-    match run.state {
-        RunState::AwaitingConfirmation => {
-            if run.awaits_code(current).is_some() {
-                return Step::Refused(Refusal::MfaRequired);
-            }
-            let Some(approval) = approve(run, by, Some(seen), now) else {
-                return Step::Refused(Refusal::PlanChanged);
-            };
-            let mut next = moved(run, RunState::ApplyQueued, now);
-            next.approval = Some(approval);
-            next.apply.queued_at = Some(now);
-            done(next, vec![Effect::Offer(run.job_id(Phase::Apply))])
-        }
-        RunState::AwaitingPlanMfa | RunState::AwaitingApplyMfa => {
-            Step::Refused(Refusal::MfaRequired)
-        }
-        RunState::ApplyQueued | RunState::Applying | RunState::Applied | RunState::Lost
-            if run.was_confirmed_by(&by) =>
-        {
-            Step::Unchanged
-        }
-        RunState::ApplyQueued
-        | RunState::Applying
-        | RunState::Applied
-        | RunState::Lost
-        | RunState::Pending
-        | RunState::PlanQueued
-        | RunState::Planning
-        | RunState::Planned
-        | RunState::Errored
-        | RunState::Canceled
-        | RunState::Discarded => Step::Refused(Refusal::WrongState),
-    }
-}
-
-fn discarded(run: &Run, by: String, now: Timestamp) -> Step {
-    match run.state {
-        RunState::AwaitingConfirmation | RunState::AwaitingApplyMfa => {
-            let next = moved(run, run.state, now);
-            ended(next, RunState::Discarded, Some(format!("discarded by {by}")), vec![])
-        }
-        RunState::Discarded => Step::Unchanged,
-        RunState::AwaitingPlanMfa
-        | RunState::Pending
-        | RunState::PlanQueued
-        | RunState::Planning
-        | RunState::ApplyQueued
-        | RunState::Applying
-        | RunState::Planned
-        | RunState::Applied
-        | RunState::Errored
-        | RunState::Canceled
-        | RunState::Lost => Step::Refused(Refusal::WrongState),
-    }
-}
-
-fn cancel_requested(run: &Run, by: String, now: Timestamp) -> Step {
-    match run.state {
-        RunState::AwaitingPlanMfa
-        | RunState::Pending
-        | RunState::AwaitingConfirmation
-        | RunState::AwaitingApplyMfa => cancel_at_once(run, by, vec![], now),
-        RunState::PlanQueued => {
-            cancel_at_once(run, by, vec![Effect::Withdraw(run.job_id(Phase::Plan))], now)
-        }
-        RunState::ApplyQueued => {
-            cancel_at_once(run, by, vec![Effect::Withdraw(run.job_id(Phase::Apply))], now)
-        }
-        RunState::Planning => cancel_running(run, Phase::Plan, by, now),
-        RunState::Applying => cancel_running(run, Phase::Apply, by, now),
-        RunState::Canceled => Step::Unchanged,
-        RunState::Lost => cancel_lost(run, by, now),
-        RunState::Planned | RunState::Applied | RunState::Errored | RunState::Discarded => {
-            Step::Refused(Refusal::AlreadyEnded)
-        }
-    }
-}
-
-fn cancel_at_once(run: &Run, by: String, effects: Vec<Effect>, now: Timestamp) -> Step {
-    ended(
-        moved(run, run.state, now),
-        RunState::Canceled,
-        Some(format!("canceled by {by}")),
-        effects,
-    )
-}
-
-fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {
-    let Job { lease: Some(lease), .. } = run.job(phase) else {
-        return cancel_at_once(run, by, vec![], now);
-    };
-    if lease.released.is_none() {
-        let revoke = Effect::Revoke(run.job_id(phase), lease.epoch);
-        return cancel_at_once(run, by, vec![revoke], now);
-    }
-    if run.cancel_requested_by.is_some() {
-        return Step::Unchanged;
-    }
-    let mut next = moved(run, run.state, now);
-    next.cancel_requested_by = Some(by);
-    next.cancel_requested_at = Some(now);
-    next.reason = stopping(&next);
-    done(next, vec![Effect::Cancel(run.job_id(phase), lease.epoch)])
-}
-
-/// A person gives a lost run up. What it left behind stays frozen with the environment.
-fn cancel_lost(run: &Run, by: String, now: Timestamp) -> Step {
-    let reason = format!(
-        "lost, and given up by {by}: what the apply did is not known; the environment stays frozen \
-         until an owner unfreezes it"
-    );
-    ended(moved(run, run.state, now), RunState::Errored, Some(reason), vec![])
-}
-
 /// What a restored run's reason and the frozen environment say.
 const RESTORED: &str = "interrupted by a restore from a backup; what became of it after the backup \
                         was taken must be checked";
@@ -793,53 +346,6 @@ fn restored(run: &Run, now: Timestamp) -> Step {
     }
 }
 
-/// Has a running phase killed. Nothing but the runner's word ends the run: as long as it is
-/// silent, terraform may be running.
-fn force_requested(run: &Run, by: String, grace: Duration, now: Timestamp) -> Step {
-    let phase = match run.state {
-        RunState::Planning => Phase::Plan,
-        RunState::Applying | RunState::Lost => Phase::Apply,
-        RunState::AwaitingPlanMfa
-        | RunState::Pending
-        | RunState::PlanQueued
-        | RunState::AwaitingConfirmation
-        | RunState::AwaitingApplyMfa
-        | RunState::ApplyQueued => return Step::Refused(Refusal::NotCanceled),
-        RunState::Canceled => return Step::Unchanged,
-        RunState::Planned | RunState::Applied | RunState::Errored | RunState::Discarded => {
-            return Step::Refused(Refusal::AlreadyEnded);
-        }
-    };
-    let (Some(until), Some(lease)) = (run.force_cancel_time(grace), &run.job(phase).lease) else {
-        return Step::Refused(Refusal::NotCanceled);
-    };
-    if run.forced_by.is_some() {
-        return Step::Unchanged;
-    }
-    if now < until {
-        return Step::Refused(Refusal::CancelGrace { until });
-    }
-    let mut next = moved(run, run.state, now);
-    next.forced_by = Some(by);
-    next.reason = match run.state {
-        RunState::Lost => Some(lost_reason(&next)),
-        RunState::AwaitingPlanMfa
-        | RunState::Pending
-        | RunState::PlanQueued
-        | RunState::Planning
-        | RunState::AwaitingConfirmation
-        | RunState::AwaitingApplyMfa
-        | RunState::ApplyQueued
-        | RunState::Applying
-        | RunState::Planned
-        | RunState::Applied
-        | RunState::Errored
-        | RunState::Canceled
-        | RunState::Discarded => stopping(&next),
-    };
-    done(next, vec![Effect::Kill(run.job_id(phase), lease.epoch)])
-}
-
 /// Says that a running phase was asked to stop, and how.
 fn stopping(run: &Run) -> Option<String> {
     match (&run.forced_by, &run.cancel_requested_by) {
@@ -854,12 +360,16 @@ fn stopping(run: &Run) -> Option<String> {
 }
 
 fn lost_reason(run: &Run) -> String {
-    let killed = run
-        .forced_by
-        .as_ref()
-        .map(|by| format!("; {by} wants it killed, which the runner is told when it comes back"));
+    let wish = match (&run.forced_by, &run.cancel_requested_by) {
+        (Some(by), _) => {
+            format!("; {by} wants it killed, which the runner is told when it comes back")
+        }
+        (None, Some(by)) => {
+            format!("; {by} wants it to stop, which the runner is told when it comes back")
+        }
+        (None, None) => String::new(),
+    };
     format!(
-        "the runner went silent after the apply may have started; what it did is not known{}",
-        killed.unwrap_or_default()
+        "the runner went silent after the apply may have started; what it did is not known{wish}"
     )
 }

@@ -329,6 +329,19 @@ fn a_forced_cancel_withdraws_the_credentials() {
 }
 
 #[test]
+fn a_lost_apply_that_was_never_started_ends_and_thaws() {
+    let lost = given("Lost");
+    let event = Event::HandedBack { phase: Phase::Apply, runner: RUNNER, epoch: lost.apply.epoch };
+    let Step::Moved { next, environment, .. } = step(&lost, event.clone(), START) else {
+        panic!("its runner knows that nothing ran");
+    };
+    assert_eq!((next.state, environment), (RunState::Errored, Change::Thaw));
+    assert!(next.apply.lease.is_none() && next.reason.unwrap().contains("nothing was applied"));
+    let older = Event::HandedBack { phase: Phase::Apply, runner: RUNNER, epoch: Epoch::NONE };
+    assert_eq!(step(&lost, older, START), Step::Refused(Refusal::LeaseLost));
+}
+
+#[test]
 fn a_forced_cancel_of_a_lost_run_ends_nothing_until_its_runner_is_back() {
     let lost = given("Lost (cancel requested)");
     let lost = go(&lost, forced(Duration::ZERO));
@@ -338,6 +351,27 @@ fn a_forced_cancel_of_a_lost_run_ends_nothing_until_its_runner_is_back() {
     let back = go(&lost, event);
     assert_eq!((back.state, back.forced_by.as_deref()), (RunState::Applying, Some("ada")));
     assert!(back.reason.is_some_and(|reason| reason.contains("had it killed")));
+}
+
+#[test]
+fn a_cancel_never_gives_a_lost_run_up() {
+    let cancel = || Event::CancelRequested { by: "eve".into() };
+    // A repeat of one that was asked for while terraform ran.
+    let canceled = given("Lost (cancel requested)");
+    assert_eq!(step(&canceled, cancel(), START), Step::Unchanged);
+    // The first: the runner is told when it comes back.
+    let lost = go(&given("Lost"), cancel());
+    assert_eq!((lost.state, lost.cancel_requested_by.as_deref()), (RunState::Lost, Some("eve")));
+    assert!(lost.reason.as_ref().is_some_and(|reason| reason.contains("eve wants it to stop")));
+    // Its runner was revoked: nobody will ever be told.
+    let (runner, epoch) = (RUNNER, lost.apply.epoch);
+    let revoked = go(&given("Lost"), Event::RunnerRevoked { phase: Phase::Apply, runner, epoch });
+    assert_eq!(step(&revoked, cancel(), START), Step::Refused(Refusal::WrongState));
+    for lost in [canceled, lost, revoked] {
+        let next = go(&lost, Event::Discarded { by: "ada".into() });
+        assert_eq!(next.state, RunState::Errored);
+        assert!(next.reason.is_some_and(|reason| reason.contains("given up by ada")));
+    }
 }
 
 #[test]

@@ -1,22 +1,21 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use latchkey_domain::id::{Digest, Epoch, Generation, JobId, RunId};
+use latchkey_domain::id::{Epoch, Generation, JobId, RunId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
 use latchkey_proto::v1::Reason;
 
-use super::Seen;
+use super::Mark;
 use crate::app::App;
+use crate::app::artifacts::Made;
 use crate::app::fixture::{Fixture, ORGANIZATION};
+use crate::app::lease_job::Held;
+use crate::app::run_output::Piece;
 use crate::auth::RunnerIdentity;
 use crate::job::LeaseRef;
-use crate::store::record::runner::Runner;
-use crate::store::record::{Text, encode};
 use crate::store::sled::{Options, Sled};
 use crate::store::{Batch, Expect, Store, keys};
-
-const NOTHING: Seen = Seen { generation: Generation::new(0), history: 0 };
 
 async fn leased() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
     let fixture = Fixture::new(MfaPolicy::Never).await;
@@ -26,48 +25,64 @@ async fn leased() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
     (fixture, run, runner, lease)
 }
 
-fn now(app: &App) -> Seen {
-    Seen { generation: app.generation, history: app.store.history().get() }
+/// What the control plane tells its runners now.
+fn told(app: &App) -> Mark {
+    app.mark().unwrap()
+}
+
+async fn alarms(fixture: &Fixture, action: &str) -> usize {
+    let organization = fixture.organization().await;
+    let trail = crate::store::list(&*fixture.store, keys::audit_of(organization)).await.unwrap();
+    trail.iter().filter(|(_, found)| String::from_utf8_lossy(&found.value).contains(action)).count()
 }
 
 #[tokio::test]
-async fn what_was_told_and_granted_here_proves_nothing() {
+async fn what_was_told_here_proves_nothing_also_after_starts() {
     let (fixture, _, runner, lease) = leased().await;
     let app = &fixture.app;
-    app.greet(&runner, NOTHING, &[]).await.unwrap();
-    app.greet(&runner, now(app), &[lease]).await.unwrap();
+    app.greet(&runner, None).await.unwrap();
+    app.greet(&runner, Some(&told(app))).await.unwrap();
+    let mut marks = vec![told(app)];
+    for _ in 0..3 {
+        let after = fixture.restarted(None).await;
+        marks.push(told(&after));
+        for mark in &marks {
+            after.greet(&runner, Some(mark)).await.unwrap();
+        }
+    }
     // Of another history, whose numbers say nothing of this one.
     let old = LeaseRef { generation: Generation::new(0), epoch: Epoch::new(99), ..lease };
-    let seen = Seen { generation: Generation::new(0), history: u64::MAX };
-    app.greet(&runner, seen, &[old]).await.unwrap();
     assert_eq!(app.take_up(&runner, old).await.unwrap_err().reason(), Reason::LeaseLost);
     assert!(!app.history.is_lost());
     app.start_job(&runner, lease).await.unwrap();
 }
 
 #[tokio::test]
-async fn whoever_has_seen_more_proves_that_the_data_are_an_old_copy() {
-    let elsewhere = |lease: LeaseRef| JobId { run: RunId::from_bytes([9; 16]), ..lease.job };
-    type Case = fn(&App, LeaseRef, JobId) -> (Seen, Vec<LeaseRef>);
-    let cases: [Case; 5] = [
-        |app, _, _| (Seen { generation: Generation::new(2), ..now(app) }, vec![]),
-        |app, _, _| (Seen { history: now(app).history + 1, ..now(app) }, vec![]),
-        |_, lease, _| (NOTHING, vec![LeaseRef { generation: Generation::new(2), ..lease }]),
-        |_, lease, _| (NOTHING, vec![lease, LeaseRef { epoch: lease.epoch.next(), ..lease }]),
-        |_, lease, job| (NOTHING, vec![LeaseRef { job, ..lease }]),
-    ];
-    for (number, case) in cases.into_iter().enumerate() {
-        let (fixture, run, runner, lease) = leased().await;
-        let app = &fixture.app;
-        let (seen, held) = case(app, lease, elsewhere(lease));
-        let error = app.greet(&runner, seen, &held).await.unwrap_err();
-        assert_eq!(error.reason(), Reason::HistoryLost, "case {number}: {error}");
-        app.history.lost().await;
-        // For good, and for everybody.
-        let again = app.greet(&runner, NOTHING, &[]).await.unwrap_err();
-        assert_eq!(again.reason(), Reason::HistoryLost);
-        assert_eq!(fixture.run(&run).await.state, RunState::Planning);
+async fn a_runner_that_lies_stops_nobody_but_itself() {
+    let (fixture, run, runner, lease) = leased().await;
+    let app = &fixture.app;
+    let honest = told(app);
+    for lie in [
+        Mark { generation: Generation::new(u64::MAX), ..honest.clone() },
+        Mark { history: u64::MAX, ..honest.clone() },
+        Mark { incarnation: "0".repeat(32), history: u64::MAX, ..honest.clone() },
+    ] {
+        app.greet(&runner, Some(&lie)).await.unwrap();
     }
+    assert_eq!(alarms(&fixture, "bring_false_history").await, 1);
+    // Leases that were never granted prove nothing either: they are given up.
+    let elsewhere = JobId { run: RunId::from_bytes([9; 16]), ..lease.job };
+    for held in [LeaseRef { epoch: Epoch::new(99), ..lease }, LeaseRef { job: elsewhere, ..lease }]
+    {
+        assert_eq!(app.take_up(&runner, held).await.unwrap(), Held::GiveUp);
+    }
+    // One that is said to be of a later history is left to its runner.
+    let later = LeaseRef { generation: Generation::new(2), ..lease };
+    let error = app.take_up(&runner, later).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HistoryLost);
+    assert!(!app.history.is_lost());
+    assert_eq!(fixture.run(&run).await.state, RunState::Planning);
+    app.start_job(&runner, lease).await.unwrap();
 }
 
 #[tokio::test]
@@ -80,8 +95,10 @@ async fn an_old_copy_grants_nothing_spends_nothing_and_changes_nothing() {
     let runner = fixture.runner().await;
     let (lease, _) = app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap();
 
-    let seen = Seen { history: now(app).history + 1000, ..now(app) };
-    app.greet(&runner, seen, &[lease]).await.unwrap_err();
+    let later = fixture.told_later().await;
+    let error = app.greet(&runner, Some(&later)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HistoryLost);
+    app.history.lost().await;
     let lost = |error: crate::error::Error| assert_eq!(error.reason(), Reason::HistoryLost);
     lost(app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap_err());
     lost(app.start_job(&runner, lease).await.unwrap_err());
@@ -93,16 +110,51 @@ async fn an_old_copy_grants_nothing_spends_nothing_and_changes_nothing() {
     lost(fixture.submit(&waiting, &code, "two").await.unwrap_err());
     assert_eq!(fixture.aws.requests_with_code(&code), 0);
 
-    // People can look, and are told in the audit trail, once.
+    // For everybody, and told in the audit trail, once. People can look.
+    lost(app.greet(&runner, None).await.unwrap_err());
+    lost(app.greet(&runner, Some(&later)).await.unwrap_err());
     assert_eq!(fixture.run(&run).await.state, RunState::Planning);
-    app.greet(&runner, seen, &[lease]).await.unwrap_err();
-    let organization = fixture.organization().await;
-    let trail = crate::store::list(&*fixture.store, keys::audit_of(organization)).await.unwrap();
-    let alarms = trail
-        .iter()
-        .filter(|(_, found)| String::from_utf8_lossy(&found.value).contains("prove_old_copy"));
-    assert_eq!(alarms.count(), 1);
+    assert_eq!(alarms(&fixture, "prove_old_copy").await, 1);
     assert!(app.show_organization(&fixture.owner, ORGANIZATION).await.is_ok());
+
+    // It stands at the next start, until a person on the host takes it back.
+    let after = fixture.restarted(None).await;
+    after.recall_alarm().await.unwrap();
+    lost(after.check_history().unwrap_err());
+    let proof = after.clear_alarm().await.unwrap().unwrap().to_string();
+    assert!(proof.contains("--above 2"), "{proof}");
+    after.check_history().unwrap();
+    assert!(after.clear_alarm().await.unwrap().is_none());
+    lost(after.greet(&runner, Some(&later)).await.unwrap_err());
+}
+
+#[tokio::test]
+async fn an_old_copy_acknowledges_nothing_that_is_under_way() {
+    let (fixture, _, runner, lease) = leased().await;
+    let app = &fixture.app;
+    let appender = app.append_log(&runner, lease).await.unwrap();
+    let line = |offset| vec![Piece { offset, data: b"{}\n".to_vec() }];
+    assert_eq!(appender.append(line(0)).await.unwrap(), 3);
+    // The lease is lost while a state of it is on its way: it would go to quarantine.
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    let data = br#"{"version":4,"serial":1,"lineage":"x"}"#;
+    let header = crate::app::artifacts::ArtifactHeader {
+        lease,
+        kind: Made::Changes,
+        digest: crate::auth::sha256(data),
+        size: data.len() as u64,
+        sequence: 0,
+    };
+    let mut upload = app.upload_artifact(&runner, header).await.unwrap();
+    upload.write(data).await.unwrap();
+
+    let later = fixture.told_later().await;
+    app.greet(&runner, Some(&later)).await.unwrap_err();
+    assert_eq!(appender.append(line(3)).await.unwrap_err().reason(), Reason::HistoryLost);
+    assert_eq!(upload.finish().await.unwrap_err().reason(), Reason::HistoryLost);
+    let organization = fixture.organization().await;
+    let kept = keys::quarantined_of(organization);
+    assert!(crate::store::list(&*fixture.store, kept).await.unwrap().is_empty());
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -116,71 +168,93 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_raw_old_copy_is_found_out_at_every_start() {
-    let fixture = Fixture::new(MfaPolicy::Never).await;
-    let runner = fixture.runner().await;
-    let root = tempfile::tempdir().unwrap();
-    let (data, old) = (root.path().join("data"), root.path().join("old"));
-    let open = async |data: &Path| {
-        let store: Arc<dyn Store> =
-            Arc::new(Sled::open(&Options::new(data.join("store"))).unwrap());
-        fixture.on(data, &store).await
-    };
-    let app = open(&data).await;
-    let note = |number: u8| Batch::new().put(keys::setting("x"), Expect::Anything, [number]);
-    app.store.commit(note(1)).await.unwrap();
-    drop(app);
-    copy(&data, &old);
-    let app = open(&data).await;
-    app.store.commit(note(2)).await.unwrap();
-    let seen = now(&app);
-    app.greet(&runner, seen, &[]).await.unwrap();
-    drop(app);
-    let app = open(&old).await;
-    app.recall_alarm().await.unwrap();
-    let error = app.greet(&runner, seen, &[]).await.unwrap_err();
-    assert_eq!(error.reason(), Reason::HistoryLost);
-    // Its own commits have taken the old copy on since; the proof stands all the same.
-    app.store.commit(note(3)).await.unwrap();
-    assert!(now(&app).history > seen.history);
-    drop(app);
-    let app = open(&old).await;
-    app.recall_alarm().await.unwrap();
-    assert_eq!(app.check_history().unwrap_err().reason(), Reason::HistoryLost);
-    drop(app);
-    let app = open(&data).await;
-    app.recall_alarm().await.unwrap();
-    app.greet(&runner, seen, &[]).await.unwrap();
+/// Two lines of one control plane's data, the second begun as a copy of the first.
+struct Lines {
+    fixture: Fixture,
+    runner: RunnerIdentity,
+    root: tempfile::TempDir,
 }
 
-#[tokio::test]
-async fn the_word_of_a_runner_that_was_revoked_since_is_not_taken() {
-    let (fixture, _, runner, _) = leased().await;
-    let app = &fixture.app;
-    let seen = Seen { history: u64::MAX, ..now(app) };
-    app.greet(&runner, seen, &[]).await.unwrap_err();
-    let after = fixture.restarted(None).await;
-    after.recall_alarm().await.unwrap();
-    assert!(after.history.is_lost());
-
-    let revoked = Runner {
-        id: Text(runner.id),
-        name: runner.name.clone(),
-        pool: Text(runner.pool),
-        organization: Text(runner.organization),
-        key: Text(Digest::from_bytes([1; 32])),
-        enrolled_at: app.now().into(),
-        said: None,
-        drained_at: None,
-        revoked_at: Some(app.now().into()),
-        fought_at: None,
-    };
-    let batch = Batch::new().put(keys::runner(runner.id), Expect::Anything, encode(&revoked));
-    fixture.store.commit(batch).await.unwrap();
-    for _ in 0..2 {
-        let after = fixture.restarted(None).await;
-        after.recall_alarm().await.unwrap();
-        assert!(!after.history.is_lost());
+impl Lines {
+    async fn new() -> Self {
+        let fixture = Fixture::new(MfaPolicy::Never).await;
+        let runner = fixture.runner().await;
+        Self { fixture, runner, root: tempfile::tempdir().unwrap() }
     }
+
+    async fn open(&self, name: &str) -> Arc<App> {
+        let data = self.root.path().join(name);
+        let store: Arc<dyn Store> =
+            Arc::new(Sled::open(&Options::new(data.join("store"))).unwrap());
+        let app = self.fixture.on(&data, &store).await;
+        app.recall_alarm().await.unwrap();
+        app
+    }
+
+    fn copy(&self) {
+        copy(&self.root.path().join("data"), &self.root.path().join("old"));
+    }
+
+    async fn commit(app: &App, count: u8) {
+        for number in 0..count {
+            let batch = Batch::new().put(keys::setting("x"), Expect::Anything, [number]);
+            app.store.commit(batch).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_old_copy_is_found_out_however_far_it_has_grown() {
+    let lines = Lines::new().await;
+    let runner = &lines.runner;
+    let app = lines.open("data").await;
+    Lines::commit(&app, 3).await;
+    let before = told(&app);
+    drop(app);
+    lines.copy();
+    // The original goes on: told at its next start, and by a still later one.
+    let app = lines.open("data").await;
+    Lines::commit(&app, 3).await;
+    let second = told(&app);
+    drop(app);
+    let app = lines.open("data").await;
+    let third = told(&app);
+    drop(app);
+
+    for mark in [&second, &third] {
+        let app = lines.open("old").await;
+        Lines::commit(&app, 20).await;
+        assert!(told(&app).history > mark.history, "the copy has not grown: the test is void");
+        // What was told before the copy was made, both lines know.
+        app.greet(runner, Some(&before)).await.unwrap();
+        let error = app.greet(runner, Some(mark)).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::HistoryLost);
+        drop(app);
+        let app = lines.open("old").await;
+        assert_eq!(app.check_history().unwrap_err().reason(), Reason::HistoryLost);
+        app.clear_alarm().await.unwrap();
+    }
+    let app = lines.open("data").await;
+    for mark in [&before, &second, &third] {
+        app.greet(runner, Some(mark)).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_made_in_the_middle_of_a_start_knows_where_that_start_ended() {
+    let lines = Lines::new().await;
+    let app = lines.open("data").await;
+    Lines::commit(&app, 1).await;
+    let before = told(&app);
+    // The database is not written to: its files are whole.
+    lines.copy();
+    Lines::commit(&app, 3).await;
+    let after = told(&app);
+    assert_eq!(before.incarnation, after.incarnation);
+    drop(app);
+    let app = lines.open("old").await;
+    Lines::commit(&app, 20).await;
+    app.greet(&lines.runner, Some(&before)).await.unwrap();
+    let error = app.greet(&lines.runner, Some(&after)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HistoryLost);
 }

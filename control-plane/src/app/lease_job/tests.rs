@@ -1,10 +1,14 @@
 //! Leases over the whole path: grants race, old epochs speak, runners go silent and return.
 
-use latchkey_domain::id::{Epoch, Generation, RunnerId};
+use std::sync::Arc;
+
+use latchkey_domain::id::{Epoch, Generation};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{FailureKind, Run, RunState};
 use latchkey_proto::v1::Reason;
+use tokio::sync::mpsc;
 
+use self::slow::Slow;
 use super::Held;
 use crate::app::artifacts::{Made, Needed};
 use crate::app::environments::SettingsChange;
@@ -13,8 +17,12 @@ use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::run_output::{Appender, Piece};
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
+use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
 use crate::job::LeaseRef;
-use crate::store::keys;
+use crate::store::record::runner::Said;
+use crate::store::{Store, keys};
+
+mod slow;
 
 async fn queued() -> (Fixture, Run) {
     let fixture = Fixture::new(MfaPolicy::Never).await;
@@ -49,12 +57,14 @@ fn state(lineage: &str, serial: u64) -> Vec<u8> {
 #[tokio::test]
 async fn one_of_many_grants_of_a_job_wins() {
     let (fixture, run) = queued().await;
-    let grants = (0..20_u8).map(|n| {
+    let mut grants = vec![];
+    for number in 0..20 {
         let (app, job) = (fixture.app.clone(), run.job_id(Phase::Plan));
-        tokio::spawn(async move { app.grant(job, RunnerId::from_bytes([n; 16])).await })
-    });
+        let runner = fixture.enrolled(number).await.id;
+        grants.push(tokio::spawn(async move { app.grant(job, runner).await }));
+    }
     let mut won = 0;
-    for grant in grants.collect::<Vec<_>>() {
+    for grant in grants {
         match grant.await.unwrap() {
             Ok(_) => won += 1,
             Err(error) => assert_eq!(error.reason(), Reason::WrongState, "{error}"),
@@ -72,7 +82,7 @@ async fn a_silent_plan_is_leased_again_and_the_old_lease_changes_nothing() {
     assert_eq!(append(&appender, 0, b"first try\n").await.unwrap(), 10);
     app.expire(old.job, old.epoch).await.unwrap();
 
-    let other = RunnerIdentity { id: RunnerId::from_bytes([77; 16]), ..runner.clone() };
+    let other = fixture.enrolled(77).await;
     let (new, _) = app.grant(old.job, other.id).await.unwrap();
     assert_eq!(new.epoch, old.epoch.next());
     assert_eq!(append(&appender, 10, b"late\n").await.unwrap_err().reason(), Reason::LeaseLost);
@@ -103,7 +113,7 @@ async fn a_silent_apply_is_lost_freezes_the_environment_and_never_starts_twice()
     let (fixture, run, _, lease) = applying().await;
     fixture.app.expire(lease.job, lease.epoch).await.unwrap();
     assert_eq!(fixture.run(&run).await.state, RunState::Lost);
-    let stranger = RunnerId::from_bytes([77; 16]);
+    let stranger = fixture.enrolled(77).await.id;
     let error = fixture.app.grant(lease.job, stranger).await.unwrap_err();
     assert_eq!(error.reason(), Reason::WrongState);
     let view =
@@ -162,7 +172,10 @@ async fn what_an_old_lease_brings_goes_to_quarantine_and_a_strangers_nowhere() {
     let (runner, old, _) = fixture.start(&run, Phase::Plan).await;
     fixture.app.expire(old.job, old.epoch).await.unwrap();
     fixture.upload(&runner, old, Made::Workspace, b"late").await.unwrap();
-    let kept = crate::store::list(&*fixture.store, keys::quarantine_of(runner.organization, run.id)).await.unwrap();
+    let kept =
+        crate::store::list(&*fixture.store, keys::quarantine_of(runner.organization, run.id))
+            .await
+            .unwrap();
     assert_eq!(kept.len(), 1);
     let forged = LeaseRef { epoch: Epoch::new(99), ..old };
     let error = fixture.upload(&runner, forged, Made::Workspace, b"x").await.unwrap_err();
@@ -243,7 +256,149 @@ async fn keys_that_aws_refuses_end_the_run_with_the_reason() {
 async fn a_cancel_that_the_runner_could_not_hear_is_told_when_it_returns() {
     let (fixture, run, runner, lease) = applying().await;
     fixture.app.cancel_run(&fixture.owner, run.id).await.unwrap();
-    assert_eq!(fixture.app.take_up(&runner, lease).await.unwrap(), Held::KeepCanceled { force: false });
+    assert_eq!(
+        fixture.app.take_up(&runner, lease).await.unwrap(),
+        Held::KeepCanceled { force: false }
+    );
+}
+
+/// A stream of the runner, registered with what `take_up` let it keep.
+async fn connect(
+    fixture: &Fixture,
+    runner: &RunnerIdentity,
+    held: Vec<LeaseRef>,
+) -> mpsc::Receiver<ToRunner> {
+    fixture.dispatch();
+    let said = Said { slots: 1, ..Said::default() };
+    let standing = fixture.app.introduce(runner, &said).await.unwrap();
+    let (sender, frames) = mpsc::channel(RUNNER_QUEUE);
+    let introduction = Introduction { abilities: (&said).into(), held, standing, draining: false };
+    fixture.app.dispatch.connect(runner.clone(), introduction, sender).await.unwrap();
+    frames
+}
+
+async fn told(frames: &mut mpsc::Receiver<ToRunner>) -> ToRunner {
+    let limit = std::time::Duration::from_secs(20);
+    tokio::time::timeout(limit, frames.recv()).await.expect("a frame was due").unwrap()
+}
+
+#[tokio::test]
+async fn what_is_decided_while_a_runner_connects_is_told() {
+    let (fixture, run, runner, lease) = applying().await;
+    let app = &fixture.app;
+    assert_eq!(app.take_up(&runner, lease).await.unwrap(), Held::Keep);
+    app.cancel_run(&fixture.owner, run.id).await.unwrap();
+    let mut frames = connect(&fixture, &runner, vec![lease]).await;
+    app.confirm_held(&runner, &[lease]).await.unwrap();
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: false, .. }));
+    // Told again for as long as it is so.
+    app.reconcile().await.unwrap();
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: false, .. }));
+    fixture.clock.advance(std::time::Duration::from_secs(60));
+    app.force_cancel_run(&fixture.owner, run.id).await.unwrap();
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: true, .. }));
+    app.reconcile().await.unwrap();
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: true, .. }));
+}
+
+#[tokio::test]
+async fn a_lease_that_ends_while_its_runner_connects_is_revoked() {
+    let (fixture, run) = queued().await;
+    let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
+    let app = &fixture.app;
+    assert_eq!(app.take_up(&runner, lease).await.unwrap(), Held::Keep);
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    let mut frames = connect(&fixture, &runner, vec![lease]).await;
+    app.reconcile().await.unwrap();
+    assert!(matches!(told(&mut frames).await, ToRunner::Revoke { .. }));
+    assert!(app.dispatch.watched().await.is_empty());
+    let mut frames = connect(&fixture, &runner, vec![lease]).await;
+    app.confirm_held(&runner, &[lease]).await.unwrap();
+    assert!(matches!(told(&mut frames).await, ToRunner::Revoke { .. }));
+}
+
+#[tokio::test]
+async fn what_was_committed_follows_even_if_its_caller_hangs_up() {
+    let (fixture, run, runner, lease) = applying().await;
+    let mut frames = connect(&fixture, &runner, vec![lease]).await;
+    let slow = Arc::new(Slow::new(&fixture.store));
+    let app = fixture.committing_through(Arc::clone(&slow) as Arc<dyn Store>).await;
+    slow.arm();
+    let (canceling, owner, id) = (Arc::clone(&app), fixture.owner.clone(), run.id);
+    hang_up(&slow, async move { canceling.cancel_run(&owner, id).await.map(drop) }).await;
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: false, .. }));
+
+    let revocation = app.revocations.of(runner.id);
+    slow.arm();
+    let (revoking, owner, id) = (Arc::clone(&app), fixture.owner.clone(), runner.id);
+    hang_up(&slow, async move { revoking.revoke_runner(&owner, id).await.map(drop) }).await;
+    let limit = std::time::Duration::from_secs(20);
+    tokio::time::timeout(limit, revocation.revoked()).await.expect("the runner is cut off");
+    let ended = async {
+        while app.run(run.id).await.unwrap().value.state != RunState::Lost {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(limit, ended).await.expect("what it held is over");
+}
+
+/// Drops what is done for a caller after its commit and before the caller hears of it.
+async fn hang_up(
+    slow: &Slow,
+    handler: impl Future<Output = crate::error::Result<()>> + Send + 'static,
+) {
+    let handler = tokio::spawn(handler);
+    slow.committed.notified().await;
+    handler.abort();
+    assert!(handler.await.unwrap_err().is_cancelled());
+    slow.go_on.notify_one();
+}
+
+#[tokio::test]
+async fn a_kill_that_crosses_the_answer_to_again_lets_nothing_start() {
+    let (fixture, run, runner, lease) = applying().await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    app.cancel_run(owner, run.id).await.unwrap();
+    fixture.clock.advance(std::time::Duration::from_secs(60));
+    // `start_again` has looked at the run by now.
+    app.force_cancel_run(owner, run.id).await.unwrap();
+    let start = app.go(&runner, lease).await.unwrap();
+    assert!(matches!(start, Start::Forced), "{start:?}");
+}
+
+#[tokio::test]
+async fn whoever_has_no_record_is_given_nothing() {
+    let (fixture, run) = queued().await;
+    let nobody = latchkey_domain::id::RunnerId::from_bytes([99; 16]);
+    let error = fixture.app.grant(run.job_id(Phase::Plan), nobody).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::IdentityRequired);
+    assert_eq!(fixture.run(&run).await.state, RunState::PlanQueued);
+}
+
+#[tokio::test]
+async fn a_plan_that_does_not_name_its_version_fails() {
+    for version in ["", "*", ">= 1.9", "1.9"] {
+        let (fixture, run) = queued().await;
+        let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
+        let changes = fixture.upload(&runner, lease, Made::Changes, b"{}").await.unwrap();
+        let workspace = fixture.upload(&runner, lease, Made::Workspace, b"made").await.unwrap();
+        let result = JobResult::Planned {
+            digests: latchkey_domain::run::PlanDigests {
+                plan: changes,
+                workspace,
+                lock_file: None,
+                changes,
+            },
+            applyable: true,
+            counts: latchkey_domain::run::Counts::default(),
+            engine: String::new(),
+            terraform_version: version.into(),
+        };
+        fixture.app.finish_job(&runner, lease, 0, result).await.unwrap();
+        let run = fixture.run(&run).await;
+        assert_eq!(run.state, RunState::Errored, "{version}");
+        assert!(run.reason.unwrap().contains("which version"));
+    }
 }
 
 #[tokio::test]
@@ -252,7 +407,7 @@ async fn a_grant_that_loses_leaves_no_word_in_the_winners_log() {
     let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
     let appender = fixture.app.append_log(&runner, lease).await.unwrap();
     append(&appender, 0, b"line\n").await.unwrap();
-    let stranger = RunnerId::from_bytes([77; 16]);
+    let stranger = fixture.enrolled(77).await.id;
     fixture.app.grant(lease.job, stranger).await.unwrap_err();
     assert_eq!(append(&appender, 5, b"next\n").await.unwrap(), 10);
 }
@@ -319,10 +474,34 @@ async fn an_owner_unfreezes_an_environment_once_its_lost_run_is_given_up() {
     let (app, owner) = (&fixture.app, &fixture.owner);
     let unfreeze = || app.unfreeze_environment(owner, ORGANIZATION, ENVIRONMENT, run.id);
     assert_eq!(unfreeze().await.unwrap_err().reason(), Reason::WrongState);
-    let given_up = app.cancel_run(owner, run.id).await.unwrap();
+    let given_up = app.discard_run(owner, run.id).await.unwrap();
     assert_eq!(given_up.state, RunState::Errored);
     assert_eq!(fixture.run(&next).await.state, RunState::Pending);
     unfreeze().await.unwrap();
     assert_eq!(fixture.run(&next).await.state, RunState::PlanQueued);
     unfreeze().await.unwrap();
+}
+
+#[tokio::test]
+async fn only_an_owner_who_says_so_gives_a_lost_apply_up() {
+    let (fixture, run, runner, lease) = applying().await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let (token, _) =
+        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
+    let ci = app.caller(&token).await.unwrap();
+    app.cancel_run(owner, run.id).await.unwrap();
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    // "Why does it not stop?"
+    for caller in [owner, &ci] {
+        assert_eq!(app.cancel_run(caller, run.id).await.unwrap().state, RunState::Lost);
+    }
+    let error = app.discard_run(&ci, run.id).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::PersonRequired);
+    let shown = fixture.run(&run).await.reason.unwrap();
+    assert!(shown.contains("wait for the runner") && shown.contains("latchkey discard"), "{shown}");
+    // Its runner is as good as ever.
+    assert_ne!(app.take_up(&runner, lease).await.unwrap(), Held::GiveUp);
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    assert_eq!(app.discard_run(owner, run.id).await.unwrap().state, RunState::Errored);
+    assert_eq!(app.take_up(&runner, lease).await.unwrap(), Held::GiveUp);
 }

@@ -1,6 +1,7 @@
 //! What a person does with quarantine: lists it, reads it, makes a state current, drops it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use latchkey_domain::environment::Frozen;
 use latchkey_domain::id::{
@@ -10,6 +11,7 @@ use latchkey_proto::v1::Reason;
 
 use super::{ATTEMPTS, serial};
 use crate::app::artifacts::{LARGEST_STATE, Made};
+use crate::app::claims::Claim;
 use crate::app::configurations::blob_error;
 use crate::app::{App, Page, PageRequest};
 use crate::auth::{Caller, Right};
@@ -17,7 +19,7 @@ use crate::blobs::BlobReader;
 use crate::error::{Error, Result};
 use crate::store::keys::{BlobUser, QuarantineSlot};
 use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
-use crate::store::record::quarantine::{Accepted, Kind, Quarantined, StateFacts, Tally};
+use crate::store::record::quarantine::{Accepted, Kind, Quarantined, StateFacts, Witness};
 use crate::store::record::{Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Scan, keys};
 
@@ -153,11 +155,12 @@ impl App {
             }
             let serial = next_serial(&facts, head, older)?;
             let state = StateFacts { serial, ..facts.clone() };
-            let digest = if serial == facts.serial {
-                record.digest.0
+            let claim = if serial == facts.serial {
+                None
             } else {
-                self.with_serial(organization, record.digest.0, serial).await?
+                Some(self.with_serial(organization, record.digest.0, serial).await?)
             };
+            let digest = claim.as_ref().map_or(record.digest.0, |claim| claim.digest);
             let number = head.map_or(0, |head| head.number) + 1;
             let mut next = environment.value.clone();
             next.state = Some(StateHead {
@@ -197,8 +200,15 @@ impl App {
                 .put(found.key.clone(), Expect::At(found.version), encode(&accepted))
                 .audit(draft);
             let user = BlobUser::State(next.id);
-            let batch = self.claim_blob(batch, organization, &digest, user).await?;
-            match self.store.commit(batch).await {
+            let batch = match &claim {
+                Some(claim) => self.settle_claim(batch, claim, user).await?,
+                None => self.share(batch, organization, &digest, user).await?,
+            };
+            let committed = self.store.commit(batch).await;
+            if let (Err(_), Some(claim)) = (&committed, &claim) {
+                self.release_claim(claim).await?;
+            }
+            match committed {
                 Ok(_) => return Ok(state),
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
@@ -213,7 +223,7 @@ impl App {
         organization: OrganizationId,
         digest: Digest,
         serial: u64,
-    ) -> Result<Digest> {
+    ) -> Result<Claim> {
         let state =
             self.blobs.get(organization, digest, LARGEST_STATE).await.map_err(blob_error)?;
         let parts = serial::split(state.expose_secret())
@@ -225,12 +235,12 @@ impl App {
         for part in [parts.before, number.as_bytes(), parts.after] {
             upload.write(part).await.map_err(blob_error)?;
         }
-        upload.finish().await.map_err(blob_error)
+        self.store_blob(organization, upload).await
     }
 
     /// Removes one for good. One that is gone already stays so.
     pub async fn drop_quarantined(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         id: QuarantinedId,
@@ -242,8 +252,10 @@ impl App {
                 Err(error) if error.reason() == Reason::NotFound => return Ok(()),
                 Err(error) => return Err(error),
             };
-            let Quarantined { run, phase, epoch, generation, kind, runner, digest, size, .. } =
-                found.value;
+            let Quarantined {
+                run, phase, epoch, generation, kind, runner, digest, witness, ..
+            } = found.value.clone();
+            let gone = found.value;
             let slot = QuarantineSlot {
                 organization,
                 run: run.0,
@@ -267,23 +279,18 @@ impl App {
                 .delete(found.key, Expect::At(found.version))
                 .delete(keys::quarantine(slot), Expect::Anything)
                 .audit(draft);
-            batch = Self::release_blob(batch, organization, &digest.0, BlobUser::Quarantined(id));
-            let key = keys::quarantine_tally(organization, run.0);
-            if let Some(tally) = self.fetch::<Tally>(key).await? {
-                let Tally { entries, bytes } = tally.value;
-                let left =
-                    Tally { entries: entries.saturating_sub(1), bytes: bytes.saturating_sub(size) };
-                let expect = Expect::At(tally.version);
-                batch = match left.entries {
-                    0 => batch.delete(tally.key, expect),
-                    _ => batch.put(tally.key, expect, encode(&left)),
-                };
-                if left.entries == 0 {
-                    batch = self.leave_quota(batch, runner.0, run.0).await?;
-                }
+            let user = BlobUser::Quarantined(id);
+            batch = self.end_use(batch, organization, &digest.0, user).await?;
+            let tallies = self.tallies(slot, witness).await?.without(&gone);
+            if witness == Witness::Word && tallies.nothing_of_run() {
+                batch = self.leave_quota(batch, runner.0, run.0).await?;
             }
+            batch = tallies.write(batch);
             match self.store.commit(batch).await {
-                Ok(_) => return self.collect_garbage().await,
+                Ok(_) => {
+                    self.collect_garbage_soon();
+                    return Ok(());
+                }
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
             }
@@ -359,6 +366,13 @@ fn summary(record: &Quarantined, head: Option<&StateHead>) -> String {
     if !known {
         text.push_str("; its run is not known here");
     }
+    match record.witness {
+        Witness::Record => {}
+        Witness::Word => text.push_str(
+            "; on this runner's word alone: it was never seen here to hold the job, look at it \
+             before you rely on it",
+        ),
+    }
     text
 }
 
@@ -391,7 +405,7 @@ pub fn next_steps(environment: &str, frozen: &Frozen) -> String {
     format!(
         "{reason}. Next: `latchkey run show {run}` and `latchkey quarantine list --run {run}` tell \
          what is known; accept or drop what is there; if the run is lost and its runner will not \
-         be back, end it with `latchkey cancel {run}`; then `latchkey env unfreeze {environment} \
+         be back, end it with `latchkey discard {run}`; then `latchkey env unfreeze {environment} \
          --run {run}`"
     )
 }

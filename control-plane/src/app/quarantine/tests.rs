@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use latchkey_domain::environment::Hold;
-use latchkey_domain::id::{Epoch, Generation, QuarantinedId, RunId, RunnerId};
+use latchkey_domain::id::{Epoch, Generation, QuarantinedId, RunId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{FailureKind, Run, RunKind, RunState};
 use latchkey_proto::v1::Reason;
@@ -21,7 +21,8 @@ use crate::auth::{Caller, RunnerIdentity, sha256};
 use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::store::record::people::Role;
-use crate::store::record::quarantine::{Kind, StateFacts};
+use crate::store::record::quarantine::{Kind, StateFacts, Tally};
+use crate::store::{Batch, Expect, keys};
 
 /// An environment with state serial 6 of lineage `l`, whose apply goes on.
 async fn applying() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
@@ -40,7 +41,7 @@ async fn applying() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
 async fn given_up() -> (Fixture, Run, RunnerIdentity, LeaseRef) {
     let (fixture, run, runner, lease) = applying().await;
     fixture.app.expire(lease.job, lease.epoch).await.unwrap();
-    let run = fixture.app.cancel_run(&fixture.owner, run.id).await.unwrap();
+    let run = fixture.app.discard_run(&fixture.owner, run.id).await.unwrap();
     assert_eq!(run.state, RunState::Errored);
     (fixture, run, runner, lease)
 }
@@ -167,7 +168,7 @@ async fn of_the_snapshots_of_one_lease_the_newest_is_kept_in_whatever_order_they
 #[tokio::test]
 async fn whoever_never_held_the_lease_brings_nothing() {
     let (fixture, run, runner, lease) = given_up().await;
-    let other = RunnerIdentity { id: RunnerId::from_bytes([77; 16]), ..runner.clone() };
+    let other = fixture.enrolled(77).await;
     let foreign = RunnerIdentity {
         organization: latchkey_domain::id::OrganizationId::from_bytes([66; 16]),
         ..runner.clone()
@@ -177,6 +178,9 @@ async fn whoever_never_held_the_lease_brings_nothing() {
         (&other, lease),
         (&foreign, lease),
         (&foreign, older),
+        // Nothing was ever restored: there is no generation before this one.
+        (&runner, LeaseRef { epoch: Epoch::new(9), ..older }),
+        (&other, older),
         (&runner, LeaseRef { epoch: Epoch::new(9), ..lease }),
     ] {
         let error = bring(&fixture.app, runner, lease, (Made::Log, 0), b"x").await.unwrap_err();
@@ -198,21 +202,75 @@ async fn a_current_lease_has_no_use_for_quarantine() {
     }
 }
 
+/// The same data in a newer generation.
+async fn restored(fixture: &Fixture) -> std::sync::Arc<App> {
+    let generation = crate::store::record::encode(&3);
+    let batch = Batch::new().put(keys::generation(), Expect::Anything, generation);
+    fixture.store.commit(batch).await.unwrap();
+    fixture.restarted(None).await
+}
+
+#[tokio::test]
+async fn one_thing_of_a_lease_is_not_replaced_without_end() {
+    let (fixture, run, runner, lease) = given_up().await;
+    let app = &fixture.app;
+    let mut refused = None;
+    // Each is in the audit trail.
+    for round in 0..1100_u64 {
+        let data = round.to_be_bytes();
+        if let Err(error) = bring(app, &runner, lease, (Made::Result, 0), &data).await {
+            refused = Some((round, error.reason()));
+            break;
+        }
+    }
+    assert_eq!(refused, Some((1025, Reason::LimitReached)));
+    let id = listed(&fixture, Some(run.id)).await[0].record.id.0;
+    app.drop_quarantined(&fixture.owner, ORGANIZATION, id).await.unwrap();
+    bring(app, &runner, lease, (Made::Result, 0), b"again").await.unwrap();
+}
+
+#[tokio::test]
+async fn quarantine_has_a_bound_for_a_runner_and_an_organization_and_states_are_tried_again() {
+    let (fixture, _, runner, lease) = given_up().await;
+    let app = &fixture.app;
+    let organization = runner.organization;
+    for (of, bytes) in [(Some(runner.id), 16_u64 << 30), (None, 64 << 30)] {
+        let key = keys::quarantine_total(organization, 0, of);
+        let full = |bytes| crate::store::record::encode(&Tally { entries: 1, bytes });
+        let put = |bytes| Batch::new().put(key.clone(), Expect::Anything, full(bytes));
+        fixture.store.commit(put(bytes)).await.unwrap();
+        let error = bring(app, &runner, lease, (Made::Log, 0), b"x").await.unwrap_err();
+        assert_eq!(error.reason(), Reason::LimitReached);
+        let data = state("l", 7);
+        bring(app, &runner, lease, (Made::State, 1), &data).await.unwrap();
+        fixture.store.commit(put(2 * bytes)).await.unwrap();
+        let error = bring(app, &runner, lease, (Made::StateDump, 0), &data).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::StoreUnavailable, "its runner keeps it");
+        fixture.store.commit(put(0)).await.unwrap();
+    }
+    bring(app, &runner, lease, (Made::Log, 0), b"x").await.unwrap();
+}
+
 #[tokio::test]
 async fn after_a_restore_a_runners_word_is_taken_within_bounds() {
     let (fixture, _, runner, lease) = given_up().await;
-    let app = &fixture.app;
+    let app = &restored(&fixture).await;
     let of = |run: u8, epoch| LeaseRef {
         job: latchkey_domain::id::JobId { run: RunId::from_bytes([run; 16]), phase: Phase::Apply },
         epoch: Epoch::new(epoch),
-        generation: Generation::new(0),
+        generation: Generation::FIRST,
     };
     let later = state("l", 9);
     bring(app, &runner, of(100, 1), (Made::State, 1), &later).await.unwrap();
     let kept = only(&fixture, Kind::State).await;
-    assert!(kept.summary.contains("its run is not known here"), "{}", kept.summary);
+    for part in ["its run is not known here", "on this runner's word alone"] {
+        assert!(kept.summary.contains(part), "{}", kept.summary);
+    }
+    let never = LeaseRef { generation: Generation::new(0), ..of(100, 2) };
+    let error = bring(app, &runner, never, (Made::Log, 0), b"x").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LeaseLost);
     // A run that is known, at an epoch that is not.
-    let unknown_epoch = LeaseRef { epoch: Epoch::new(40), generation: Generation::new(0), ..lease };
+    let unknown_epoch = LeaseRef { epoch: Epoch::new(40), ..lease };
     bring(app, &runner, unknown_epoch, (Made::Log, 0), b"x").await.unwrap();
 
     for epoch in 2..=16 {
@@ -220,12 +278,19 @@ async fn after_a_restore_a_runners_word_is_taken_within_bounds() {
     }
     let error = bring(app, &runner, of(100, 17), (Made::Log, 0), b"x").await.unwrap_err();
     assert_eq!(error.reason(), Reason::LimitReached);
+    // Nor does it take the place of who really held the job.
+    let holder = fixture.enrolled(6).await;
+    bring(app, &holder, of(100, 1), (Made::State, 1), &state("l", 8)).await.unwrap();
+    bring(app, &runner, lease, (Made::State, 1), &state("l", 7)).await.unwrap();
+    let of_holder = listed(&fixture, Some(lease.job.run)).await;
+    let of_holder = of_holder.iter().find(|view| view.record.kind == Kind::State).unwrap();
+    assert!(!of_holder.summary.contains("word alone"), "{}", of_holder.summary);
     for run in 101..=162 {
         bring(app, &runner, of(run, 1), (Made::Log, 0), b"x").await.unwrap();
     }
     let error = bring(app, &runner, of(163, 1), (Made::Log, 0), b"x").await.unwrap_err();
     assert_eq!(error.reason(), Reason::LimitReached);
-    let another = RunnerIdentity { id: RunnerId::from_bytes([5; 16]), ..runner.clone() };
+    let another = fixture.enrolled(5).await;
     bring(app, &another, of(163, 1), (Made::Log, 0), b"x").await.unwrap();
 
     // What is dropped makes room.
@@ -348,11 +413,13 @@ async fn what_is_in_quarantine_or_accepted_is_kept_and_what_is_dropped_is_delete
     assert!(exists(b"made".to_vec()).await.unwrap());
     let id = only(&fixture, Kind::Workspace).await.record.id.0;
     app.drop_quarantined(owner, ORGANIZATION, id).await.unwrap();
+    app.collect_garbage().await.unwrap();
     assert!(!exists(b"made".to_vec()).await.unwrap());
 
     let id = only(&fixture, Kind::State).await.record.id.0;
     accept(&fixture, id, false).await.unwrap();
     app.drop_quarantined(owner, ORGANIZATION, id).await.unwrap();
+    app.collect_garbage().await.unwrap();
     assert_eq!(current_state(&fixture).await, state("l", 7));
 }
 
@@ -367,6 +434,7 @@ async fn dropping_what_a_run_in_progress_made_as_well_takes_nothing_from_it() {
     bring(app, &runner, old, (Made::Workspace, 0), b"made").await.unwrap();
     let id = only(&fixture, Kind::Workspace).await.record.id.0;
     app.drop_quarantined(&fixture.owner, ORGANIZATION, id).await.unwrap();
+    app.collect_garbage().await.unwrap();
     let workspace = run.planned.unwrap().digests.workspace;
     assert!(app.blobs.exists(runner.organization, workspace).await.unwrap());
     app.discard_run(&fixture.owner, run.id).await.unwrap();
@@ -430,7 +498,7 @@ async fn a_lost_apply_says_what_is_known_and_ends_well_by_its_late_result() {
     app.expire(lease.job, lease.epoch).await.unwrap();
     let lost = app.show_run(owner, run.id).await.unwrap();
     let reason = lost.run.reason.unwrap();
-    for part in ["went silent", "quarantine list", "latchkey cancel"] {
+    for part in ["went silent", "quarantine list", "latchkey discard"] {
         assert!(reason.contains(part), "{reason}");
     }
     // A result that waited on the host while the connection was cut.
@@ -492,11 +560,11 @@ async fn a_forced_cancel_of_a_silent_runners_run_ends_nothing_and_is_told_when_i
 }
 
 #[tokio::test]
-async fn a_lost_run_that_nobody_canceled_is_given_up_without_force() {
+async fn a_lost_run_that_nobody_canceled_is_not_killed() {
     let (fixture, run, _, lease) = applying().await;
     fixture.app.expire(lease.job, lease.epoch).await.unwrap();
     let error = fixture.app.force_cancel_run(&fixture.owner, run.id).await.unwrap_err();
-    assert_eq!(error.reason(), Reason::WrongState);
+    assert_eq!(error.reason(), Reason::CancelGrace);
     assert!(error.message().contains("without force"));
 }
 

@@ -10,10 +10,13 @@ use latchkey_proto::v1::Reason;
 use crate::app::App;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::start_job::Start;
-use crate::backup::{self, Restored, Source};
+use crate::backup::{self, Named, Restored, Source};
 use crate::clock::Clock;
+use crate::store::record::people::Role;
+use crate::store::record::runner::{Pool, Runner};
+use crate::store::record::{Text, encode};
 use crate::store::sled::{Options, Sled};
-use crate::store::{Store, keys, list};
+use crate::store::{Batch, Expect, Store, keys, list};
 
 async fn back_up(fixture: &Fixture, to: &Path) {
     let source = Source {
@@ -21,13 +24,24 @@ async fn back_up(fixture: &Fixture, to: &Path) {
         store: &*fixture.store,
         logs: &fixture.app.logs,
         blobs: Some(&fixture.app.blobs),
+        master: &fixture.app.master,
     };
     backup::take(source, to, fixture.app.now()).await.unwrap();
 }
 
 async fn restore(fixture: &Fixture, from: &Path, to: &Path) -> Restored {
+    restore_above(fixture, from, to, None).await
+}
+
+async fn restore_above(
+    fixture: &Fixture,
+    from: &Path,
+    to: &Path,
+    above: Option<Generation>,
+) -> Restored {
     let clock: Arc<dyn Clock> = Arc::clone(&fixture.clock) as Arc<dyn Clock>;
-    backup::restore(from, to, &fixture.key_file(), clock).await.unwrap()
+    let plan = backup::Plan { from, data_dir: to, key_file: &fixture.key_file(), above };
+    backup::restore(plan, clock).await.unwrap()
 }
 
 async fn open(fixture: &Fixture, data: &Path) -> Arc<App> {
@@ -101,6 +115,63 @@ async fn what_had_not_ended_is_ended_and_no_authority_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nobody_who_was_revoked_since_the_backup_gets_a_job_or_acts_for_a_program() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let (secret, _) =
+        app.create_service_token(owner, ORGANIZATION, "ci", None, "ci").await.unwrap();
+    let login = app.create_user(owner, ORGANIZATION, "bob", Role::Member, "bob").await.unwrap();
+    let runner = fixture.runner().await;
+    let key = keys::runner(runner.id);
+    let pool = Pool {
+        id: Text(runner.pool),
+        organization: Text(runner.organization),
+        name: "build".into(),
+        created_at: app.now().into(),
+    };
+    let pool_key = keys::pool(runner.organization, runner.pool);
+    let batch = Batch::new().put(pool_key, Expect::Absent, encode(&pool));
+    fixture.store.commit(batch).await.unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let (copy, data) = (root.path().join("backup"), root.path().join("data"));
+    back_up(&fixture, &copy).await;
+    // Now the runner is revoked and the service token lost; then comes the restore.
+    let restored = restore(&fixture, &copy, &data).await;
+    let shown = |names: &[Named]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let returned = &restored.returned;
+    assert!(shown(&returned.service_tokens)[0].starts_with("ci of acme, since 2"));
+    assert!(shown(&returned.runners)[0].starts_with("builder of acme, since 2"));
+    let mut people: Vec<_> = returned.people.iter().map(ToString::to_string).collect();
+    people.sort();
+    assert!(people[0].starts_with("ada, since 2") && people[0].ends_with(": owner of acme"));
+    assert!(people[1].starts_with("bob, since 2") && people[1].ends_with(": member of acme"));
+
+    let app = open(&fixture, &data).await;
+    app.settle_restore().await.unwrap();
+    app.settle_restore().await.unwrap();
+    let error = app.caller(&secret).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::IdentityRequired);
+    assert_eq!(count(&app, keys::Kind::ServiceToken).await, 0);
+    // People can act, or nobody could mend anything; also make the token anew.
+    app.caller(&login).await.unwrap();
+    app.create_service_token(owner, ORGANIZATION, "ci", None, "new").await.unwrap();
+    let found = app.fetch::<Runner>(key).await.unwrap().unwrap().value;
+    assert!(found.drained_at.is_some());
+    let run = fixture.queue_at(&app, "after").await;
+    let refused = app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::NotAllowed, "{refused}");
+    let organization = fixture.organization().await;
+    let trail = list(&*app.store, keys::audit_of(organization)).await.unwrap();
+    let told = trail.iter().filter(|(_, found)| {
+        String::from_utf8_lossy(&found.value).contains("resume it once you know it was not revoked")
+    });
+    assert_eq!(told.count(), 1);
+    // An owner has looked.
+    app.resume_runner(owner, runner.id).await.unwrap();
+    app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_code_is_spent_in_the_three_minutes_after_a_restore() {
     let fixture = Fixture::new(MfaPolicy::PlansAndApplies).await;
     let root = tempfile::tempdir().unwrap();
@@ -132,12 +203,8 @@ async fn a_lease_from_before_the_restore_is_given_up_and_raises_no_alarm() {
         epoch: run.apply.epoch,
         generation: fixture.app.generation,
     };
-    let seen = crate::app::history::Seen {
-        generation: fixture.app.generation,
-        history: fixture.app.store.history().get() + 1000,
-    };
     let runner = fixture.runner().await;
-    app.greet(&runner, seen, &[lease]).await.unwrap();
+    app.greet(&runner, fixture.app.mark().as_ref()).await.unwrap();
     assert_eq!(app.take_up(&runner, lease).await.unwrap_err().reason(), Reason::LeaseLost);
     assert_eq!(app.start_again(&runner, lease).await.unwrap_err().reason(), Reason::LeaseLost);
 }
@@ -164,11 +231,16 @@ async fn every_restore_is_a_higher_generation() {
         store: &*app.store,
         logs: &app.logs,
         blobs: None,
+        master: &app.master,
     };
     let second = root.path().join("second");
     backup::take(source, &second, app.now()).await.unwrap();
     let restored = restore(&fixture, &second, &root.path().join("data-3")).await;
     assert!(restored.generation > last);
+    // And above what runners have seen, where a clock was ahead once.
+    let seen = Generation::new(1 << 60);
+    let restored = restore_above(&fixture, &second, &root.path().join("data-4"), Some(seen)).await;
+    assert_eq!(restored.generation.get(), seen.get() + 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -193,7 +265,20 @@ async fn a_running_control_plane_takes_its_backup_when_asked_on_its_host() {
     let again = ask("backup").await.unwrap().unwrap_err().to_string();
     assert!(again.contains("name a directory that does not"), "{again}");
     restore(&fixture, &root.path().join("backup"), &root.path().join("restored")).await;
+    let alarm = |clear| {
+        let data = data.clone();
+        tokio::task::spawn_blocking(move || backup::socket::ask_alarm(&data, clear).unwrap())
+    };
+    assert_eq!(alarm(false).await.unwrap(), Some(None));
+    let later = fixture.told_later().await;
+    fixture.app.greet(&fixture.runner().await, Some(&later)).await.unwrap_err();
+    let shown = alarm(false).await.unwrap().unwrap().unwrap();
+    assert!(shown.contains("it has seen generation 2"), "{shown}");
+    assert_eq!(alarm(true).await.unwrap(), Some(Some(shown)));
+    assert_eq!(alarm(false).await.unwrap(), Some(None));
+    fixture.app.check_history().unwrap();
     serving.abort();
     let _ = serving.await;
+    assert_eq!(alarm(false).await.unwrap(), None);
     assert!(ask("later").await.unwrap().unwrap().is_none());
 }

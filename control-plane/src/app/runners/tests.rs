@@ -196,10 +196,11 @@ async fn an_apply_that_a_revoked_runner_had_started_is_lost_and_it_cannot_end_it
     fixture.app.revoke_runner(&fixture.owner, runner.id).await.unwrap();
     let lost = fixture.run(&run).await;
     assert_eq!(lost.state, RunState::Lost);
-    assert!(lost.reason.unwrap().contains("revoked"));
+    let reason = lost.reason.unwrap();
+    assert!(reason.contains("revoked") && !reason.contains("wait for the runner"), "{reason}");
     let applied = JobResult::Applied { outputs: None };
     let late = fixture.app.finish_job(&runner, lease, 0, applied).await;
-    assert_eq!(late.unwrap_err().reason(), Reason::LeaseLost);
+    assert_eq!(late.unwrap_err().reason(), Reason::IdentityRequired);
     assert_eq!(fixture.run(&run).await.state, RunState::Lost);
     let (key, value) =
         crate::store::list(&*fixture.store, keys::environments_of(fixture.organization().await))
@@ -252,11 +253,11 @@ async fn a_plan_is_asked_for_by_its_settings_and_an_apply_by_its_plan() {
         engine_version: Some(version.into()),
         ..SettingsChange::default()
     };
-    let change = set("terraform", "1.10.0");
+    let change = set("terraform", "1.11.4");
     app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
     let run = fixture.queue("first").await;
     let (lease, spec) = app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap();
-    assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.10.0"));
+    assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.11.4"));
     app.hand_back(&runner, lease).await.unwrap();
     let run = fixture.plan(&run).await;
     app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0")).await.unwrap();
@@ -336,4 +337,32 @@ async fn members_look_and_owners_steer() {
     assert_eq!(refused.reason(), Reason::PersonRequired);
     let stranger = RunnerId::from_bytes([99; 16]);
     assert_eq!(app.show_runner(owner, stranger).await.unwrap_err().reason(), Reason::NotFound);
+}
+
+#[tokio::test]
+async fn a_revocation_that_only_the_store_knows_of_stops_every_word_of_its_runner() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    fixture.dispatch();
+    let (run, runner, lease) = confirmed(&fixture).await;
+    let app = &fixture.app;
+    // As another control plane has it: nothing in this process was told.
+    let Loaded { key, version, value } = app.runner_record(runner.id).await.unwrap();
+    let revoked = Runner { revoked_at: Some(app.now().into()), ..value };
+    let batch = Batch::new().put(key, Expect::At(version), encode(&revoked));
+    fixture.store.commit(batch).await.unwrap();
+    let applied = JobResult::Applied { outputs: None };
+    for error in [
+        app.start_job(&runner, lease).await.unwrap_err(),
+        app.start_again(&runner, lease).await.unwrap_err(),
+        app.hand_back(&runner, lease).await.unwrap_err(),
+        app.decline_job(&runner, lease, "no".into()).await.unwrap_err(),
+        app.take_up(&runner, lease).await.unwrap_err(),
+        app.finish_job(&runner, lease, 0, applied).await.unwrap_err(),
+    ] {
+        assert_eq!(error.reason(), Reason::IdentityRequired, "{error}");
+    }
+    assert_eq!(fixture.run(&run).await.state, RunState::Applying);
+    // What the owner's process did not come to, the reaper of any does.
+    app.reconcile().await.unwrap();
+    assert_eq!(fixture.run(&run).await.state, RunState::ApplyQueued);
 }

@@ -24,6 +24,8 @@ struct Decider {
     epochs: Mutex<HashMap<JobId, u64>>,
     expired: Mutex<Vec<(JobId, Instant)>>,
     alarms: Mutex<Vec<RunnerId>>,
+    /// Holds grants up while it is taken.
+    gate: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Leases for Decider {
@@ -36,7 +38,11 @@ impl Leases for Decider {
         let epoch = epochs.entry(job).or_default();
         *epoch += 1;
         let lease = LeaseRef { job, epoch: Epoch::new(*epoch), generation: Generation::FIRST };
-        Box::pin(async move { Ok(Some((lease, spec()))) })
+        let gate = Arc::clone(&self.gate);
+        Box::pin(async move {
+            drop(gate.lock().await);
+            Ok(Some((lease, spec())))
+        })
     }
 
     fn expire(self: Arc<Self>, job: JobId, _: Epoch) -> BoxFuture<'static, Result<()>> {
@@ -390,6 +396,26 @@ async fn a_thousand_runners_at_once_each_get_their_job() {
     }
     assert_eq!(jobs.len(), 2000);
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_ends_before_it_is_offered_is_offered_to_nobody_and_its_job_is_open() {
+    let plane = plane();
+    let granting = Arc::clone(&plane.decider.gate).lock_owned().await;
+    let (_, mut first) = plane.connect(1, introduction(1)).await;
+    plane.open(1);
+    silent(&plane, &mut first).await;
+    // Its runner was revoked at once: the job is open again, as of the lease being granted.
+    plane.dispatch.expel(identity(1).id);
+    plane.dispatch.open(job(1), place(), Epoch::new(1));
+    let (_, mut second) = plane.connect(2, introduction(1)).await;
+    drop(granting);
+    let lease = offered(next(&mut second).await);
+    assert_eq!((lease.job, lease.epoch), (job(1), Epoch::new(2)));
+    assert!(first.recv().await.is_none());
+    // One that is told late of what is overtaken opens nothing.
+    let watched = plane.dispatch.watched().await;
+    assert_eq!(watched, [(job(1), Epoch::new(2), identity(2).id)]);
 }
 
 #[tokio::test(start_paused = true)]

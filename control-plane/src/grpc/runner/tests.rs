@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use latchkey_domain::id::{Digest, RunnerId};
 use latchkey_domain::policy::MfaPolicy;
+use latchkey_proto::v1::lease_response::Frame as Out;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
 use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
+use latchkey_proto::v1::upload_artifact_request::Part;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::Code;
@@ -186,16 +188,4 @@ async fn a_runner_that_says_it_drains_is_offered_nothing() {
     let (_frames, mut leases) = send_hello(&mut client).await;
     assert!(matches!(next(&mut leases).await.unwrap(), Out::Welcome(_)));
     assert!(matches!(next(&mut leases).await.unwrap(), Out::Offer(_)));
-}
-
-#[test]
-fn a_result_of_an_old_lease_is_the_frame_that_it_would_have_sent() {
-    let applied = v1::ApplyFinished { outputs_json: "{}".into() };
-    let frame = v1::Finished { result: Some(WireResult::Apply(applied)), ..Default::default() };
-    let result = super::encoded_result(&frame.encode_to_vec()).unwrap();
-    assert!(matches!(result, JobResult::Applied { outputs: Some(_) }), "{result:?}");
-    for bad in [b"no frame".as_slice(), b""] {
-        let error = super::encoded_result(bad).unwrap_err();
-        assert_eq!(error.reason(), Reason::FieldInvalid);
-    }
 }

@@ -24,7 +24,13 @@ pub struct Quarantined {
     pub digest: Text<Digest>,
     pub size: u64,
     pub runner: Text<RunnerId>,
+    /// What its origin rests on.
+    #[serde(default)]
+    pub witness: Witness,
     pub at: Millis,
+    /// How often something newer of the same lease and kind took its place.
+    #[serde(default)]
+    pub replaced: u32,
     /// Of a lease's snapshots of its state: which.
     #[serde(default)]
     pub sequence: u64,
@@ -37,6 +43,27 @@ pub struct Quarantined {
     /// Set when a person made the state current.
     #[serde(default)]
     pub accepted: Option<Accepted>,
+}
+
+/// What says that a lease brought something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Witness {
+    /// The runner was seen to hold the job at that epoch.
+    #[default]
+    Record,
+    /// The word of the runner alone, of a time that a restore forgot.
+    Word,
+}
+
+impl Witness {
+    /// Stands for it in keys.
+    pub const fn number(self) -> u8 {
+        match self {
+            Witness::Record => 0,
+            Witness::Word => 1,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +93,7 @@ pub struct Accepted {
     pub state: StateFacts,
 }
 
-/// How much is kept of one run.
+/// How much is kept of one run, or of one of those who bring it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     pub entries: u64,

@@ -161,7 +161,9 @@ async fn the_history_that_was_told_is_told_again_by_the_next_agent() {
     (plane.world().generation, plane.world().history) = (2, 900);
     let agent = Running::start(plane.config(work_dir.path()));
     plane.wait("a third hello", |world| world.hellos.len() == 3).await;
-    let seen = |hello: &v1::Hello| (hello.seen_generation, hello.seen_history);
+    let seen = |hello: &v1::Hello| {
+        hello.seen.as_ref().map_or((0, 0), |mark| (mark.generation, mark.history))
+    };
     let told: Vec<_> = plane.world().hellos.iter().map(seen).collect();
     assert_eq!(told, [(0, 0), (3, 80), (3, 80)]);
     agent.stop().await.unwrap();

@@ -511,36 +511,21 @@ async fn a_revoked_runner_is_cut_off_at_once_and_for_good() {
     assert_eq!(scene.honest_finishes().await.unwrap().state(), RunState::AwaitingConfirmation);
 }
 
-/// A control plane cannot tell a lie about its history from the truth: it stops deciding, for that
-/// is the safe side. But it names who said so, and goes on once that runner is put out.
+/// Only what a control plane once said itself proves that it runs on an old copy: else one runner
+/// could stop everybody.
 #[tokio::test]
-async fn a_runner_that_lies_about_history_is_named_and_can_be_put_out() {
+async fn a_runner_that_lies_about_history_stops_nobody() {
     let mut scene = Scene::new().await.unwrap();
-    let lie = v1::Hello { seen_generation: 99, ..hello() };
-    let status = match Raw::open(&scene.client, Some(Request::Hello(lie))).await {
-        Ok(mut raw) => raw.end().await,
-        Err(status) => status,
-    };
-    check_refused("a lie", Err::<(), _>(status), Code::FailedPrecondition, "HISTORY_LOST");
-    let ada = &scene.stage.owner;
-    let mut pools = ada.pools();
-    let runners = pools.list_runners(v1::ListRunnersRequest {
-        organization: Stage::ORGANIZATION.into(),
-        ..Default::default()
+    let seen = Some(v1::HistoryMark {
+        generation: 99,
+        incarnation: "ab".repeat(16),
+        history: u64::MAX,
+        mac: vec![7; 32],
     });
-    let runners = runners.await.unwrap().into_inner().runners;
-    let liar = runners.iter().find(|runner| runner.name == "hostile").unwrap();
-    let records = ada.audit_records("").await.unwrap();
-    let named = format!("runner {}", liar.runner_id);
-    assert!(
-        records.iter().any(|record| record.action == "prove_old_copy" && record.actor == named),
-        "{records:?}"
-    );
-    let request = v1::RevokeRunnerRequest { runner_id: liar.runner_id.clone() };
-    pools.revoke_runner(request).await.unwrap();
-    scene.stage.plane.kill().await.unwrap();
-    scene.stage.plane.restart().await.unwrap();
-    scene.honest_returns().await.unwrap();
+    let lie = v1::Hello { seen, ..hello() };
+    let _ = Raw::open(&scene.client, Some(Request::Hello(lie))).await;
+    let records = scene.stage.owner.audit_records("").await.unwrap();
+    assert!(records.iter().all(|record| record.action != "prove_old_copy"), "{records:?}");
     scene.honest_goes_on().await.unwrap();
     assert_eq!(scene.honest_finishes().await.unwrap().state(), RunState::AwaitingConfirmation);
 }

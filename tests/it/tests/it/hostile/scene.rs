@@ -28,7 +28,6 @@ pub(crate) struct Scene {
     pub(crate) stage: Stage,
     pub(crate) listener: Listener,
     pub(crate) honest: SimulatedRunner,
-    honest_identity: Identity,
     /// What the honest runner holds: a plan that has its `Go`.
     pub(crate) lease: v1::LeaseRef,
     /// The hostile runner's certificate, of another pool.
@@ -57,7 +56,7 @@ impl Scene {
         anyhow::ensure!(lease.run_id == run.run_id, "another run was offered");
         honest.start(&lease).await?;
         let client = Self::connect(&listener, &identity).await?;
-        Ok(Self { stage, listener, honest, honest_identity, lease, identity, client })
+        Ok(Self { stage, listener, honest, lease, identity, client })
     }
 
     pub(crate) async fn connect(
@@ -72,14 +71,6 @@ impl Scene {
         identity: &Identity,
     ) -> anyhow::Result<Channel> {
         Ok(listener.endpoint(Some(identity))?.connect().await?)
-    }
-
-    /// Brings the honest runner back after its stream was cut, with what it holds.
-    pub(crate) async fn honest_returns(&mut self) -> anyhow::Result<()> {
-        let held = vec![self.lease.clone()];
-        self.honest =
-            SimulatedRunner::returning(&self.listener, &self.honest_identity, 1, held).await?;
-        Ok(())
     }
 
     /// The run as people see it.

@@ -1,0 +1,233 @@
+//! Reads lineage and serial out of a Terraform state, however large, in little memory.
+//!
+//! The parser keeps a key, or a value that it was asked for, in memory before anybody can look at
+//! how long it is. So what it reads is watched: at the top level of a state, where both are, no
+//! text is long; and nothing is nested deeper than any state is.
+
+use std::io::{self, Read};
+
+use latchkey_domain::id::{Digest, OrganizationId};
+
+use super::App;
+use super::configurations::blob_error;
+use crate::error::Result;
+use crate::store::record::quarantine::StateFacts;
+
+const LONGEST_LINEAGE: usize = 256;
+
+/// A lineage of 256 bytes, each of them escaped; what else is at the top is shorter.
+const LONGEST_TEXT: usize = 6 * LONGEST_LINEAGE;
+
+const DEEPEST: usize = 512;
+
+/// Why something is no state that could become current.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfit {
+    NoState,
+    Lineage,
+    Beyond,
+}
+
+impl Unfit {
+    /// Names the field at fault and what to do.
+    pub(super) const fn explained(self) -> (&'static str, &'static str) {
+        match self {
+            Unfit::NoState => ("data", "it is not a Terraform state"),
+            Unfit::Lineage => (
+                "lineage",
+                "a state's lineage has 1 to 256 printable bytes; write the state with a lineage \
+                 that Terraform made",
+            ),
+            Unfit::Beyond => (
+                "data",
+                "a state has no key and no text above 1,536 bytes at its top level (its lineage \
+                 has up to 256), and nests up to 512 levels deep; write it with Terraform",
+            ),
+        }
+    }
+}
+
+impl App {
+    /// Reads what a stored state says of itself.
+    pub(super) async fn state_facts(
+        &self,
+        organization: OrganizationId,
+        digest: Digest,
+    ) -> Result<std::result::Result<StateFacts, Unfit>> {
+        let _place = self.uploads.parse().await?;
+        let reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
+        reader.read_with(|reader| facts(reader)).await.map_err(blob_error)
+    }
+}
+
+fn facts(state: impl Read) -> std::result::Result<StateFacts, Unfit> {
+    let mut watched = Watched::new(state);
+    let facts = serde_json::from_reader::<_, StateFacts>(&mut watched);
+    if watched.beyond {
+        return Err(Unfit::Beyond);
+    }
+    let facts = facts.map_err(|_| Unfit::NoState)?;
+    if !(1..=LONGEST_LINEAGE).contains(&facts.lineage.len())
+        || facts.lineage.contains(char::is_control)
+    {
+        return Err(Unfit::Lineage);
+    }
+    Ok(facts)
+}
+
+/// JSON that is being read, up to what is beyond any state.
+struct Watched<R> {
+    inner: R,
+    within: Within,
+    depth: usize,
+    /// Of the text or number at hand.
+    length: usize,
+    beyond: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Within {
+    Structure,
+    Text,
+    Escape,
+}
+
+impl<R> Watched<R> {
+    fn new(inner: R) -> Self {
+        Self { inner, within: Within::Structure, depth: 0, length: 0, beyond: false }
+    }
+
+    fn watch(&mut self, byte: u8) {
+        self.length += 1;
+        self.within = match (self.within, byte) {
+            (Within::Structure, b'"') => {
+                self.length = 0;
+                Within::Text
+            }
+            (Within::Structure, b'{' | b'[') => {
+                self.depth += 1;
+                self.length = 0;
+                Within::Structure
+            }
+            (Within::Structure, b'}' | b']') => {
+                self.depth = self.depth.saturating_sub(1);
+                self.length = 0;
+                Within::Structure
+            }
+            (Within::Structure, b',' | b':' | b' ' | b'\t' | b'\n' | b'\r') => {
+                self.length = 0;
+                Within::Structure
+            }
+            (Within::Structure, _) => Within::Structure,
+            (Within::Text, b'"') => {
+                self.length = 0;
+                Within::Structure
+            }
+            (Within::Text, b'\\') => Within::Escape,
+            (Within::Text, _) | (Within::Escape, _) => Within::Text,
+        };
+        self.beyond |= self.depth > DEEPEST || (self.depth <= 1 && self.length > LONGEST_TEXT);
+    }
+}
+
+impl<R: Read> Read for Watched<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        for byte in buffer.iter().take(read) {
+            self.watch(*byte);
+            if self.beyond {
+                return Err(io::Error::other("it is beyond any state"));
+            }
+        }
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use latchkey_domain::policy::MfaPolicy;
+
+    use super::*;
+    use crate::app::fixture::Fixture;
+
+    /// Counts what was asked of it.
+    struct Endless<'a> {
+        before: &'a [u8],
+        then: u8,
+        read: usize,
+    }
+
+    impl Read for Endless<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            assert!(self.read < 1 << 20, "it was read on and on");
+            let first = self.before.read(buffer)?;
+            if first == 0 {
+                buffer.fill(self.then);
+            }
+            let read = if first == 0 { buffer.len() } else { first };
+            self.read += read;
+            Ok(read)
+        }
+    }
+
+    #[test]
+    fn facts_are_found_among_everything_else() {
+        let long = "x".repeat(100_000);
+        let state = format!(
+            r#"{{"version":4,"outputs":{{"a\"b":{{"value":"{long}\\"}}}},"serial":41,
+                "lineage":"a-\u0062","resources":[[[["{long}"]]]],"check_results":null}}"#
+        );
+        let found = facts(state.as_bytes()).unwrap();
+        assert_eq!((found.lineage.as_str(), found.serial), ("a-b", 41));
+    }
+
+    #[test]
+    fn what_never_ends_is_refused_before_it_fills_memory() {
+        for (before, then) in [
+            (r#"{"serial":1,"lineage":""#, b'x'),
+            (r#"{""#, b'k'),
+            (r#"{"serial":"#, b'1'),
+            (r#"{"lineage":"a","outputs":"#, b'['),
+            ("", b'1'),
+        ] {
+            let endless = Endless { before: before.as_bytes(), then, read: 0 };
+            assert_eq!(facts(endless), Err(Unfit::Beyond), "{before}");
+        }
+    }
+
+    #[test]
+    fn more_states_than_there_are_threads_do_not_wait_for_each_other() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(2)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let fixture = Fixture::new(MfaPolicy::Never).await;
+            let organization = fixture.organization().await;
+            let long = "x".repeat(1 << 20);
+            let state = format!(r#"{{"serial":1,"lineage":"l","outputs":{{"x":"{long}"}}}}"#);
+            let digest = fixture.app.blobs.put(organization, state.as_bytes()).await.unwrap();
+            let mut reading = tokio::task::JoinSet::new();
+            for _ in 0..40 {
+                let app = std::sync::Arc::clone(&fixture.app);
+                reading.spawn(async move { app.state_facts(organization, digest).await });
+            }
+            let all = tokio::time::timeout(std::time::Duration::from_secs(60), reading.join_all());
+            let all = all.await.expect("they do not wait for each other");
+            assert!(all.into_iter().all(|facts| facts.unwrap().unwrap().serial == 1));
+        });
+    }
+
+    #[test]
+    fn a_lineage_has_a_bound_and_is_printable() {
+        let of =
+            |lineage: &str| facts(format!(r#"{{"serial":1,"lineage":"{lineage}"}}"#).as_bytes());
+        assert!(of(&"x".repeat(256)).is_ok());
+        for lineage in ["", &"x".repeat(257), r"a\nb"] {
+            assert_eq!(of(lineage), Err(Unfit::Lineage));
+        }
+        assert_eq!(facts(b"{}".as_slice()), Err(Unfit::NoState));
+        assert_eq!(facts(b"Error: no".as_slice()), Err(Unfit::NoState));
+    }
+}
