@@ -89,6 +89,8 @@ impl Bed {
         let options = RunnerOptions {
             terraform: Some(terraform),
             pass_env: vec![armed, stub.environment()],
+            // As an upgrade wants it: jobs go on, and the next agent takes them up.
+            arguments: vec!["--on-sigterm".to_owned(), "leave".to_owned()],
             ..RunnerOptions::new(
                 NAME,
                 format!("https://{}", proxy.address()),
@@ -199,8 +201,7 @@ impl Bed {
         if let Some(process) = self.runner.process() {
             process.signal(Signal::TERM)?;
         }
-        // A drain waits for the job, which an upgrade does not.
-        let limit = Duration::from_millis(700);
+        let limit = Duration::from_secs(3);
         let ended = wait_for("the agent to leave", limit, async || {
             self.runner.has_ended().then_some(()).ok_or_else(|| "it runs".to_owned())
         });

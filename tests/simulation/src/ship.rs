@@ -90,6 +90,11 @@ impl Shipper {
         self.stand(|_| true, Standing::Lost);
     }
 
+    /// By an answer to what was sent: believed only of a lease that is in doubt already.
+    fn lease_is_said_lost(&self) {
+        self.stand(|standing| standing == Standing::InDoubt, Standing::Lost);
+    }
+
     fn stand(&self, from: impl Fn(Standing) -> bool, to: Standing) {
         self.standing.send_if_modified(|standing| {
             let moves = *standing != to && from(*standing);
@@ -230,9 +235,11 @@ impl Shipper {
             match self.upload_once(&header, data).await {
                 Ok(()) => return Delivery::Acknowledged,
                 Err(Failure::Refused) => return Delivery::Refused,
-                Err(Failure::Again | Failure::Offset(_) | Failure::LeaseLost) => {
+                Err(Failure::LeaseLost) => {
+                    self.lease_is_said_lost();
                     self.pause(&mut backoff).await;
                 }
+                Err(Failure::Again | Failure::Offset(_)) => self.pause(&mut backoff).await,
             }
         }
     }
@@ -280,7 +287,11 @@ impl Shipper {
                         self.pause(&mut backoff).await;
                     }
                 }
-                Err(Failure::Again | Failure::LeaseLost) => {
+                Err(Failure::LeaseLost) => {
+                    self.lease_is_said_lost();
+                    self.pause(&mut backoff).await;
+                }
+                Err(Failure::Again) => {
                     if acknowledged > before {
                         backoff.reset();
                     }
