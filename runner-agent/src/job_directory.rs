@@ -15,6 +15,8 @@
 //! work/                                  the configuration, or the restored workspace
 //! plan.bin, changes.json, workspace.tar.gz   what a plan makes
 //! errored.tfstate, state-dump.tfstate    what terraform could not deliver; what it printed then
+//! untaken                                in place of the former, when it cannot be brought
+//! outcome.json                           how terraform's apply ended: the result to be
 //! result.json                            how it ended; written last
 //! shipped/…                              hints: how much was acknowledged (repeats are harmless)
 //! shipped.json                           all of it was: what is left is to say so
@@ -45,6 +47,10 @@ pub(crate) const ERRORED_STATE: &str = "errored.tfstate";
 /// The state that terraform printed because it could write it nowhere; the supervisor cuts it
 /// from the log.
 pub(crate) const STATE_DUMP: &str = "state-dump.tfstate";
+
+/// What terraform may have saved as the only copy of a state, and cannot be read or is too large:
+/// it is never brought, and never removed.
+pub(crate) const UNTAKEN: &str = "untaken";
 
 /// What the shipper notes when all was acknowledged.
 pub(crate) const SHIPPED: &str = "shipped.json";
@@ -343,18 +349,24 @@ impl JobDirectory {
     /// `cap` bytes: the oldest go first. States stay.
     pub(crate) fn set_aside(&self, cap: u64) -> Result<PathBuf, Error> {
         let jobs = self.path.parent().unwrap_or(&self.path);
-        let kept = jobs.with_file_name("kept");
-        private_directory(&kept)?;
+        let to = self.kept();
+        let kept = to.parent().unwrap_or(&to);
+        private_directory(kept)?;
         remove_tree(&self.tmpdir())?;
         for name in NOT_KEPT {
             remove_tree(&self.join(name))?;
         }
-        let to = kept.join(self.path.file_name().unwrap_or_default());
         fs::rename(&self.path, &to).map_err(io_error("set aside", &self.path))?;
-        sync_directory(&kept)?;
+        sync_directory(kept)?;
         sync_directory(jobs)?;
-        hold_logs_to(&kept, cap)?;
+        hold_logs_to(kept, cap)?;
         Ok(to)
+    }
+
+    /// Answers where the directory is once it is set aside.
+    pub(crate) fn kept(&self) -> PathBuf {
+        let jobs = self.path.parent().unwrap_or(&self.path);
+        jobs.with_file_name("kept").join(self.path.file_name().unwrap_or_default())
     }
 
     fn make_tmpdir(&self) -> Result<(), Error> {

@@ -29,7 +29,9 @@ use tonic_types::StatusExt;
 use crate::backoff::Backoff;
 use crate::digest::{self, Digester};
 use crate::job::{Failure as JobFailure, JobResult, Lease};
-use crate::job_directory::{self, ERRORED_STATE, JobDirectory, STATE_DUMP, create_private};
+use crate::job_directory::{
+    self, ERRORED_STATE, JobDirectory, STATE_DUMP, UNTAKEN, create_private,
+};
 use crate::random;
 use crate::supervisor::control::{Stage, Status};
 use crate::supervisor::log::LONGEST_LINE;
@@ -224,6 +226,9 @@ impl Shipper {
                 }
             }
         }
+        if self.has_untaken() {
+            shipped.remains = Remains::State;
+        }
         let errored = self.directory.join(ERRORED_STATE);
         let mut left = Vec::new();
         match (errored.exists(), states.last()) {
@@ -256,7 +261,8 @@ impl Shipper {
         use v1::ArtifactKind::{ErroredState, Log, Result, State, StateDump};
         self.directory.note("finished", &finished.encode_to_vec())?;
         let newest = self.directory.states()?.last().copied().unwrap_or(0);
-        let mut whole = Quarantined::Whole;
+        let mut whole =
+            if self.has_untaken() { Quarantined::Refused } else { Quarantined::Whole };
         // What matters most goes first.
         for (kind, name, sequence) in [
             (State, JobDirectory::state_name(newest), newest),
@@ -277,6 +283,10 @@ impl Shipper {
             }
         }
         Ok(whole)
+    }
+
+    fn has_untaken(&self) -> bool {
+        std::fs::symlink_metadata(self.directory.join(UNTAKEN)).is_ok()
     }
 
     /// Answers why it is not taken.

@@ -15,6 +15,7 @@ pub(crate) mod confine;
 pub(crate) mod control;
 mod credentials_endpoint;
 pub(crate) mod environment;
+mod errored_state;
 pub(crate) mod hooks;
 pub(crate) mod isolation;
 pub(crate) mod limits;
@@ -23,6 +24,7 @@ pub(crate) mod log;
 pub(crate) mod loopback;
 mod mask;
 pub(crate) mod orphans;
+mod output;
 mod plan;
 mod plan_changes;
 mod state_endpoint;
@@ -138,7 +140,8 @@ async fn serve(directory: JobDirectory) -> Result<(), Error> {
     }
     // What a predecessor made durable is told from the first frame on.
     let states = directory.states()?.last().copied().unwrap_or(0);
-    let (status, _) = watch::channel(Status { states, protocol: control::PROTOCOL, ..Status::default() });
+    let begin = Status { states, protocol: control::PROTOCOL, ..Status::default() };
+    let (status, _) = watch::channel(begin);
     let (orders_to, orders) = mpsc::channel(16);
     let listener = control::listen(directory.path()).map_err(Error::Listen)?;
     let serving = tokio::spawn(control::serve(listener, orders_to, status.subscribe()));
@@ -379,13 +382,7 @@ impl Supervisor {
 
     async fn end(&self, log_length: u64, result: &JobResult) {
         latchkey_failpoint::reach("sup.result.writing");
-        while let Err(error) = self.directory.record("result.json", result) {
-            tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "failed to write the result; it is tried again"
-            );
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
+        record_at_last(&self.directory, "result.json", result).await;
         self.status.send_modify(|status| {
             status.log_length = log_length;
             status.set_stage(Stage::Ended);
@@ -456,11 +453,22 @@ impl Running {
     fn executing(&self) -> Result<(), Error> {
         // A successor is needed from here on.
         self.directory.record("endpoints.json", &self.endpoints)?;
-        if latchkey_failpoint::defect("exec.unrecorded") { return Ok(()) }
+        if latchkey_failpoint::defect("exec.unrecorded") {
+            return Ok(());
+        }
         self.directory.record("exec", &self.lease)?;
         latchkey_failpoint::reach("sup.exec.synced");
         self.status.send_modify(|status| status.set_stage(Stage::Executing));
         Ok(())
+    }
+}
+
+/// Writes how the job ended, however long the disk is full.
+async fn record_at_last(directory: &JobDirectory, name: &str, result: &JobResult) {
+    while let Err(error) = directory.record(name, result) {
+        let error = &error as &dyn std::error::Error;
+        tracing::error!(error, "failed to write the result; it is tried again");
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
