@@ -117,6 +117,9 @@ pub(crate) struct Settings {
     /// In bytes: how much of terraform's output the log takes.
     #[serde(default = "longest_log")]
     pub(crate) longest_log: u64,
+    /// In bytes: how much of the disk the log leaves free.
+    #[serde(default)]
+    pub(crate) low_water: u64,
     #[serde(default)]
     pub(crate) confinement: Confinement,
     #[serde(default)]
@@ -509,6 +512,7 @@ pub(crate) mod tests {
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: longest_log(),
+            low_water: 0,
             confinement: Confinement::default(),
             hooks: Hooks::default(),
         }

@@ -2,9 +2,9 @@
 //! it may take.
 //!
 //! When it is full, job logs are cut, never states and results: a mark in each job's directory
-//! tells the writer of its log. What the mark says is looked at between lines, so terraform never
-//! waits for it. A part of the disk is left alone in any case (`low_water`): states must find
-//! room when logs have taken what they may.
+//! tells the writer of its log, for as long as it is renewed. What the mark says is looked at
+//! between lines, so terraform never waits for it. A part of the disk is left alone in any case
+//! (`low_water`): states must find room when logs have taken what they may.
 //!
 //! What terraform itself puts on the disk is not counted: nothing here could cut it.
 
@@ -116,8 +116,9 @@ fn look(work_dir: &Path, limits: Limits, before: Room) -> io::Result<Room> {
         let mark = job.join(FULL);
         let marked = match (now == Room::Enough, mark.exists()) {
             (true, true) => fs::remove_file(&mark),
-            (false, false) => fs::write(&mark, ""),
-            (true, false) | (false, true) => Ok(()),
+            (true, false) => Ok(()),
+            // Again, too: a mark that is not renewed has lost its agent.
+            (false, _) => fs::write(&mark, ""),
         };
         // A directory may be gone by now.
         if let Err(error) = marked

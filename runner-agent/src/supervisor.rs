@@ -414,7 +414,8 @@ impl Supervisor {
                 status.send_modify(|status| status.log_length = status.log_length.max(length));
             }
         });
-        Ok(Log::start(&self.directory, masker, told, self.settings.longest_log)?)
+        let Settings { longest_log: cap, low_water, .. } = self.settings;
+        Ok(Log::start(&self.directory, masker, told, log::Limits { cap, low_water })?)
     }
 
     fn stage(&self, stage: Stage) {
