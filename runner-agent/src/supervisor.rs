@@ -19,6 +19,7 @@ mod errored_state;
 pub(crate) mod hooks;
 pub(crate) mod isolation;
 pub(crate) mod limits;
+mod listener;
 pub(crate) mod log;
 #[cfg(test)]
 pub(crate) mod loopback;
@@ -113,6 +114,7 @@ fn isolate() -> io::Result<()> {
     setsid()?;
     umask(Mode::from_raw_mode(0o077));
     harden()?;
+    limits::raise_open_files()?;
     rustix::thread::set_no_new_privs(true)?;
     // What leaves its parent, and even its session, is found and ended.
     orphans::adopt()?;
