@@ -241,7 +241,7 @@ async fn a_successor_ends_what_terraform_left_behind() {
 async fn what_is_required_and_cannot_be_kept_starts_nothing() {
     let set = |settings: &mut Settings| {
         settings.confinement.isolation = confine::Isolation::Required;
-        settings.confinement.hidden = Some("/nonexistent/of/latchkey".into());
+        settings.confinement.hidden = Some("/dev/null/of/latchkey".into());
     };
     let mut plan = Driven::start_with(Phase::Plan, samples::spec(), set, configuration(MAIN)).await;
     plan.order(go(variables())).await;
