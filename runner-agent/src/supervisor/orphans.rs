@@ -140,6 +140,11 @@ impl Running {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the end of another's child is told to nobody else")]
+pub(super) fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
 /// Kills the processes that a job left behind whose supervisor is dead.
 pub(crate) fn end_all_of(directory: &JobDirectory) -> Ended {
     let home = directory.join("home");
@@ -150,7 +155,7 @@ pub(crate) fn end_all_of(directory: &JobDirectory) -> Ended {
         if hunt.alive.is_empty() || Instant::now() > limit {
             return hunt.over();
         }
-        std::thread::sleep(Duration::from_millis(1));
+        pause(Duration::from_millis(1));
     }
 }
 

@@ -242,7 +242,7 @@ fn wait_for(process: ProcessRecord) {
                 let mut wait = [PollFd::new(handle, PollFlags::IN)];
                 while poll(&mut wait, None) == Err(Errno::INTR) {}
             }
-            None => std::thread::sleep(Duration::from_millis(100)),
+            None => orphans::pause(Duration::from_millis(100)),
         }
     }
 }
