@@ -213,11 +213,7 @@ async fn bring_back(args: &RestoreArgs) -> anyhow::Result<()> {
 }
 
 /// Says what a restore did, and who has to be looked at.
-fn tell(
-    restored: &backup::Restored,
-    data_dir: &Path,
-    to: &mut impl Write,
-) -> std::io::Result<()> {
+fn tell(restored: &backup::Restored, data_dir: &Path, to: &mut impl Write) -> std::io::Result<()> {
     let backup::Restored { manifest, generation, returned } = restored;
     let time = &manifest.time;
     writeln!(

@@ -10,7 +10,9 @@
 mod frames;
 mod intake;
 mod job;
+mod leftovers;
 mod link;
+mod mailbox;
 mod prepare;
 mod seen;
 mod service;
@@ -37,10 +39,11 @@ use tonic::transport::Channel;
 
 use self::intake::Intake;
 use self::job::{Job, Origin};
+use self::mailbox::mailbox;
 pub(crate) use self::prepare::ENGINE_NOTE;
 use self::seen::Seen;
 use self::service::Service;
-use self::told::{Event, Inbox, Rest, Told};
+use self::told::{Event, Rest, Told};
 pub(crate) use self::wish::OnSigterm;
 use self::wish::Wish;
 use crate::backoff::Backoff;
@@ -64,6 +67,9 @@ const LARGEST_FRAME: usize = 16 << 20;
 /// How long a connection lives before the next failure counts as the first: one that is welcomed
 /// and dropped, again and again, must not be dialled without pause.
 const STABLE: Duration = Duration::from_secs(30);
+
+/// Between two connections.
+const LONGEST_WAIT: Duration = Duration::from_secs(20);
 
 /// How long to let unasked jobs leave at the end.
 const FLUSH: Duration = Duration::from_secs(3);
@@ -147,6 +153,7 @@ async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error>
             pass_env: config.pass_env.clone(),
             terraform_cli_config: config.terraform_cli_config.clone(),
             longest_log: config.longest_log,
+            low_water: config.spool.low_water,
             confinement: config.confinement.clone(),
             hooks: config.hooks.clone(),
         },
@@ -180,6 +187,7 @@ async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error>
         agent.intake.refuse_all();
     }
     agent.find_jobs()?;
+    leftovers::look_after(agent.client.clone(), &agent.config.work_dir);
     agent.run().await;
     Ok(())
 }
@@ -219,7 +227,9 @@ struct Agent {
 
 struct Held {
     directory: JobDirectory,
-    told: mpsc::Sender<Told>,
+    told: mailbox::Sender<Told>,
+    /// As the control plane has said last: the lease is not held any more.
+    is_lost: bool,
 }
 
 /// Why the agent's loop ends.
@@ -257,7 +267,7 @@ impl Agent {
     }
 
     fn take_up(&mut self, directory: JobDirectory, lease: Lease, spec: Spec, origin: Origin) {
-        let (told, inbox) = mpsc::channel(32);
+        let (told, inbox) = mailbox();
         let job = Job {
             shipper: Shipper::new(self.client.clone(), lease.clone(), directory.clone()),
             directory: directory.clone(),
@@ -265,7 +275,7 @@ impl Agent {
             spec,
             origin,
             program: self.config.program.clone(),
-            told: Inbox::new(inbox),
+            told: inbox,
             events: self.events_to.clone(),
             rest: self.rest.clone(),
             engines: self.engines.clone(),
@@ -273,11 +283,11 @@ impl Agent {
             lock: None,
         };
         tokio::spawn(job.run());
-        self.jobs.insert(lease, Held { directory, told });
+        self.jobs.insert(lease, Held { directory, told, is_lost: false });
     }
 
     async fn run(&mut self) {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(20));
+        let mut backoff = Backoff::new(Duration::from_millis(200), LONGEST_WAIT);
         let turn = loop {
             let failed = match self.connected(&mut backoff).await {
                 Ok(turn) => break turn,
@@ -330,6 +340,8 @@ impl Agent {
         tracing::info!(runner_id = %welcome.runner_id, generation = welcome.generation, "welcomed");
         self.said.clear();
         self.service.ready();
+        // Before the leases lapse that this connection has renewed.
+        backoff.hold_to(connection.interval().min(LONGEST_WAIT));
         let since = Instant::now();
         let ended = self.talk(&mut connection, &welcome, says_so).await;
         if since.elapsed() >= STABLE {
@@ -347,12 +359,12 @@ impl Agent {
         welcome: &v1::Welcome,
         says_so: bool,
     ) -> Result<Turn, lease::Error> {
-        self.welcomed(welcome)?;
+        self.welcomed(welcome);
         if self.intake.is_leaving() && !says_so {
             self.say_draining(connection)?;
         }
         if *self.wish.borrow() >= Wish::Cancel {
-            self.shut_down()?;
+            self.shut_down();
         }
         loop {
             self.say_status(true);
@@ -401,6 +413,10 @@ impl Agent {
         match heard {
             Heard::Event(Event::Send(frame)) => {
                 if let Some(connection) = connection {
+                    if let Request::NeverStarted(never) = &*frame {
+                        // The answer to an earlier heartbeat does not say that this was heard.
+                        self.named.retain(|lease| never.lease.as_ref() != Some(&lease.to_wire()));
+                    }
                     connection.send(*frame)?;
                 }
                 Ok(None)
@@ -415,7 +431,7 @@ impl Agent {
             Heard::Wish(wish @ (Wish::Drain | Wish::Cancel)) => {
                 tracing::info!(?wish, jobs = self.jobs.len(), "asked to end");
                 if wish == Wish::Cancel {
-                    self.shut_down()?;
+                    self.shut_down();
                 }
                 self.drain_and_turn(connection)
             }
@@ -460,8 +476,8 @@ impl Agent {
     }
 
     /// Asks all jobs to stop.
-    fn shut_down(&self) -> Result<(), lease::Error> {
-        self.jobs.values().try_for_each(|held| held.tell(Told::ShutDown))
+    fn shut_down(&self) {
+        self.jobs.values().for_each(|held| held.told.send(Told::ShutDown));
     }
 
     /// Answers whether that was all to do.
@@ -514,7 +530,7 @@ impl Agent {
         self.service.stopping("leaves; its jobs go on");
         let unasked = |held: &Held| held.directory.stage() == Stage::Accepted;
         for held in self.jobs.values().filter(|held| unasked(held)) {
-            let _ = held.tell(Told::GiveUp);
+            held.told.send(Told::GiveUp);
         }
         let flushed = async {
             while self.jobs.values().any(unasked) {

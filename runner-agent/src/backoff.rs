@@ -27,6 +27,11 @@ impl Backoff {
         ceiling.mul_f64(random.clamp(0.0, 1.0))
     }
 
+    /// Lets no wait be longer than this from now on.
+    pub(crate) fn hold_to(&mut self, cap: Duration) {
+        self.cap = cap;
+    }
+
     /// Starts over after a success.
     pub(crate) fn reset(&mut self) {
         self.failures = 0;
@@ -65,6 +70,16 @@ mod tests {
             // As evenly as the fractions that were drawn.
             assert!(spread.iter().all(|n| (99..=101).contains(n)), "{failures}: {spread:?}");
         }
+    }
+
+    #[test]
+    fn failures_in_a_row_do_not_outgrow_a_later_cap() {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(20));
+        for _ in 0..10 {
+            backoff.next(1.0);
+        }
+        backoff.hold_to(Duration::from_secs(2));
+        assert_eq!(backoff.next(1.0), Duration::from_secs(2));
     }
 
     #[test]

@@ -156,6 +156,8 @@ pub(crate) enum Error {
     },
     #[error("use --hooks {0}: it is no directory")]
     Hooks(PathBuf),
+    #[error("use --work-dir: it lies in {0}, which jobs can read")]
+    WorkDir(PathBuf),
     #[error("use the pool token: it must look like lkp_SECRET.FINGERPRINT")]
     PoolToken,
     #[error("find {0} in the present directory")]
@@ -254,26 +256,38 @@ impl Config {
             return Err(Error::Hooks(missing.clone()));
         }
         let hooks = Hooks { directory: hooks, timeout: run.hook_timeout, after: run.hook_failure };
+        let provider_cache = absolute(provider_cache)?;
+        let terraform_cli_config = run.terraform_cli_config.map(absolute).transpose()?;
+        let mut engines = run.engines.check(&work_dir)?;
+        let shared = [&engines.cache, &provider_cache].into_iter().chain(&hooks.directory);
+        if let Some(outer) = shared.into_iter().find(|shared| work_dir.starts_with(shared)) {
+            return Err(Error::WorkDir(outer.clone()));
+        }
+        let mut readable = engines.places();
+        readable.extend([provider_cache.clone(), program.exe.clone()]);
+        readable.extend(hooks.directory.clone());
+        readable.extend(terraform_cli_config.clone());
         let confinement = Confinement {
             isolation: run.isolation,
             limits: Limits::with(&run.job_limit),
             hidden: Some(work_dir.clone()),
-            readable: Vec::new(),
+            readable,
             writable: Vec::new(),
         };
+        engines.confinement = confinement.clone();
         Ok(Self {
             confinement,
             hooks,
             control_plane,
             host,
-            engines: run.engines.check(&work_dir)?,
-            provider_cache: absolute(provider_cache)?,
+            engines,
+            provider_cache,
             work_dir,
             pool_token,
             name,
             slots: run.slots,
             pass_env: run.pass_env,
-            terraform_cli_config: run.terraform_cli_config.map(absolute).transpose()?,
+            terraform_cli_config,
             longest_log: run.longest_log,
             spool: spool::Limits { spool: run.spool_limit, low_water: run.low_water },
             labels: labels(&run.label)?,
@@ -352,6 +366,8 @@ mod tests {
         let url = ["--control-plane", "https://h:1"];
         check(&[url[0], url[1], "--pass-env", "AWS_PROFILE"], Err("AWS_PROFILE"));
         check(&[url[0], url[1], "--pass-env", "A,B"], Ok(()));
+        check(&[url[0], url[1], "--engine-cache", "/tmp/w/x"], Ok(()));
+        check(&[url[0], url[1], "--engine-cache", "/tmp"], Err("which jobs can read"));
         check(&[url[0], url[1], "--name", ""], Err("--name"));
         check(&[url[0], url[1], "--label", "zone=eu-1", "--label", "os=linux"], Ok(()));
         check(&[url[0], url[1], "--label", "zone"], Err("KEY=VALUE"));

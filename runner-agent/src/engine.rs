@@ -11,17 +11,12 @@ mod cache;
 mod checksum;
 mod mirror;
 mod release;
+mod version;
 
-use std::env;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread;
-use std::time::Duration;
 
 use latchkey_proto::v1;
-use rustix::io::Errno;
-use serde::Deserialize;
 
 pub(crate) use self::arguments::{EngineArguments, EngineSettings, Error as ArgumentError};
 pub use self::at_hand::at_hand;
@@ -30,6 +25,7 @@ pub(crate) use self::release::{Name, target};
 use self::arguments::Installing;
 use self::cache::{Cache, Installed, Source};
 use self::release::Release;
+use crate::supervisor::confine::Confinement;
 
 /// What a control plane is told, at most.
 const MOST_TOLD: usize = 8;
@@ -53,6 +49,8 @@ pub(crate) enum Error {
     },
     #[error("ask {path} for its version: it answered something else")]
     Version { path: PathBuf },
+    #[error("ask {path} for its version: it was silent for too long")]
+    Silent { path: PathBuf },
 }
 
 /// Why a job does not get its engine.
@@ -89,15 +87,11 @@ pub(crate) struct Engines {
     settings: EngineSettings,
 }
 
-#[derive(Deserialize)]
-struct VersionAnswer {
-    terraform_version: String,
-}
-
 impl Engine {
-    /// Asks the program at `path` who it is. Blocks for as long as it runs.
-    pub(crate) fn ask(path: PathBuf) -> Result<Self, Error> {
-        let version = version_of(&path)?;
+    /// Asks the program at `path` who it is, confined as a job's. Blocks until it answers, or a
+    /// minute.
+    pub(crate) fn ask(path: PathBuf, confinement: &Confinement) -> Result<Self, Error> {
+        let version = version::of(&path, confinement)?;
         let name = if is_tofu(&path) { Name::Tofu } else { Name::Terraform };
         Ok(Self { path, name, version })
     }
@@ -106,20 +100,16 @@ impl Engine {
 impl Engines {
     /// Finds what is there. Blocks for as long as the programs take to answer.
     pub(crate) fn find(settings: EngineSettings) -> Result<Self, Error> {
-        let on_path = |name: Name| {
-            let mut files = env::split_paths(&settings.path).map(|dir| dir.join(name.program()));
-            files.find(|file| file.is_file())
-        };
         let mut found = Vec::new();
         if let Some(path) = &settings.terraform {
-            found.push(Engine::ask(path.clone())?);
+            found.push(Engine::ask(path.clone(), &settings.confinement)?);
         }
         for name in Name::ALL {
             if found.iter().any(|engine| engine.name == name) {
                 continue;
             }
-            let Some(path) = on_path(name) else { continue };
-            match Engine::ask(path) {
+            let Some(path) = settings.on_path(name) else { continue };
+            match Engine::ask(path, &settings.confinement) {
                 Ok(engine) => found.push(engine),
                 // A wrapper that wants a project's directory, perhaps. There may be others.
                 Err(error) => {
@@ -138,7 +128,7 @@ impl Engines {
 
     /// Takes only what is installed or may be.
     fn without_looking(settings: EngineSettings) -> Self {
-        let cache = Cache::new(settings.cache.clone());
+        let cache = Cache::new(settings.cache.clone(), settings.confinement.clone());
         Self { found: Vec::new(), cache, settings }
     }
 
@@ -263,32 +253,6 @@ pub(crate) fn is_tofu(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().contains("tofu"))
 }
 
-#[expect(clippy::disallowed_methods, reason = "nothing tells when another lets go of the file")]
-fn version_of(path: &Path) -> Result<String, Error> {
-    const TRIES: u32 = 20;
-    let mut tries = 0;
-    let output = loop {
-        let output = Command::new(path)
-            .args(["version", "-json"])
-            .env_clear()
-            .envs([("CHECKPOINT_DISABLE", "1"), ("HOME", "/nonexistent")])
-            .env("PATH", env::var_os("PATH").unwrap_or_default())
-            .output();
-        tries += 1;
-        match output {
-            // A process that another thread just started may still hold the file that we wrote.
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::TXTBSY) && tries < TRIES => {
-                thread::sleep(Duration::from_millis(20));
-            }
-            Err(source) => return Err(Error::Start { path: path.to_owned(), source }),
-            Ok(output) => break output,
-        }
-    };
-    let answer: VersionAnswer = serde_json::from_slice(&output.stdout)
-        .map_err(|_| Error::Version { path: path.to_owned() })?;
-    Ok(answer.terraform_version)
-}
-
 #[cfg(test)]
 pub(crate) use self::archive::tests::packed as archive_of_tests;
 #[cfg(test)]
@@ -300,7 +264,8 @@ pub(crate) mod tests {
 
     /// The engine of the tests, as a runner finds it.
     pub(crate) fn at_hand_engine() -> Engine {
-        Engine::ask(at_hand().expect("the tests need a real engine")).unwrap()
+        let path = at_hand().expect("the tests need a real engine");
+        Engine::ask(path, &Confinement::default()).unwrap()
     }
 
     pub(crate) fn engines(found: &[(Name, &str)], more: &[&str]) -> (tempfile::TempDir, Engines) {
@@ -311,7 +276,7 @@ pub(crate) mod tests {
             version: (*version).to_owned(),
         });
         let settings = EngineSettings::of(more, dir.path());
-        let cache = Cache::new(settings.cache.clone());
+        let cache = Cache::new(settings.cache.clone(), Confinement::default());
         (dir, Engines { found: found.collect(), cache, settings })
     }
 
@@ -323,7 +288,7 @@ pub(crate) mod tests {
 
     #[test]
     fn another_program_is_no_engine() {
-        let found = Engine::ask("/bin/true".into());
+        let found = Engine::ask("/bin/true".into(), &Confinement::default());
         assert!(matches!(found, Err(Error::Version { .. })), "{found:?}");
     }
 

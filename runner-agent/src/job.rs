@@ -76,8 +76,10 @@ impl Lease {
         }
     }
 
+    /// Epochs are counted anew when a control plane is restored.
     pub(crate) fn directory_name(&self) -> String {
-        format!("{}-{}-{}", self.run_id, self.phase.name(), self.epoch)
+        let Self { run_id, phase, epoch, generation } = self;
+        format!("{run_id}-{}-{epoch}-g{generation}", phase.name())
     }
 }
 
@@ -224,6 +226,10 @@ pub(crate) enum JobResult {
 }
 
 impl JobResult {
+    pub(crate) fn finished(&self, lease: &Lease, log_length: u64) -> v1::Finished {
+        v1::Finished { lease: Some(lease.to_wire()), log_length, result: Some(self.to_wire()) }
+    }
+
     pub(crate) fn failed(kind: Failure, reason: impl Into<String>) -> Self {
         Self::Failed { kind, reason: reason.into(), exit_code: None }
     }

@@ -15,6 +15,8 @@
 //! work/                                  the configuration, or the restored workspace
 //! plan.bin, changes.json, workspace.tar.gz   what a plan makes
 //! errored.tfstate, state-dump.tfstate    what terraform could not deliver; what it printed then
+//! untaken                                in place of the former, when it cannot be brought
+//! outcome.json                           how terraform's apply ended: the result to be
 //! result.json                            how it ended; written last
 //! shipped/…                              hints: how much was acknowledged (repeats are harmless)
 //! shipped.json                           all of it was: what is left is to say so
@@ -23,9 +25,11 @@
 //!
 //! A record is written to a temporary file, synced, renamed, and the directory synced.
 
+mod removal;
+
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -33,6 +37,7 @@ use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use self::removal::{is_named, remove_tree};
 use crate::engine;
 use crate::job::{JobResult, Lease, Spec};
 use crate::random;
@@ -46,24 +51,15 @@ pub(crate) const ERRORED_STATE: &str = "errored.tfstate";
 /// from the log.
 pub(crate) const STATE_DUMP: &str = "state-dump.tfstate";
 
+/// What terraform may have saved as the only copy of a state, and cannot be read or is too large:
+/// it is never brought, and never removed.
+pub(crate) const UNTAKEN: &str = "untaken";
+
 /// What the shipper notes when all was acknowledged.
 pub(crate) const SHIPPED: &str = "shipped.json";
 
 /// Go's plugin sockets live in TMPDIR, and a socket's path may have 107 bytes.
 const LONGEST_TMPDIR: usize = 80;
-
-/// What a directory that is set aside goes without: it is large, or was of use while it ran.
-const NOT_KEPT: &[&str] = &[
-    "work",
-    "restored",
-    "home",
-    "raw",
-    "archive.tar.gz",
-    "workspace.tar.gz",
-    "state/base",
-    "endpoints.json",
-    "credentials-token",
-];
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -111,6 +107,9 @@ pub(crate) struct Settings {
     /// In bytes: how much of terraform's output the log takes.
     #[serde(default = "longest_log")]
     pub(crate) longest_log: u64,
+    /// In bytes: how much of the disk the log leaves free.
+    #[serde(default)]
+    pub(crate) low_water: u64,
     #[serde(default)]
     pub(crate) confinement: Confinement,
     #[serde(default)]
@@ -172,14 +171,10 @@ impl JobDirectory {
         let mut found = Vec::new();
         for entry in fs::read_dir(jobs).map_err(io_error("list", jobs))? {
             let path = entry.map_err(io_error("list", jobs))?.path();
-            let hidden = path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
             let is_job = path.join("lease.json").exists();
-            if hidden || (path.is_dir() && !is_job) {
+            if is_named(&path, b".") || (path.is_dir() && !is_job) {
                 // One that stays is in nobody's way; a runner that does not start is.
-                if let Err(error) = remove_tree(&path) {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, "failed to remove a leftover");
-                }
+                Self { path }.clear_or_warn();
             } else if is_job {
                 found.push(Self { path });
             }
@@ -319,45 +314,6 @@ impl JobDirectory {
         sync_directory(&self.path)
     }
 
-    /// Removes the directory. It loses its name first, so that a half-removed one is never taken
-    /// for a job.
-    pub(crate) fn wipe(&self) -> Result<(), Error> {
-        remove_tree(&self.tmpdir())?;
-        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        let gone = self.path.with_file_name(format!(".gone-{name}"));
-        remove_tree(&gone)?;
-        match fs::rename(&self.path, &gone) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(source) => {
-                return Err(Error::Io { what: "unname", path: self.path.clone(), source });
-            }
-        }
-        if let Some(jobs) = self.path.parent() {
-            sync_directory(jobs)?;
-        }
-        remove_tree(&gone)
-    }
-
-    /// Takes the directory out of the jobs, into `kept` beside them, for a person; answers where
-    /// it is. What only terraform needed is removed. All logs in `kept` together have at most
-    /// `cap` bytes: the oldest go first. States stay.
-    pub(crate) fn set_aside(&self, cap: u64) -> Result<PathBuf, Error> {
-        let jobs = self.path.parent().unwrap_or(&self.path);
-        let kept = jobs.with_file_name("kept");
-        private_directory(&kept)?;
-        remove_tree(&self.tmpdir())?;
-        for name in NOT_KEPT {
-            remove_tree(&self.join(name))?;
-        }
-        let to = kept.join(self.path.file_name().unwrap_or_default());
-        fs::rename(&self.path, &to).map_err(io_error("set aside", &self.path))?;
-        sync_directory(&kept)?;
-        sync_directory(jobs)?;
-        hold_logs_to(&kept, cap)?;
-        Ok(to)
-    }
-
     fn make_tmpdir(&self) -> Result<(), Error> {
         let path = self.join("tmp");
         if path.as_os_str().len() <= LONGEST_TMPDIR {
@@ -393,27 +349,6 @@ pub(crate) fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), 
     sync_directory(to.parent().unwrap_or(directory))
 }
 
-fn hold_logs_to(kept: &Path, cap: u64) -> Result<(), Error> {
-    let mut logs = Vec::new();
-    for entry in fs::read_dir(kept).map_err(io_error("list", kept))? {
-        let log = entry.map_err(io_error("list", kept))?.path().join("log");
-        if let Ok(found) = fs::metadata(&log) {
-            logs.push((found.modified().ok(), found.len(), log));
-        }
-    }
-    logs.sort();
-    let mut total: u64 = logs.iter().map(|(_, bytes, _)| bytes).sum();
-    for (_, bytes, log) in logs {
-        if total <= cap {
-            break;
-        }
-        tracing::error!(log = %log.display(), bytes, "a log that was kept is removed: too many");
-        fs::remove_file(&log).map_err(io_error("remove", &log))?;
-        total -= bytes;
-    }
-    Ok(())
-}
-
 /// Opens a new or emptied file that only this user can read.
 pub(crate) fn create_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
@@ -434,31 +369,6 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error 
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     serde_json::to_vec(value).expect("our records have string keys and no failing serializers")
-}
-
-/// Removes a tree or a file without following links, also where terraform took our own permission away.
-fn remove_tree(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-            return fs::remove_file(path).map_err(io_error("remove", path));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-        other => return other.map_err(io_error("remove", path)),
-    }
-    reclaim(path);
-    fs::remove_dir_all(path).map_err(io_error("remove", path))
-}
-
-fn reclaim(path: &Path) {
-    // Errors show when the removal fails again.
-    let is_directory = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
-    if is_directory {
-        let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
-        for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-            reclaim(&entry.path());
-        }
-    }
 }
 
 #[cfg(test)]
@@ -498,6 +408,7 @@ pub(crate) mod tests {
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: longest_log(),
+            low_water: 0,
             confinement: Confinement::default(),
             hooks: Hooks::default(),
         }
@@ -602,28 +513,6 @@ pub(crate) mod tests {
         assert!(tmp.as_os_str().len() <= LONGEST_TMPDIR && tmp.is_dir());
         dir.wipe().unwrap();
         assert!(!tmp.exists());
-    }
-
-    #[test]
-    fn what_is_set_aside_keeps_its_state_and_the_oldest_logs_go_first() {
-        let base = tempfile::tempdir().unwrap();
-        let jobs = base.path().join("jobs");
-        private_directory(&jobs).unwrap();
-        let mut kept = Vec::new();
-        for run_id in ["r1", "r2"] {
-            let lease = lease(run_id, Phase::Apply);
-            let dir = JobDirectory::create(&jobs, &lease, &spec(), &settings()).unwrap();
-            for name in ["log", "state/0001", "work/main.tf", "state/base"] {
-                fs::write(dir.join(name), "x".repeat(100)).unwrap();
-            }
-            kept.push(dir.set_aside(150).unwrap());
-        }
-        assert!(fs::read_dir(&jobs).unwrap().next().is_none());
-        for path in &kept {
-            assert!(path.join("state/0001").exists() && path.join("lease.json").exists());
-            assert!(!path.join("work").exists() && !path.join("state/base").exists());
-        }
-        assert!(!kept[0].join("log").exists() && kept[1].join("log").exists());
     }
 
     #[test]

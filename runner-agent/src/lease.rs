@@ -99,6 +99,11 @@ impl Connection {
         Ok((connection, welcome))
     }
 
+    /// Answers how often heartbeats are sent: a lease stands for some of these.
+    pub(crate) fn interval(&self) -> Duration {
+        self.interval
+    }
+
     /// Sends a frame without waiting: a connection that takes none is as good as dead.
     pub(crate) fn send(&self, request: Request) -> Result<(), Error> {
         self.outbound.try_send(frame(request)).map_err(|_| Error::Stuck)

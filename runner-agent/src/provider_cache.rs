@@ -31,13 +31,17 @@ use aws_lc_rs::digest::{SHA256, digest as sha256};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hcl::Expression;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::target;
-use crate::{digest, random, untrusted};
+use crate::{clock, digest, random, untrusted};
 
 /// The scheme of hashes that are computed over unpacked files.
 const H1: &str = "h1:";
+
+/// No draft takes so long.
+const ABANDONED: SignedDuration = SignedDuration::from_hours(24);
 
 /// A package with more files than any has.
 const MOST_FILES: usize = 4096;
@@ -88,6 +92,7 @@ impl Loan {
     pub(crate) fn lend(&self) -> Result<usize, Error> {
         make(&self.shared)?;
         make(&self.private)?;
+        self.sweep();
         let mut lent = 0;
         for locked in self.locked()? {
             let kept = locked.hashes.iter().find(|hash| self.is_whole(hash));
@@ -103,6 +108,22 @@ impl Loan {
             }
         }
         Ok(lent)
+    }
+
+    /// Removes what processes that were killed left unfinished.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.shared).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.as_encoded_bytes();
+            let is_draft = name.starts_with(b".new-") || name.starts_with(b".gone-");
+            let changed = entry.metadata().and_then(|metadata| metadata.modified());
+            let changed = changed.ok().and_then(|changed| Timestamp::try_from(changed).ok());
+            let is_old = changed.is_some_and(|at| clock::now().duration_since(at) > ABANDONED);
+            // Another may be removing it, too.
+            if is_draft && is_old && fs::remove_dir_all(entry.path()).is_ok() {
+                tracing::info!(draft = %entry.path().display(), "removed an abandoned draft");
+            }
+        }
     }
 
     /// Keeps what `init` has fetched, and answers how many packages that were.

@@ -9,6 +9,8 @@
 //! it of everything. It is believed once the lease stream says so too (`Standing`). Then all that
 //! the job has is brought to quarantine, after its end.
 
+mod quarantine;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -17,7 +19,6 @@ use std::time::Duration;
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
-use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
@@ -26,10 +27,13 @@ use tonic::Status as Refusal;
 use tonic::transport::Channel;
 use tonic_types::StatusExt;
 
+pub(crate) use self::quarantine::Quarantined;
 use crate::backoff::Backoff;
 use crate::digest::{self, Digester};
 use crate::job::{Failure as JobFailure, JobResult, Lease};
-use crate::job_directory::{self, ERRORED_STATE, JobDirectory, STATE_DUMP, create_private};
+use crate::job_directory::{
+    self, ERRORED_STATE, JobDirectory, STATE_DUMP, UNTAKEN, create_private,
+};
 use crate::random;
 use crate::supervisor::control::{Stage, Status};
 use crate::supervisor::log::LONGEST_LINE;
@@ -73,14 +77,6 @@ pub(crate) struct Shipped {
 pub(crate) enum Remains {
     Nothing,
     State,
-}
-
-/// What became of what a lost lease left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Quarantined {
-    Whole,
-    /// Of a part at least, this host has the only copy.
-    Refused,
 }
 
 /// What is known of the lease.
@@ -224,6 +220,9 @@ impl Shipper {
                 }
             }
         }
+        if self.has_untaken() {
+            shipped.remains = Remains::State;
+        }
         let errored = self.directory.join(ERRORED_STATE);
         let mut left = Vec::new();
         match (errored.exists(), states.last()) {
@@ -250,55 +249,8 @@ impl Shipper {
         Ok(shipped)
     }
 
-    /// Brings all that a job has left, which has ended and whose lease is lost: to be kept beside
-    /// the run. Safe to repeat.
-    pub(crate) async fn quarantine(&self, finished: &v1::Finished) -> Result<Quarantined, Error> {
-        use v1::ArtifactKind::{ErroredState, Log, Result, State, StateDump};
-        self.directory.note("finished", &finished.encode_to_vec())?;
-        let newest = self.directory.states()?.last().copied().unwrap_or(0);
-        let mut whole = Quarantined::Whole;
-        // What matters most goes first.
-        for (kind, name, sequence) in [
-            (State, JobDirectory::state_name(newest), newest),
-            (ErroredState, ERRORED_STATE.to_owned(), 0),
-            (StateDump, STATE_DUMP.to_owned(), 0),
-            (Result, "finished".to_owned(), 0),
-            (Log, "log".to_owned(), 0),
-        ] {
-            let path = self.directory.join(&name);
-            if std::fs::metadata(&path).map_or(0, |found| found.len()) == 0 {
-                continue;
-            }
-            if let Some(reason) = self.bring(kind, &path, sequence).await? {
-                let run_id = &self.lease.run_id;
-                let kind = kind.as_str_name();
-                tracing::warn!(%run_id, epoch = self.lease.epoch, kind, %reason, "not quarantined");
-                whole = Quarantined::Refused;
-            }
-        }
-        Ok(whole)
-    }
-
-    /// Answers why it is not taken.
-    async fn bring(
-        &self,
-        kind: v1::ArtifactKind,
-        path: &Path,
-        sequence: u64,
-    ) -> Result<Option<String>, Error> {
-        let header = self.header(kind, path, sequence).await?;
-        let mut backoff = backoff();
-        loop {
-            match self.upload_once(&header, path).await {
-                Ok(()) => return Ok(None),
-                Err(Failure::LeaseLost) => return Ok(Some("the lease was never known".into())),
-                Err(Failure::Refused(reason)) => return Ok(Some(reason)),
-                Err(Failure::Local(error)) => return Err(error),
-                Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
-                    self.pause(&mut backoff, "bring something to quarantine", &failure).await;
-                }
-            }
-        }
+    fn has_untaken(&self) -> bool {
+        std::fs::symlink_metadata(self.directory.join(UNTAKEN)).is_ok()
     }
 
     async fn follow_states(

@@ -2,11 +2,12 @@
 //! it may take.
 //!
 //! When it is full, job logs are cut, never states and results: a mark in each job's directory
-//! tells the writer of its log. What the mark says is looked at between lines, so terraform never
-//! waits for it. A part of the disk is left alone in any case (`low_water`): states must find
-//! room when logs have taken what they may.
+//! tells the writer of its log, for as long as it is renewed. What the mark says is looked at
+//! between lines, so terraform never waits for it. A part of the disk is left alone in any case
+//! (`low_water`): states must find room when logs have taken what they may.
 //!
-//! What terraform itself puts on the disk is not counted: nothing here could cut it.
+//! What terraform itself puts on the disk is not counted: nothing here could cut it. Neither is what
+//! is kept for a person: it would close this runner until somebody came.
 
 use std::fs;
 use std::io;
@@ -100,24 +101,17 @@ pub(crate) fn watch(work_dir: &Path, limits: Limits) -> watch::Receiver<Room> {
 
 /// Measures, and marks the jobs' directories.
 fn look(work_dir: &Path, limits: Limits, before: Room) -> io::Result<Room> {
-    let mut used = 0;
-    let mut jobs = Vec::new();
-    for (place, are_jobs) in [("jobs", true), ("kept", false)] {
-        for directory in directories(&work_dir.join(place))? {
-            used += size(&directory);
-            if are_jobs {
-                jobs.push(directory);
-            }
-        }
-    }
+    let jobs = directories(&work_dir.join("jobs"))?;
+    let used = jobs.iter().map(|directory| size(directory)).sum();
     let disk = statvfs(work_dir)?;
     let now = limits.judge(before, used, disk.f_bavail.saturating_mul(disk.f_frsize));
     for job in jobs {
         let mark = job.join(FULL);
         let marked = match (now == Room::Enough, mark.exists()) {
             (true, true) => fs::remove_file(&mark),
-            (false, false) => fs::write(&mark, ""),
-            (true, false) | (false, true) => Ok(()),
+            (true, false) => Ok(()),
+            // Again, too: a mark that is not renewed has lost its agent.
+            (false, _) => fs::write(&mark, ""),
         };
         // A directory may be gone by now.
         if let Err(error) = marked
@@ -183,13 +177,16 @@ mod tests {
     }
 
     #[test]
-    fn logs_and_states_count_and_terraforms_own_files_do_not() {
+    fn logs_and_states_count_and_neither_terraforms_own_files_nor_what_is_kept() {
         let work_dir = tempfile::tempdir().unwrap();
         let job = work_dir.path().join("jobs/run1-apply-1");
         for sub in ["work", "state"] {
             fs::create_dir_all(job.join(sub)).unwrap();
         }
         let limits = Limits { spool: 64 * 1024, low_water: 0 };
+        let kept = work_dir.path().join("kept/run0-apply-1");
+        fs::create_dir_all(&kept).unwrap();
+        fs::write(kept.join("log"), vec![1; 1 << 20]).unwrap();
         fs::write(job.join("work/large"), vec![1; 1 << 20]).unwrap();
         assert_eq!(look(work_dir.path(), limits, Room::Enough).unwrap(), Room::Enough);
         assert!(!job.join(FULL).exists());
@@ -198,7 +195,11 @@ mod tests {
         }
         let now = look(work_dir.path(), limits, Room::Enough).unwrap();
         assert!(matches!(now, Room::Full { bytes } if bytes >= 96 * 1024), "{now:?}");
-        assert!(job.join(FULL).exists());
+        let mark = fs::File::options().write(true).open(job.join(FULL)).unwrap();
+        let made = mark.metadata().unwrap().modified().unwrap() - Duration::from_secs(60);
+        mark.set_modified(made).unwrap();
+        assert_eq!(look(work_dir.path(), limits, now).unwrap(), now);
+        assert!(mark.metadata().unwrap().modified().unwrap() > made, "it is renewed");
         fs::remove_file(job.join("log")).unwrap();
         assert_eq!(look(work_dir.path(), limits, now).unwrap(), Room::Enough);
         assert!(!job.join(FULL).exists());

@@ -15,14 +15,17 @@ pub(crate) mod confine;
 pub(crate) mod control;
 mod credentials_endpoint;
 pub(crate) mod environment;
+mod errored_state;
 pub(crate) mod hooks;
 pub(crate) mod isolation;
 pub(crate) mod limits;
+mod listener;
 pub(crate) mod log;
 #[cfg(test)]
 pub(crate) mod loopback;
 mod mask;
 pub(crate) mod orphans;
+mod output;
 mod plan;
 mod plan_changes;
 mod state_endpoint;
@@ -111,6 +114,7 @@ fn isolate() -> io::Result<()> {
     setsid()?;
     umask(Mode::from_raw_mode(0o077));
     harden()?;
+    limits::raise_open_files()?;
     rustix::thread::set_no_new_privs(true)?;
     // What leaves its parent, and even its session, is found and ended.
     orphans::adopt()?;
@@ -138,7 +142,8 @@ async fn serve(directory: JobDirectory) -> Result<(), Error> {
     }
     // What a predecessor made durable is told from the first frame on.
     let states = directory.states()?.last().copied().unwrap_or(0);
-    let (status, _) = watch::channel(Status { states, protocol: control::PROTOCOL, ..Status::default() });
+    let begin = Status { states, protocol: control::PROTOCOL, ..Status::default() };
+    let (status, _) = watch::channel(begin);
     let (orders_to, orders) = mpsc::channel(16);
     let listener = control::listen(directory.path()).map_err(Error::Listen)?;
     let serving = tokio::spawn(control::serve(listener, orders_to, status.subscribe()));
@@ -379,13 +384,7 @@ impl Supervisor {
 
     async fn end(&self, log_length: u64, result: &JobResult) {
         latchkey_failpoint::reach("sup.result.writing");
-        while let Err(error) = self.directory.record("result.json", result) {
-            tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "failed to write the result; it is tried again"
-            );
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
+        record_at_last(&self.directory, "result.json", result).await;
         self.status.send_modify(|status| {
             status.log_length = log_length;
             status.set_stage(Stage::Ended);
@@ -417,7 +416,8 @@ impl Supervisor {
                 status.send_modify(|status| status.log_length = status.log_length.max(length));
             }
         });
-        Ok(Log::start(&self.directory, masker, told, self.settings.longest_log)?)
+        let Settings { longest_log: cap, low_water, .. } = self.settings;
+        Ok(Log::start(&self.directory, masker, told, log::Limits { cap, low_water })?)
     }
 
     fn stage(&self, stage: Stage) {
@@ -456,11 +456,22 @@ impl Running {
     fn executing(&self) -> Result<(), Error> {
         // A successor is needed from here on.
         self.directory.record("endpoints.json", &self.endpoints)?;
-        if latchkey_failpoint::defect("exec.unrecorded") { return Ok(()) }
+        if latchkey_failpoint::defect("exec.unrecorded") {
+            return Ok(());
+        }
         self.directory.record("exec", &self.lease)?;
         latchkey_failpoint::reach("sup.exec.synced");
         self.status.send_modify(|status| status.set_stage(Stage::Executing));
         Ok(())
+    }
+}
+
+/// Writes how the job ended, however long the disk is full.
+async fn record_at_last(directory: &JobDirectory, name: &str, result: &JobResult) {
+    while let Err(error) = directory.record(name, result) {
+        let error = &error as &dyn std::error::Error;
+        tracing::error!(error, "failed to write the result; it is tried again");
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 

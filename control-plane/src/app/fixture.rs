@@ -33,8 +33,8 @@ use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::memory::Memory;
 use crate::store::record::runner::Runner;
-use crate::store::record::{Text, encode};
 use crate::store::record::variable::Category;
+use crate::store::record::{Text, encode};
 use crate::store::{Batch, CommitError, Expect, Store, keys};
 use crate::sts::aws::AwsSts;
 

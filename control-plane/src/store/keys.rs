@@ -547,11 +547,7 @@ pub fn quarantine_tally(organization: OrganizationId, run: RunId) -> Key {
 }
 
 /// How much of a run is in quarantine on one runner's word alone.
-pub fn quarantine_tally_on_word(
-    organization: OrganizationId,
-    run: RunId,
-    runner: RunnerId,
-) -> Key {
+pub fn quarantine_tally_on_word(organization: OrganizationId, run: RunId, runner: RunnerId) -> Key {
     let parts = [organization.as_bytes().as_slice(), run.as_bytes(), runner.as_bytes()];
     key(Kind::QuarantineTally, &parts)
 }

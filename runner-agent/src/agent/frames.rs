@@ -18,6 +18,9 @@ use crate::job_directory::{JobDirectory, Settings};
 use crate::lease::{self, Connection};
 use crate::spool::Room;
 
+/// A control plane refuses a stream that names more.
+const MOST_NAMED: usize = 256;
+
 /// What becomes of an offer that this runner could prepare.
 enum Answer {
     Accept,
@@ -38,7 +41,7 @@ impl Agent {
             },
             engines: self.engines.to_wire(),
             labels: HashMap::from_iter(self.config.labels.clone()),
-            held: self.held(),
+            held: named(&self.jobs).iter().map(Lease::to_wire).collect(),
             version: env!("CARGO_PKG_VERSION").into(),
             accepts: match self.config.accepts {
                 None => vec![],
@@ -51,28 +54,23 @@ impl Agent {
         }
     }
 
-    pub(super) fn held(&self) -> Vec<v1::LeaseRef> {
-        self.jobs.keys().map(Lease::to_wire).collect()
-    }
-
     /// Step 2.
-    pub(super) fn welcomed(&mut self, welcome: &v1::Welcome) -> Result<(), lease::Error> {
+    pub(super) fn welcomed(&mut self, welcome: &v1::Welcome) {
         self.seen.note(welcome.history.clone());
         self.intake.resume();
         self.named.clear();
-        let given_up: Vec<Lease> =
-            welcome.give_up.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect();
-        for (lease, held) in &self.jobs {
-            let told = if given_up.contains(lease) { Told::GiveUp } else { Told::Keep };
-            held.tell(told)?;
+        let (keep, give_up) = (leases(&welcome.keep), leases(&welcome.give_up));
+        for (lease, held) in &mut self.jobs {
+            // Of one that was not named, what was said last still holds.
+            held.is_lost = (held.is_lost && !keep.contains(lease)) || give_up.contains(lease);
+            held.told.send(if held.is_lost { Told::GiveUp } else { Told::Keep });
         }
-        Ok(())
     }
 
     /// Step 5.
     pub(super) fn beat(&mut self, connection: &mut Connection) -> Result<u64, lease::Error> {
-        self.named = self.jobs.keys().cloned().collect();
-        connection.beat(self.held())
+        self.named = named(&self.jobs);
+        connection.beat(self.named.iter().map(Lease::to_wire).collect())
     }
 
     pub(super) fn frame(
@@ -81,46 +79,44 @@ impl Agent {
         connection: &mut Connection,
     ) -> Result<(), lease::Error> {
         match frame {
-            Response::Offer(offer) => self.offered(offer, connection),
+            Response::Offer(offer) => self.offered(offer, connection)?,
             Response::Go(mut go) => {
                 // Whoever starts terraform can prove later that it was released.
                 self.seen.note(go.history.take());
                 self.seen.keep();
-                self.tell(go.lease.clone(), Told::Go(go))
+                self.tell(go.lease.clone(), Told::Go(go));
             }
             Response::Cancel(cancel) => {
-                self.tell(cancel.lease, Told::Cancel { force: cancel.force })
+                self.tell(cancel.lease, Told::Cancel { force: cancel.force });
             }
             Response::Revoke(revoke) => {
                 tracing::info!(reason = %revoke.reason, "a lease is revoked");
-                self.tell(revoke.lease, Told::Revoke)
+                self.tell(revoke.lease, Told::Revoke);
             }
             Response::Recorded(recorded) => self.tell(recorded.lease, Told::Recorded),
             Response::Drain(v1::Drain {}) => {
                 tracing::info!("drained by a person: no job is taken");
                 self.intake.drain();
-                Ok(())
             }
             Response::Resume(v1::Resume {}) => {
                 tracing::info!("a person has taken the drain back");
                 self.intake.resume();
-                Ok(())
             }
             Response::Renewed(renewed) => {
                 self.seen.note(renewed.history);
-                let renewed: Vec<Lease> =
-                    renewed.lease.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect();
+                let renewed = leases(&renewed.lease);
                 // One accepted since the heartbeat cannot be in its answer.
                 for lease in self.named.iter().filter(|lease| !renewed.contains(lease)) {
-                    if let Some(held) = self.jobs.get(lease) {
-                        held.tell(Told::NotRenewed)?;
+                    if let Some(held) = self.jobs.get_mut(lease) {
+                        held.is_lost = true;
+                        held.told.send(Told::NotRenewed);
                     }
                 }
-                Ok(())
             }
             // It is the first frame, and was.
-            Response::Welcome(_) => Ok(()),
+            Response::Welcome(_) => {}
         }
+        Ok(())
     }
 
     fn offered(
@@ -206,27 +202,47 @@ impl Agent {
         Ok(Answer::Accept)
     }
 
-    fn tell(&self, lease: Option<v1::LeaseRef>, told: Told) -> Result<(), lease::Error> {
+    fn tell(&self, lease: Option<v1::LeaseRef>, told: Told) {
         let held = Lease::from_wire(&lease.unwrap_or_default())
             .ok()
             .and_then(|lease| self.jobs.get(&lease));
-        match held {
-            Some(held) => held.tell(told),
-            // Of an older epoch, or already gone.
-            None => Ok(()),
+        // One that is not there is of an older epoch, or already gone.
+        if let Some(held) = held {
+            held.told.send(told);
         }
     }
 }
 
-impl Held {
-    pub(super) fn tell(&self, told: Told) -> Result<(), lease::Error> {
-        use tokio::sync::mpsc::error::TrySendError;
-        match self.told.try_send(told) {
-            Ok(()) => Ok(()),
-            // Its task has ended; the event is on its way.
-            Err(TrySendError::Closed(_)) => Ok(()),
-            // Nothing may be dropped: after a reconnect everything is said again.
-            Err(TrySendError::Full(_)) => Err(lease::Error::Stuck),
-        }
+fn leases(of: &[v1::LeaseRef]) -> Vec<Lease> {
+    of.iter().filter_map(|lease| Lease::from_wire(lease).ok()).collect()
+}
+
+/// Answers the jobs that this runner names as held: as many as a control plane takes, and those
+/// first that are not known to be lost. Lost ones take no slot, so there may be any number.
+fn named(jobs: &HashMap<Lease, Held>) -> Vec<Lease> {
+    let mut jobs: Vec<_> = jobs.iter().collect();
+    jobs.sort_by_key(|(_, held)| held.is_lost);
+    jobs.into_iter().map(|(lease, _)| lease.clone()).take(MOST_NAMED).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::mailbox::mailbox;
+    use super::*;
+
+    #[test]
+    fn lost_jobs_do_not_crowd_out_those_that_are_held() {
+        let job = |epoch| {
+            let lease = Lease { run_id: "r".into(), phase: Phase::Plan, epoch, generation: 1 };
+            let (told, _) = mailbox();
+            let directory = JobDirectory::open(Path::new("/nonexistent"));
+            (lease, Held { directory, told, is_lost: epoch > 200 })
+        };
+        let jobs: HashMap<Lease, Held> = (1..=400).map(job).collect();
+        let named = named(&jobs);
+        assert_eq!(named.len(), MOST_NAMED);
+        assert_eq!(named.iter().filter(|lease| lease.epoch <= 200).count(), 200);
     }
 }

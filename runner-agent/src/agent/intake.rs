@@ -30,8 +30,10 @@ impl Intake {
     }
 
     pub(super) fn judge(&self, phase: Phase) -> Answer {
+        if self.drained || self.leaving || self.unfit {
+            return Answer::Closed;
+        }
         match self.phase {
-            _ if self.drained || self.leaving || self.unfit => Answer::Closed,
             Some(only) if only != phase => Answer::OtherPhase,
             Some(_) | None => Answer::Takes,
         }

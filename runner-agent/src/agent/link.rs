@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
+use std::mem::discriminant;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Stdio;
@@ -11,14 +12,17 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{ChildStdout, Command};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
+use super::mailbox::{self, Kinds, mailbox};
 use crate::Program;
 use crate::job_directory::{self, JobDirectory};
 use crate::supervisor::READY;
 use crate::supervisor::control::{self, Order, OrderFrame, Status};
 
 const PATIENCE: Duration = Duration::from_secs(20);
+
+const FAREWELL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -43,7 +47,7 @@ pub(crate) struct Started {
 
 /// An attached supervisor. When it or the connection ends, `status` closes.
 pub(crate) struct Link {
-    orders: mpsc::Sender<Order>,
+    orders: mailbox::Sender<Order>,
     pub(crate) status: watch::Receiver<Status>,
 }
 
@@ -111,7 +115,7 @@ pub(crate) async fn attach(directory: &Path) -> Result<Link, Error> {
         Err(_) => return Err(Error::Silent),
     };
     let (status_to, status) = watch::channel(first);
-    let (orders, mut inbox) = mpsc::channel::<Order>(16);
+    let (orders, mut inbox) = mailbox::<Order>();
     tokio::spawn(async move {
         let read = async {
             while let Ok(Some(status)) = control::receive::<Status>(&mut from).await {
@@ -119,8 +123,8 @@ pub(crate) async fn attach(directory: &Path) -> Result<Link, Error> {
             }
         };
         let write = async {
-            while let Some(order) = inbox.recv().await {
-                let frame = OrderFrame { order: Some(order) };
+            loop {
+                let frame = OrderFrame { order: Some(inbox.next().await) };
                 if control::send(&mut to, &frame).await.is_err() {
                     break;
                 }
@@ -138,7 +142,25 @@ pub(crate) async fn attach(directory: &Path) -> Result<Link, Error> {
 
 impl Link {
     /// Passes an order on. One that cannot be passed any more shows as a closed status.
-    pub(crate) async fn send(&self, order: Order) {
-        let _ = self.orders.send(order).await;
+    pub(crate) fn send(&self, order: Order) {
+        self.orders.send(order);
+    }
+
+    /// Sends a supervisor away that has nothing to do yet, and waits until it is gone.
+    pub(crate) async fn dismiss(mut self) {
+        self.send(Order::GiveUp(true));
+        let gone = async { while self.status.changed().await.is_ok() {} };
+        if tokio::time::timeout(FAREWELL, gone).await.is_err() {
+            tracing::warn!("a supervisor that was sent away is still there");
+        }
+    }
+}
+
+impl Kinds for Order {
+    fn replaces(&self, earlier: &Self) -> bool {
+        match (self, earlier) {
+            (Self::Cancel(force), Self::Cancel(earlier)) => force == earlier,
+            (order, earlier) => discriminant(order) == discriminant(earlier),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What comes before `Starting`: fetch, check, unpack, judge.
+//! What comes before `Starting`: fetch, unpack, check.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,8 +11,15 @@ use rustix::io::Errno;
 use crate::engine::{Engines, InstallError};
 use crate::job::{Digests, Failure, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, Settings, private_directory};
-use crate::ship::{self, Fetched, Shipper};
+use crate::ship::{self, Shipper};
 use crate::{digest, extract, root_module, untrusted};
+
+/// What came of fetching.
+pub(super) enum Fetched {
+    /// The archive is in the job's directory; its digest.
+    Archive(String),
+    Ended(Prepared),
+}
 
 /// How preparing ended.
 pub(super) enum Prepared {
@@ -87,19 +94,22 @@ const FAULTS_OF_A_HOST: &[Errno] = &[
 /// What the job's log says about where its engine came from.
 pub(crate) const ENGINE_NOTE: &str = "engine-note";
 
-/// Held while a job is unpacked. Who abandons [`prepare`] must take it before it removes the
+/// Held while a job is unpacked. Who abandons [`unpack`] must take it before it removes the
 /// directory: what was begun in the background goes on, and would make it again.
 pub(super) type Unpacking = Arc<tokio::sync::Mutex<()>>;
 
-/// Prepares a job in its directory.
-pub(super) async fn prepare(
+/// The archive, until it is unpacked.
+const ARCHIVE: &str = "archive.tar.gz";
+
+/// Brings what the job needs to this host, however long that takes.
+pub(super) async fn fetch(
     shipper: &Shipper,
     directory: &JobDirectory,
     engines: &Arc<Engines>,
-    (lease, spec): (&Lease, &Spec),
-    unpacking: &Unpacking,
-) -> Result<Prepared, Error> {
-    let archive = directory.join("archive.tar.gz");
+    lease: &Lease,
+    spec: &Spec,
+) -> Result<Fetched, Error> {
+    let archive = directory.join(ARCHIVE);
     let kind = match lease.phase {
         Phase::Plan => ArtifactKind::Configuration,
         Phase::Apply => ArtifactKind::Workspace,
@@ -109,7 +119,7 @@ pub(super) async fn prepare(
         if spec.has_state {
             shipper.fetch(ArtifactKind::State, &base).await
         } else {
-            Ok(Fetched::Digest(String::new()))
+            Ok(ship::Fetched::Digest(String::new()))
         }
     };
     let settings = directory.settings()?;
@@ -118,21 +128,36 @@ pub(super) async fn prepare(
         async { Ok(fetch_state.await?) },
         provide(engines, &settings),
     )?;
+    use ship::Fetched::{Digest, LeaseLost, Refused};
     let found = match (found, state) {
-        (Fetched::Digest(found), Fetched::Digest(_)) => found,
-        (Fetched::LeaseLost, _) | (_, Fetched::LeaseLost) => return Ok(Prepared::LeaseLost),
-        (Fetched::Refused(reason), _) | (_, Fetched::Refused(reason)) => {
-            let reason = format!("failed to fetch what the job needs: {reason}");
-            return Ok(Prepared::Refused(Failure::Errored, reason));
+        (Digest(found), Digest(_)) => found,
+        (LeaseLost, _) | (_, LeaseLost) => return Ok(Fetched::Ended(Prepared::LeaseLost)),
+        (Refused(reason), _) | (_, Refused(reason)) => {
+            return Ok(refused(format!("failed to fetch what the job needs: {reason}")));
         }
     };
     match engine {
         Ok(None) => {}
         Ok(Some(note)) => directory.note(ENGINE_NOTE, note.as_bytes())?,
         Err(error) if error.is_of_this_host() => return Err(Error::Host(sentence(&error))),
-        Err(error) => return Ok(Prepared::Refused(Failure::Errored, sentence(&error))),
+        Err(error) => return Ok(refused(sentence(&error))),
     }
-    let engine = settings.terraform;
+    Ok(Fetched::Archive(found))
+}
+
+fn refused(reason: String) -> Fetched {
+    Fetched::Ended(Prepared::Refused(Failure::Errored, reason))
+}
+
+/// Unpacks what was fetched, and judges it.
+pub(super) async fn unpack(
+    directory: &JobDirectory,
+    spec: &Spec,
+    found: String,
+    unpacking: &Unpacking,
+) -> Result<Prepared, Error> {
+    let engine = directory.settings()?.terraform;
+    let archive = directory.join(ARCHIVE);
     let directory = directory.clone();
     let spec = spec.clone();
     let turn = Arc::clone(unpacking).lock_owned().await;

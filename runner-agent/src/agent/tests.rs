@@ -8,6 +8,7 @@ mod forced;
 mod handover;
 mod quarantine;
 mod spooling;
+mod untaken;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,8 @@ use crate::engine::{EngineSettings, at_hand};
 use crate::supervisor::tests::program;
 
 const LIMIT: Duration = Duration::from_secs(60);
+
+const HEARTBEAT: Duration = Duration::from_millis(100);
 
 /// What the control plane of the tests has been told.
 #[derive(Default)]
@@ -77,6 +80,10 @@ struct World {
     offers_all_the_same: bool,
     /// Answers `Finished` as of a lease that is lost.
     revokes_finished: bool,
+    /// Takes no uploads for now.
+    is_full: bool,
+    /// Keeps who fetches waiting.
+    holds_back: bool,
 }
 
 #[derive(Clone)]
@@ -316,7 +323,7 @@ impl RunnerService for Plane {
                             generation,
                             heartbeat_interval: Some(prost_types::Duration {
                                 seconds: 0,
-                                nanos: 200_000_000,
+                                nanos: HEARTBEAT.subsec_nanos().cast_signed(),
                             }),
                             keep,
                             give_up,
@@ -423,6 +430,8 @@ impl RunnerService for Plane {
         call: Call<v1::FetchArtifactRequest>,
     ) -> Result<Answer<Self::FetchArtifactStream>, Refusal> {
         certified(&call)?;
+        self.note("fetch");
+        self.wait("the data", |world| !world.holds_back).await;
         let data = self.artifact(call.into_inner().kind(), 0);
         let pieces: Vec<_> = data
             .chunks(1000)
@@ -451,6 +460,10 @@ impl RunnerService for Plane {
         assert_eq!(header.digest, digest::of_bytes(&data));
         assert_eq!(header.size, data.len() as u64);
         let kind = header.kind();
+        if self.world().is_full {
+            self.note("full");
+            return Err(Refusal::unavailable("the disk is full"));
+        }
         if self.world().loses_leases && !self.world().quarantines {
             self.note(format!("lost {}", kind.as_str_name()));
             return Err(lease_lost());

@@ -1,14 +1,13 @@
 //! What jobs and the agent tell each other.
 
-use std::collections::VecDeque;
 use std::mem::discriminant;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame;
-use tokio::sync::mpsc;
 use tokio::time::Duration;
 
+use super::mailbox::Kinds;
 use crate::backoff::Backoff;
 use crate::job::Lease;
 use crate::random;
@@ -38,50 +37,11 @@ pub(super) enum Event {
     Done(Lease),
 }
 
-/// What is told to a job, in order. While the job waits for something else, it is kept.
-pub(super) struct Inbox {
-    told: mpsc::Receiver<Told>,
-    /// One of each kind at most.
-    later: VecDeque<Told>,
-}
-
-impl Inbox {
-    pub(super) fn new(told: mpsc::Receiver<Told>) -> Self {
-        Self { told, later: VecDeque::new() }
-    }
-
-    /// Waits for what is told next. Safe to abandon and call again.
-    pub(super) async fn next(&mut self) -> Told {
-        if let Some(told) = self.later.pop_front() {
-            return told;
-        }
-        match self.told.recv().await {
-            Some(told) => told,
-            // The agent is leaving, and this task with it.
-            None => std::future::pending().await,
-        }
-    }
-
-    pub(super) async fn pause(&mut self, wait: Duration) {
-        let wait = tokio::time::sleep(wait);
-        tokio::pin!(wait);
-        loop {
-            tokio::select! {
-                () = &mut wait => return,
-                Some(told) = self.told.recv() => {
-                    self.later.retain(|earlier| !earlier.is_replaced_by(&told));
-                    self.later.push_back(told);
-                }
-            }
-        }
-    }
-}
-
-impl Told {
-    fn is_replaced_by(&self, later: &Self) -> bool {
-        match (self, later) {
-            (Self::Cancel { force }, Self::Cancel { force: later }) => force == later,
-            (earlier, later) => discriminant(earlier) == discriminant(later),
+impl Kinds for Told {
+    fn replaces(&self, earlier: &Self) -> bool {
+        match (self, earlier) {
+            (Self::Cancel { force }, Self::Cancel { force: earlier }) => force == earlier,
+            (told, earlier) => discriminant(told) == discriminant(earlier),
         }
     }
 }

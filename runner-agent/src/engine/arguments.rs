@@ -9,6 +9,7 @@ use clap::Args;
 use super::checksum::{self, Pin, Sha256};
 use super::mirror::{self, Mirror};
 use super::release::{Malformed, Name, Release, UnknownName};
+use crate::supervisor::confine::Confinement;
 
 /// What a host without any engine installs.
 pub(super) const DEFAULT: &str = "terraform@1.11.4";
@@ -79,6 +80,8 @@ pub(crate) struct EngineSettings {
     pub(super) pins: Vec<Pin>,
     pub(crate) cache: PathBuf,
     pub(super) installing: Installing,
+    /// Of a program that is asked for its version.
+    pub(crate) confinement: Confinement,
 }
 
 impl EngineArguments {
@@ -105,6 +108,7 @@ impl EngineArguments {
                 true => Installing::Forbidden,
                 false => Installing::Allowed,
             },
+            confinement: Confinement::default(),
         })
     }
 }
@@ -123,6 +127,18 @@ pub(super) fn parse_mirror(text: &str) -> Result<Vec<(Name, Mirror)>, Error> {
 }
 
 impl EngineSettings {
+    /// Answers the file that the host's users run by this name.
+    pub(super) fn on_path(&self, name: Name) -> Option<PathBuf> {
+        let mut files = env::split_paths(&self.path).map(|dir| dir.join(name.program()));
+        files.find(|file| file.is_file())
+    }
+
+    /// Lists where engines are that jobs may get.
+    pub(crate) fn places(&self) -> Vec<PathBuf> {
+        let found = Name::ALL.iter().filter_map(|name| self.on_path(*name));
+        found.chain(self.terraform.clone()).chain([self.cache.clone()]).collect()
+    }
+
     pub(super) fn mirror(&self, name: Name) -> Mirror {
         let given = self.mirrors.iter().rev().find(|(of, _)| *of == name);
         given.map(|(_, mirror)| mirror.clone()).unwrap_or_else(|| {

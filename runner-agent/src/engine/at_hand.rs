@@ -12,6 +12,7 @@ use super::Engines;
 use super::arguments::{DEFAULT, EngineSettings, Installing, parse_mirror};
 use super::mirror::Mirror;
 use super::release::{Name, Release};
+use crate::supervisor::confine::Confinement;
 
 /// Another mirror, for whoever cannot reach the publisher's.
 const MIRROR: &str = "LATCHKEY_ENGINE_MIRROR";
@@ -52,6 +53,7 @@ fn install(mirrors: Vec<(Name, Mirror)>, cache: PathBuf) -> anyhow::Result<PathB
         pins: Vec::new(),
         cache,
         installing: Installing::Allowed,
+        confinement: Confinement::default(),
     };
     let mirror = settings.mirror(release.name);
     let engines = Engines::without_looking(settings);

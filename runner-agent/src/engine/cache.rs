@@ -25,8 +25,9 @@ use rustix::fs::{FlockOperation, flock};
 use super::checksum::{self, Sha256};
 use super::mirror::{self, Mirror};
 use super::release::{Name, Release, Version};
-use super::{archive, version_of};
+use super::{archive, version};
 use crate::digest;
+use crate::supervisor::confine::Confinement;
 
 const LARGEST_SUMS: u64 = 1 << 20;
 const LARGEST_ARCHIVE: u64 = 512 << 20;
@@ -95,6 +96,8 @@ pub(crate) enum Installed {
 #[derive(Debug)]
 pub(crate) struct Cache {
     root: PathBuf,
+    /// Of a program that is asked for its version.
+    confinement: Confinement,
     /// What was found whole by this process, and how its file looked then: whatever writes to a
     /// file changes its `ctime`, which nobody can set back.
     whole: Mutex<HashMap<Release, Look>>,
@@ -124,8 +127,8 @@ impl Look {
 }
 
 impl Cache {
-    pub(crate) fn new(root: PathBuf) -> Self {
-        Self { root, whole: Mutex::default() }
+    pub(crate) fn new(root: PathBuf, confinement: Confinement) -> Self {
+        Self { root, confinement, whole: Mutex::default() }
     }
 
     /// Answers where a release's program is, or would be.
@@ -181,7 +184,8 @@ impl Cache {
         let draft = versions.join(format!(".new-{version}"));
         remove(&draft)?;
         DirBuilder::new().mode(0o755).create(&draft).map_err(disk("make", &draft))?;
-        let made = make(release, from, &draft).and_then(|()| self.name(release, &draft));
+        let made = make(release, from, &draft, &self.confinement)
+            .and_then(|()| self.name(release, &draft));
         if made.is_err() {
             // The next one removes it otherwise.
             let _ = remove(&draft);
@@ -212,7 +216,12 @@ impl Cache {
 }
 
 /// Steps 2 to 4.
-fn make(release: &Release, from: Source<'_>, draft: &Path) -> Result<(), Error> {
+fn make(
+    release: &Release,
+    from: Source<'_>,
+    draft: &Path,
+    confinement: &Confinement,
+) -> Result<(), Error> {
     let name = release.archive();
     let expected = expected(release, from, &name)?;
     let packed = draft.join("archive.zip");
@@ -230,7 +239,7 @@ fn make(release: &Release, from: Source<'_>, draft: &Path) -> Result<(), Error> 
     program.sync_all().map_err(disk("write", &path))?;
     drop(program);
     fs::remove_file(&packed).map_err(disk("remove", &packed))?;
-    let said = version_of(&path).ok();
+    let said = version::of(&path, confinement).ok();
     if said.as_deref() != Some(release.version.as_str()) {
         return Err(Error::OtherVersion { archive: name, expected: release.to_string() });
     }
@@ -339,6 +348,10 @@ mod tests {
         (server, digest)
     }
 
+    fn cache_at(root: PathBuf) -> Cache {
+        Cache::new(root, Confinement::default())
+    }
+
     fn leftovers(root: &Path) -> Vec<String> {
         let names = fs::read_dir(root.join("terraform")).into_iter().flatten().flatten();
         let names = names.map(|entry| entry.file_name().into_string().unwrap());
@@ -354,11 +367,14 @@ mod tests {
                 .map(|_| {
                     scope.spawn(|| {
                         // An agent each.
-                        let cache = Cache::new(dir.path().to_owned());
+                        let cache = cache_at(dir.path().to_owned());
                         let mirror = server.mirror();
                         let done =
                             cache.install(&release, Source { mirror: &mirror, pin: None }).unwrap();
-                        assert_eq!(version_of(&cache.path(&release)).unwrap(), "1.9.0");
+                        assert_eq!(
+                            version::of(&cache.path(&release), &Confinement::default()).unwrap(),
+                            "1.9.0"
+                        );
                         done
                     })
                 })
@@ -369,7 +385,7 @@ mod tests {
         assert_eq!(now, 1);
         assert_eq!(server.asked(&release.in_mirror(&release.archive())), 1);
         assert_eq!(leftovers(dir.path()), ["1.9.0"]);
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = cache_at(dir.path().to_owned());
         assert_eq!(cache.list(Name::Terraform), [release]);
         assert!(cache.list(Name::Tofu).is_empty());
     }
@@ -380,11 +396,11 @@ mod tests {
         let (server, _) = mirror(&release, "1.9.0");
         let mirror = server.mirror();
         let from = Source { mirror: &mirror, pin: None };
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = cache_at(dir.path().to_owned());
         cache.install(&release, from).unwrap();
         assert_eq!(cache.install(&release, from).unwrap(), Installed::Before);
         // Under the same agent, and found by the next one.
-        for next in [cache, Cache::new(dir.path().to_owned())] {
+        for next in [cache, cache_at(dir.path().to_owned())] {
             let path = next.path(&release);
             let mut bytes = fs::read(&path).unwrap();
             bytes[20] ^= 1;
@@ -404,14 +420,14 @@ mod tests {
         fs::create_dir_all(&draft).unwrap();
         fs::write(draft.join("terraform"), "half").unwrap();
         fs::write(draft.join("archive.zip"), "half").unwrap();
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = cache_at(dir.path().to_owned());
         assert!(!cache.has(&release) && cache.list(Name::Terraform).is_empty());
         let mirror = server.mirror();
         cache.install(&release, Source { mirror: &mirror, pin: None }).unwrap();
         assert_eq!(leftovers(dir.path()), ["1.9.0"]);
         // The program without its record is no engine either.
         fs::remove_file(dir.path().join("terraform/1.9.0").join(DIGEST)).unwrap();
-        assert!(!Cache::new(dir.path().to_owned()).has(&release));
+        assert!(!cache_at(dir.path().to_owned()).has(&release));
     }
 
     #[test]
@@ -419,7 +435,7 @@ mod tests {
     fn installing_process() {
         let Some(mirror) = std::env::var_os("MIRROR_OF_TEST") else { return };
         let mirror = Mirror::parse(mirror.to_str().unwrap()).unwrap();
-        let cache = Cache::new(std::env::var_os("CACHE_OF_TEST").unwrap().into());
+        let cache = cache_at(std::env::var_os("CACHE_OF_TEST").unwrap().into());
         cache.install(&release(), Source { mirror: &mirror, pin: None }).unwrap();
     }
 
@@ -442,12 +458,12 @@ mod tests {
             .spawn()
             .unwrap();
         waits.recv_timeout(Duration::from_secs(60)).expect("the download begins");
-        assert!(!Cache::new(dir.path().to_owned()).has(&release));
+        assert!(!cache_at(dir.path().to_owned()).has(&release));
         process.kill().unwrap();
         process.wait().unwrap();
         // Its lock went with it.
         let (server, _) = mirror(&release, "1.9.0");
-        let (cache, mirror) = (Cache::new(dir.path().to_owned()), server.mirror());
+        let (cache, mirror) = (cache_at(dir.path().to_owned()), server.mirror());
         let done = cache.install(&release, Source { mirror: &mirror, pin: None }).unwrap();
         assert_eq!(done, Installed::Now);
         assert_eq!(leftovers(dir.path()), ["1.9.0"]);
@@ -465,7 +481,7 @@ mod tests {
 
         let check = |pin: Option<&Sha256>, text: &str, of_this_host: bool| {
             let dir = tempfile::tempdir().unwrap();
-            let cache = Cache::new(dir.path().to_owned());
+            let cache = cache_at(dir.path().to_owned());
             let mirror = server.mirror();
             let error = cache.install(&release, Source { mirror: &mirror, pin }).unwrap_err();
             assert!(error.to_string().contains(text), "{error}");
@@ -505,7 +521,7 @@ mod tests {
         let (server, digest) = mirror(&release, "1.9.0");
         server.put(&release.in_mirror(&release.sums()), Answer::Status(404));
         let (mirror, pin) = (server.mirror(), Sha256::parse(&digest).unwrap());
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = cache_at(dir.path().to_owned());
         cache.install(&release, Source { mirror: &mirror, pin: Some(&pin) }).unwrap();
         assert!(cache.has(&release));
     }

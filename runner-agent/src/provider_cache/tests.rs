@@ -209,6 +209,20 @@ fn a_damaged_package_is_not_lent() {
 }
 
 #[test]
+fn what_a_killed_process_left_unfinished_is_removed_in_time() {
+    let host = Host::new();
+    let shared = host.at("cache").join(target());
+    for (name, days) in [(".new-old", 2), (".gone-old", 2), (".new-now", 0)] {
+        fs::create_dir_all(shared.join(name).join("package")).unwrap();
+        let draft = File::open(shared.join(name)).unwrap();
+        let changed = draft.metadata().unwrap().modified().unwrap();
+        draft.set_modified(changed - std::time::Duration::from_secs(days * 86_400)).unwrap();
+    }
+    host.loan(&host.job("first", None)).lend().unwrap();
+    assert_eq!(host.packages(), [".new-now"]);
+}
+
+#[test]
 fn what_the_lock_file_does_not_name_is_not_kept() {
     let host = Host::new();
     let job = host.job("first", None);

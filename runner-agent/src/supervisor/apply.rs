@@ -1,18 +1,18 @@
 //! The apply phase: compare with what was approved, then apply exactly that.
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use super::errored_state::{self, ErroredState};
 use super::hooks::Step;
+use super::log::Drained;
 use super::plan::{show_json, words};
 use super::terraform::Ended;
-use super::{Error, Running};
-use crate::job::{Failure, JobResult, Spec};
-use crate::job_directory::JobDirectory;
-use crate::untrusted;
+use super::{Error, Running, record_at_last};
+use crate::job::{Failure, JobResult};
+use crate::untrusted::{self, Folder};
 
 /// The control plane keeps them in the run's record.
 const LARGEST_OUTPUTS: usize = 24 * 1024;
@@ -28,54 +28,13 @@ struct Stale {
     source: io::Error,
 }
 
-const ERRORED_STATE: &str = "errored.tfstate";
-
-/// What became of a state that terraform could not deliver.
-#[derive(Debug)]
-pub(super) enum ErroredState {
-    Absent,
-    /// It is in the job directory, to be brought.
-    Kept,
-    Unreadable(io::Error),
-}
-
-/// Takes `errored.tfstate` out of terraform's directory, if there is one.
-pub(super) async fn keep_errored_state(
-    directory: &JobDirectory,
-    root: &Path,
-) -> Result<ErroredState, Error> {
-    let (directory, errored) = (directory.clone(), root.join(ERRORED_STATE));
-    let keep = move || match untrusted::read(&errored) {
-        Ok(None) => Ok(ErroredState::Absent),
-        Ok(Some(state)) => {
-            directory.record_bytes(ERRORED_STATE, &state).map(|()| ErroredState::Kept)
-        }
-        Err(error) => Ok(ErroredState::Unreadable(error)),
-    };
-    Ok(tokio::task::spawn_blocking(keep).await.map_err(Error::Task)??)
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
-    }
-}
+/// How terraform's apply ended: the record of the result to be. It is written before the hook
+/// after the apply, and is for a successor.
+pub(super) const OUTCOME: &str = "outcome.json";
 
 impl Running {
     pub(super) async fn apply(&mut self) -> Result<JobResult, Error> {
-        let lock_file = lock_file(&self.directory, &self.spec);
-        let read = move || untrusted::read(&lock_file);
-        let lock_file = tokio::task::spawn_blocking(read)
-            .await
-            .map_err(Error::Task)?
-            .map_err(Error::Digest)?
-            .unwrap_or_default();
+        let lock_file = self.lock_file().await?.unwrap_or_default();
         let lock_file = String::from_utf8_lossy(&lock_file);
         let names_providers = lock_file.lines().any(|line| line.starts_with("provider "));
         // The sealed workspace has everything but the providers.
@@ -95,8 +54,8 @@ impl Running {
             return Ok(self.refused(Failure::PlanChanged, &NotApproved));
         }
         let arguments = show_json(&self.directory);
-        let (ended, shown, stderr) = self.terraform.capture(&arguments).await?;
-        let changes = match self.changes(ended, &shown, &stderr)? {
+        let shown = self.terraform.capture(&arguments).await?;
+        let changes = match self.changes(&shown)? {
             Ok(changes) => changes,
             Err(failed) => return Ok(failed),
         };
@@ -108,11 +67,10 @@ impl Running {
             return Ok(self.failed("terraform apply", Ended::NeverStarted));
         }
 
-        // One that came with the configuration would be taken for this apply's.
-        let stale = self.terraform.root.join(ERRORED_STATE);
-        if let Err(source) = remove(&stale) {
-            return Ok(self.refused(Failure::Errored, &Stale { source }));
-        }
+        let root = match self.without_stale_state().await? {
+            Ok(root) => root,
+            Err(source) => return Ok(self.refused(Failure::Errored, &Stale { source })),
+        };
         self.applying = true;
         self.apply_step();
         // The point of no return: after this, the job is never started again.
@@ -125,53 +83,72 @@ impl Running {
         let var_file = self.variables.file.clone();
         let ended = self.terraform.run(&arguments, var_file.as_ref()).await?;
         let drained = self.log.drain().await?;
+        let (directory, spec) = (&self.directory, &self.spec);
+        let errored = errored_state::take(directory, spec, Some(root), &self.log).await?;
+        let result = self.outcome(ended, errored, &drained);
+        // The hook may take long, and whoever comes after us cannot ask terraform again.
+        record_at_last(&self.directory, OUTCOME, &result).await;
         self.after(Step::Apply, ended).await?;
+        Ok(result)
+    }
 
-        let errored = keep_errored_state(&self.directory, &self.terraform.root).await?;
-        let undelivered = match errored {
-            ErroredState::Absent | ErroredState::Unreadable(_) if drained.dumped => {
-                let reason = "terraform could write its state nowhere and printed it";
-                Some((Failure::StateUndelivered, reason.to_owned()))
-            }
-            ErroredState::Absent => None,
-            ErroredState::Kept => {
-                let reason = "terraform could not write its state and saved errored.tfstate";
-                Some((Failure::StateUndelivered, reason.to_owned()))
-            }
-            ErroredState::Unreadable(error) => {
-                let reason = format!("errored.tfstate is there and cannot be read: {error}");
-                Some((Failure::EndedUnknown, reason))
-            }
+    /// Answers the directory terraform is about to run in: its `errored.tfstate` will be there,
+    /// wherever the job moves it.
+    async fn without_stale_state(&self) -> Result<io::Result<Arc<Folder>>, Error> {
+        let directory = self.directory.clone();
+        let below = self.spec.working_directory.clone();
+        let remove = move || {
+            let root = Folder::open(&directory.join("work"), &below)?;
+            errored_state::remove_stale(&directory, &root)?;
+            Ok(Arc::new(root))
         };
-        if let Some((kind, reason)) = undelivered {
-            let exit_code = match ended {
-                Ended::Exited(code) => Some(code),
-                Ended::Killed(_) | Ended::NeverStarted => None,
-            };
-            return Ok(JobResult::Failed { kind, reason, exit_code });
-        }
-        match ended {
-            Ended::Exited(0) => {
-                let mut outputs_json = outputs_json(drained.outputs.as_ref());
-                if outputs_json.len() > LARGEST_OUTPUTS {
-                    let bytes = outputs_json.len();
-                    let message = format!(
-                        "the outputs have {bytes} bytes, more than {LARGEST_OUTPUTS}: they are \
-                         in the state only"
-                    );
-                    self.log.own("diagnostic", "warn", &message, Value::Null);
-                    outputs_json.clear();
-                }
-                Ok(JobResult::Apply { outputs_json })
+        tokio::task::spawn_blocking(remove).await.map_err(Error::Task)
+    }
+
+    fn outcome(&self, ended: Ended, errored: ErroredState, drained: &Drained) -> JobResult {
+        let exit_code = match ended {
+            Ended::Exited(code) => Some(code),
+            Ended::Killed(_) | Ended::NeverStarted => None,
+        };
+        let undelivered =
+            |kind, reason: &str| JobResult::Failed { kind, reason: reason.to_owned(), exit_code };
+        match (errored, ended) {
+            (ErroredState::Kept, _) => undelivered(
+                Failure::StateUndelivered,
+                "terraform could not write its state and saved errored.tfstate",
+            ),
+            // What looks like one is none where the state was written.
+            (ErroredState::Absent | ErroredState::Untaken(_), _)
+                if drained.dumped && exit_code != Some(0) =>
+            {
+                undelivered(
+                    Failure::StateUndelivered,
+                    "terraform could write its state nowhere and printed it",
+                )
             }
-            // Known not to have run: a cancel came between the record and the start.
-            other => Ok(self.failed("terraform apply", other)),
+            (ErroredState::Untaken(reason), _) => undelivered(Failure::EndedUnknown, &reason),
+            (ErroredState::Absent, Ended::Exited(0)) => {
+                JobResult::Apply { outputs_json: self.outputs(drained) }
+            }
+            // Perhaps known not to have run: a cancel came between the record and the start.
+            (ErroredState::Absent, Ended::Exited(_) | Ended::Killed(_) | Ended::NeverStarted) => {
+                self.failed("terraform apply", ended)
+            }
         }
     }
-}
 
-pub(super) fn lock_file(directory: &JobDirectory, spec: &Spec) -> PathBuf {
-    directory.root(spec).join(".terraform.lock.hcl")
+    fn outputs(&self, drained: &Drained) -> String {
+        let outputs = outputs_json(drained.outputs.as_ref());
+        if outputs.len() <= LARGEST_OUTPUTS {
+            return outputs;
+        }
+        let message = format!(
+            "the outputs have {} bytes, more than {LARGEST_OUTPUTS}: they are in the state only",
+            outputs.len()
+        );
+        self.log.own("diagnostic", "warn", &message, Value::Null);
+        String::new()
+    }
 }
 
 /// Answers the outputs as terraform's JSON, without the values of sensitive ones.

@@ -4,12 +4,13 @@
 //! inherits that and cannot take it off. The supervisor stays outside, so that what it holds in
 //! memory is beyond the reach of what it started, even where both have the same user.
 //!
-//! Landlock knows only what is allowed. All is, except the runner's directory: at each of its
-//! ancestors, everything but the way to it. Of the runner's directory a job has parts of its own
-//! job directory, and the caches that the configuration names. An ancestor itself is not allowed
-//! (that would allow all below), so nothing new can be made or listed directly in one.
+//! Landlock knows only what is allowed, and a rule cannot take back what one above it gives. All is
+//! allowed, except the runner's directory, of which a job has parts of its own job directory; and
+//! except what jobs share and the runner trusts, wherever it lies: engines, caches, hooks, the
+//! runner's program. That can be read, not written (`shared.rs`).
 
-use std::fs;
+mod shared;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +25,8 @@ use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 use tokio::runtime::Handle;
 
+use self::shared::Around;
+pub(super) use self::shared::places;
 use super::limits::Limits;
 use crate::job_directory::{JobDirectory, Settings, create_private};
 
@@ -48,7 +51,7 @@ pub(crate) struct Confinement {
     pub(crate) limits: Limits,
     /// The runner's directory, which jobs do not see; the directory of the jobs when not given.
     pub(crate) hidden: Option<PathBuf>,
-    /// What in it jobs may read and run: engines, providers.
+    /// What jobs share and may read and run, but not write, in there or elsewhere.
     pub(crate) readable: Vec<PathBuf>,
     /// What in it jobs may also write.
     pub(crate) writable: Vec<PathBuf>,
@@ -56,8 +59,8 @@ pub(crate) struct Confinement {
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("hide the runner's directory: list {path}")]
-    List {
+    #[error("hide the runner's directory: look at {path}")]
+    Look {
         path: PathBuf,
         #[source]
         source: io::Error,
@@ -68,7 +71,7 @@ pub(crate) enum Error {
 
 /// Starts processes that are confined.
 #[derive(Debug, Clone)]
-pub(super) struct Cage {
+pub(crate) struct Cage {
     /// Absent where the kernel has nothing of the kind.
     rules: Option<Arc<RulesetCreated>>,
     limits: Limits,
@@ -77,12 +80,13 @@ pub(super) struct Cage {
 
 /// The parts of the filesystem a job has besides what is outside of the hidden directory.
 #[derive(Debug, Default)]
-pub(super) struct Parts {
+pub(crate) struct Parts {
     /// Read, write, run.
-    pub(super) own: Vec<PathBuf>,
+    pub(crate) own: Vec<PathBuf>,
     /// Written in place, but neither replaced nor run.
-    pub(super) written: Vec<PathBuf>,
-    pub(super) read: Vec<PathBuf>,
+    pub(crate) written: Vec<PathBuf>,
+    /// Read and run, and not written wherever it lies.
+    pub(crate) read: Vec<PathBuf>,
 }
 
 impl Parts {
@@ -116,7 +120,7 @@ impl Cage {
         Self::new(&settings.confinement, hidden, &parts)
     }
 
-    pub(super) fn new(confinement: &Confinement, hidden: &Path, parts: &Parts) -> io::Result<Self> {
+    pub(crate) fn new(confinement: &Confinement, hidden: &Path, parts: &Parts) -> io::Result<Self> {
         let (limits, isolation) = (confinement.limits, confinement.isolation);
         let rules = match rules(hidden, parts) {
             Ok(rules) => Some(Arc::new(rules)),
@@ -133,15 +137,9 @@ impl Cage {
     /// Starts a command, confined.
     pub(super) fn start(&self, command: &mut Command) -> io::Result<Child> {
         let runtime = Handle::current();
-        let start = || {
-            self.enter()?;
+        let started = self.inside(|| {
             let _runtime = runtime.enter();
             command.spawn()
-        };
-        // Of this thread only: it ends with the start, the rest of us is not confined.
-        let started = thread::scope(|scope| {
-            let thread = thread::Builder::new().name("start".into()).spawn_scoped(scope, start)?;
-            thread.join().unwrap_or_else(|_| Err(io::Error::other("the starting thread failed")))
         })?;
         // Not the supervisor's own, which must go on when a job has used all up. Terraform takes
         // far longer than this to come to what others have written.
@@ -150,6 +148,19 @@ impl Cage {
             self.limits.set(pid);
         }
         Ok(started)
+    }
+
+    /// Does something in a thread that is confined; so is what it starts.
+    pub(crate) fn inside<T: Send>(
+        &self,
+        start: impl FnOnce() -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        // Of this thread only: it ends with the start, the rest of us is not confined.
+        thread::scope(|scope| {
+            let start = || self.enter().and_then(|()| start());
+            let thread = thread::Builder::new().name("start".into()).spawn_scoped(scope, start)?;
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("the starting thread failed")))
+        })
     }
 
     fn enter(&self) -> io::Result<()> {
@@ -170,68 +181,15 @@ fn rules(hidden: &Path, parts: &Parts) -> Result<RulesetCreated, Error> {
     let all = AccessFs::from_all(KNOWN);
     let read = AccessFs::from_read(KNOWN);
     let written: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
-    let beside = beside(hidden, &parts.own)?;
+    let around = Around::of(hidden, &parts.read, &parts.own)?;
     let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(all)?
         .scope(Scope::from_all(KNOWN))?
         .create()?
-        .add_rules(path_beneath_rules(beside, all))?
+        .add_rules(path_beneath_rules(around.all, all))?
+        .add_rules(path_beneath_rules(around.read, read))?
         .add_rules(path_beneath_rules(&parts.own, all))?
-        .add_rules(path_beneath_rules(&parts.written, written))?
-        .add_rules(path_beneath_rules(&parts.read, read))?;
+        .add_rules(path_beneath_rules(&parts.written, written))?;
     Ok(rules)
-}
-
-/// Answers everything that is not on the way to the directory, as high up as possible.
-fn beside(hidden: &Path, own: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
-    let list = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::List { path, source }
-    };
-    let hidden = fs::canonicalize(hidden).map_err(list(hidden))?;
-    let mut allowed = Vec::new();
-    for ancestor in hidden.ancestors().skip(1) {
-        for entry in fs::read_dir(ancestor).map_err(list(ancestor))? {
-            let entry = entry.map_err(list(ancestor))?;
-            let path = entry.path();
-            // What a link leads to is allowed by itself, or not: it may be the hidden one.
-            let link = entry.file_type().map_err(list(&path))?.is_symlink();
-            let foreign = is_tmpdir_of_a_job(&path) && !own.contains(&path);
-            if !link && !foreign && !hidden.starts_with(&path) {
-                allowed.push(path);
-            }
-        }
-    }
-    Ok(allowed)
-}
-
-/// Tells the directories for temporary files of jobs whose own path is too long.
-fn is_tmpdir_of_a_job(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str());
-    path.parent() == Some(Path::new("/tmp")) && name.is_some_and(|n| n.starts_with("latchkey-"))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    #[test]
-    fn everything_but_the_way_to_the_hidden_directory_is_beside_it() {
-        let base = tempfile::tempdir().unwrap();
-        let base = fs::canonicalize(base.path()).unwrap();
-        for name in ["a/hidden/x", "a/other", "b"] {
-            fs::create_dir_all(base.join(name)).unwrap();
-        }
-        symlink(base.join("a/hidden"), base.join("link")).unwrap();
-        let beside = beside(&base.join("a/hidden"), &[]).unwrap();
-        for (name, allowed) in
-            [("a", false), ("a/hidden", false), ("a/other", true), ("b", true), ("link", false)]
-        {
-            assert_eq!(beside.contains(&base.join(name)), allowed, "{name}: {beside:?}");
-        }
-        assert!(beside.contains(&PathBuf::from("/usr")) && !beside.contains(&PathBuf::from("/")));
-    }
 }

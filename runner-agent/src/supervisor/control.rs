@@ -11,6 +11,7 @@
 //! Socket paths may have 107 bytes, job directories more: both sides name the socket through a
 //! handle of the directory.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -24,7 +25,7 @@ use secrecy::{ExposeSecret, SecretString};
 use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use zeroize::Zeroizing;
 
@@ -38,6 +39,9 @@ const TOKEN: &str = "control-token";
 
 /// How long it may take to.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Who has not shown it yet is turned away when there are more.
+const MOST_STRANGERS: usize = 64;
 
 /// Variables and credentials are the bulk of the largest frame.
 const LARGEST: usize = 16 << 20;
@@ -150,27 +154,33 @@ pub(crate) async fn serve(
     status: watch::Receiver<Status>,
 ) {
     let current: Arc<Mutex<Option<AbortHandle>>> = Arc::default();
+    let mut strangers = VecDeque::new();
     loop {
         match listener.socket.accept().await {
             Ok((mut stream, _)) => {
                 let (orders, status) = (orders.clone(), status.clone());
                 let (token, current) = (listener.token.clone(), Arc::clone(&current));
-                let (me_to, me) = oneshot::channel::<AbortHandle>();
-                let serving = tokio::spawn(async move {
+                let stranger = tokio::spawn(async move {
                     if !Listener::is_agent(&token, &mut stream).await {
                         tracing::warn!("somebody who is not the agent was turned away");
                         return;
                     }
-                    let Ok(me) = me.await else { return };
-                    let older = current.lock().unwrap_or_else(PoisonError::into_inner).replace(me);
-                    if let Some(older) = older {
+                    let agent = tokio::spawn(async move {
+                        if let Err(error) = connection(stream, &orders, status).await {
+                            tracing::debug!(%error, "the agent's connection ended");
+                        }
+                    });
+                    let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(older) = current.replace(agent.abort_handle()) {
                         older.abort();
                     }
-                    if let Err(error) = connection(stream, &orders, status).await {
-                        tracing::debug!(%error, "the agent's connection ended");
-                    }
                 });
-                let _ = me_to.send(serving.abort_handle());
+                strangers.push_back(stranger.abort_handle());
+                if strangers.len() > MOST_STRANGERS
+                    && let Some(oldest) = strangers.pop_front()
+                {
+                    oldest.abort();
+                }
             }
             Err(error) => {
                 tracing::warn!(%error, "failed to accept the agent's connection");

@@ -6,12 +6,12 @@
 //! replaced at any time.
 
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -20,8 +20,8 @@ use latchkey_proto::v1;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 use subtle::ConstantTimeEq;
-use tokio::net::TcpListener;
 
+use super::listener::{Guest, Loopback};
 use crate::job_directory::create_private;
 use crate::{clock, random};
 
@@ -101,13 +101,13 @@ impl CredentialsEndpoint {
     }
 
     async fn serve(port: u16, token: SecretString, holding: Holding) -> io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
-        let address = listener.local_addr()?;
+        let listener = Loopback::bind(port).await?;
+        let address = listener.address()?;
         let shared = Arc::new(Shared { address, token, holding: Mutex::new(holding) });
         let router =
             Router::new().route("/credentials", get(answer)).with_state(Arc::clone(&shared));
         tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
+            if let Err(error) = listener.serve(router).await {
                 tracing::error!(%error, "failed to serve credentials");
             }
         });
@@ -139,7 +139,11 @@ impl CredentialsEndpoint {
     }
 }
 
-async fn answer(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+async fn answer(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(guest): ConnectInfo<Guest>,
+    headers: HeaderMap,
+) -> Response {
     let host = headers.get(header::HOST).map(|value| value.as_bytes());
     if host != Some(shared.address.to_string().as_bytes()) || headers.contains_key(header::ORIGIN) {
         return refuse(StatusCode::FORBIDDEN, "NotForBrowsers", "only terraform may ask here");
@@ -148,6 +152,7 @@ async fn answer(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Respon
     if !bool::from(given.ct_eq(shared.token.expose_secret().as_bytes())) {
         return refuse(StatusCode::UNAUTHORIZED, "BadToken", "the authorization token is wrong");
     }
+    guest.is_known();
     let now = clock::now();
     let holding = shared.holding.lock().unwrap_or_else(PoisonError::into_inner);
     match &*holding {

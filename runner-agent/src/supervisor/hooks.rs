@@ -21,8 +21,9 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
 
 use super::log::Log;
+use super::output::Output;
 use super::terraform::{Cancel, Ended, changed, ended};
-use super::{Error, Running, orphans};
+use super::{Error, Running};
 use crate::job::{Failure, JobResult};
 
 /// How long a hook may take to obey SIGINT.
@@ -176,7 +177,9 @@ impl Running {
         };
         let pid = child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or_default();
         self.terraform.running.begins(pid);
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let (over_to, over) = tokio::sync::watch::channel(false);
+        let stdout = child.stdout.take().map(|pipe| Output::new(pipe, over.clone()));
+        let stderr = child.stderr.take().map(|pipe| Output::new(pipe, over));
         let printing = async {
             tokio::join!(forward(stdout, &self.log, name), forward(stderr, &self.log, name));
         };
@@ -185,14 +188,14 @@ impl Running {
         let limit = self.settings.hooks.timeout;
         let watching = async {
             let how = watch(&mut child, Pid::from_raw(pid), cancel, limit).await;
-            // What still holds the output open would keep us from going on.
             running.ends(pid);
-            (how, running.end_others().await)
+            let left = running.end_others().await;
+            over_to.send_replace(true);
+            (how, left)
         };
         let ((how, left), ()) = tokio::join!(watching, printing);
         if !left.is_empty() {
-            let text = orphans::sentence(&format!("the hook {name}"), &left);
-            self.log.own("diagnostic", "warn", &text, Value::Null);
+            left.tell(&format!("the hook {name}"), &self.log);
         }
         Ok(how)
     }
@@ -242,7 +245,6 @@ async fn watch(
             }
         }
     };
-    signal(Signal::KILL);
     match (stopped, status.map(ended)) {
         (Some(failed), _) => Err(failed),
         (None, Ok(Ended::Exited(0))) => Ok(()),

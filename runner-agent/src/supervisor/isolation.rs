@@ -3,18 +3,20 @@
 //! A process is started just as terraform would be, and tries what a hostile configuration
 //! would. What it gets is missing; what it does not get holds.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::parent_id;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Resource, getrlimit, getuid, test_kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
-use super::confine::{Cage, Confinement, Parts};
+use super::confine::{Cage, Confinement, Parts, places};
 use crate::Program;
 use crate::job_directory::{create_private, private_directory};
 use crate::random;
@@ -32,7 +34,7 @@ pub(crate) struct Facts {
 }
 
 /// What the process found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Found {
     works: bool,
     no_new_privileges: bool,
@@ -42,6 +44,8 @@ struct Found {
     hides_memory: bool,
     keeps_signals: bool,
     is_root: bool,
+    /// What jobs share, as far as it could be written or replaced.
+    writes: Vec<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -83,14 +87,16 @@ async fn try_out(
     let make = || {
         private_directory(&place.join("own")).map_err(io::Error::other)?;
         private_directory(&place.join("other")).map_err(io::Error::other)?;
-        create_private(&place.join("other/secret"))?.write_all(b"secret")
+        create_private(&place.join("other/secret"))?.write_all(b"secret")?;
+        private_directory(&place.join("shared")).map_err(io::Error::other)?;
+        create_private(&place.join("shared/file"))?.write_all(b"shared")?;
+        let shared = serde_json::to_vec(&confinement.readable).map_err(io::Error::other)?;
+        create_private(&place.join("own/shared"))?.write_all(&shared)
     };
     make().map_err(Error::Prepare)?;
-    let parts = Parts {
-        own: vec![place.join("own")],
-        written: Vec::new(),
-        read: vec![program.exe.clone()],
-    };
+    let mut read = vec![program.exe.clone(), place.join("shared")];
+    read.extend(confinement.readable.iter().cloned());
+    let parts = Parts { own: vec![place.join("own")], written: Vec::new(), read };
     let cage = Cage::new(confinement, work_dir, &parts).map_err(Error::Prepare)?;
     let mut command = Command::new(&program.exe);
     command.args(&program.prefix).arg("probe").arg(place).env_clear();
@@ -118,6 +124,13 @@ pub(crate) fn attempt(place: &Path) -> io::Result<()> {
     let parent = parent_id();
     let signals = i32::try_from(parent).ok().and_then(Pid::from_raw).map(test_kill_process);
     let limited = |resource| getrlimit(resource).current.is_some();
+    let shared = fs::read(place.join("own/shared"))?;
+    let mut writes: Vec<PathBuf> = serde_json::from_slice(&shared)?;
+    writes.push(place.join("shared"));
+    writes.retain(|path| is_written(path));
+    if is_emptied(&place.join("shared/file")) {
+        writes.push("the content of files".into());
+    }
     let found = Found {
         works: fs::write(place.join("own/file"), "x").is_ok(),
         no_new_privileges: rustix::thread::no_new_privs().unwrap_or(false),
@@ -129,11 +142,46 @@ pub(crate) fn attempt(place: &Path) -> io::Result<()> {
             && fs::read_link(format!("/proc/{parent}/cwd")).is_err(),
         keeps_signals: signals.is_some_and(|signal| signal.is_err()),
         is_root: getuid().is_root(),
+        writes,
     };
     let answer = serde_json::to_string(&found).map_err(io::Error::other)?;
     let mut stdout = io::stdout();
     writeln!(stdout, "{MARK}{answer}")?;
     stdout.flush()
+}
+
+/// Tries to write something, or to put something else in its place, and leaves it as it was.
+fn is_written(path: &Path) -> bool {
+    let Ok(places) = places(path) else { return true };
+    let name = format!(".latchkey-probe-{}", &random::token()[..12]);
+    let is_made = |directory: &Path| {
+        let file = directory.join(&name);
+        let made = OpenOptions::new().write(true).create_new(true).open(&file).is_ok();
+        if made && let Err(error) = fs::remove_file(&file) {
+            tracing::warn!(%error, file = %file.display(), "failed to remove what a probe made");
+        }
+        made
+    };
+    places.iter().any(|place| {
+        let written = match fs::symlink_metadata(place) {
+            Ok(metadata) if metadata.is_dir() => is_made(place),
+            Ok(metadata) if metadata.is_file() => {
+                match OpenOptions::new().append(true).open(place) {
+                    Ok(_) => true,
+                    // A program that runs; it will not for ever.
+                    Err(error) => error.kind() == io::ErrorKind::ExecutableFileBusy,
+                }
+            }
+            Ok(_) | Err(_) => false,
+        };
+        written || place.ancestors().skip(1).any(is_made)
+    })
+}
+
+/// Tries to empty a file that can be read, which older kernels do not keep from jobs.
+fn is_emptied(file: &Path) -> bool {
+    let flags = i32::try_from(OFlags::TRUNC.bits()).unwrap_or_default();
+    OpenOptions::new().read(true).custom_flags(flags).open(file).is_ok()
 }
 
 impl Found {
@@ -165,6 +213,12 @@ impl Found {
                 facts.missing.push(no.to_owned());
             }
         }
+        if self.writes.is_empty() {
+            facts.holds.push("what jobs share can only be read".to_owned());
+        }
+        facts.missing.extend(
+            self.writes.iter().map(|path| format!("jobs can write or replace {}", path.display())),
+        );
         facts
     }
 }
@@ -188,6 +242,37 @@ mod tests {
         let hidden = facts.holds.iter().any(|fact| fact.contains("are hidden"));
         let shown = facts.missing.iter().any(|fact| fact.contains("runner's key"));
         assert!(hidden != shown, "{facts:?}");
+    }
+
+    /// What the configuration puts elsewhere, where the runner's user owns all.
+    #[tokio::test]
+    async fn what_jobs_share_is_tried_out_wherever_it_lies() {
+        let base = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        for name in ["work", "cache"] {
+            fs::create_dir(base.path().join(name)).unwrap();
+        }
+        fs::write(elsewhere.path().join("terraform"), "engine").unwrap();
+        let readable = vec![base.path().join("cache"), elsewhere.path().join("terraform")];
+        let confinement = Confinement { readable, ..Confinement::default() };
+        let facts = probe(&program(), &base.path().join("work"), &confinement).await;
+        let hidden = facts.holds.iter().any(|fact| fact.contains("are hidden"));
+        let shared = facts.holds.iter().any(|fact| fact.contains("only be read"));
+        let names =
+            |path: &Path| facts.missing.iter().any(|m| m.contains(&*path.to_string_lossy()));
+        assert_eq!(hidden, shared, "{facts:?}");
+        assert!(hidden || confinement.readable.iter().all(|path| names(path)), "{facts:?}");
+        assert_eq!(fs::read_dir(base.path().join("cache")).unwrap().count(), 0);
+        assert_eq!(fs::read(elsewhere.path().join("terraform")).unwrap(), b"engine");
+    }
+
+    #[test]
+    fn without_confinement_a_probe_would_say_so() {
+        let base = tempfile::tempdir().unwrap();
+        fs::write(base.path().join("file"), "x").unwrap();
+        assert!(is_written(base.path()) && is_written(&base.path().join("file")));
+        assert!(is_emptied(&base.path().join("file")));
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 1);
     }
 
     #[tokio::test]

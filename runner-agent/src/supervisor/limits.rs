@@ -2,9 +2,10 @@
 //!
 //! There is no limit for the size of files: terraform's output is one, and it must not die of it.
 
+use std::io;
 use std::str::FromStr;
 
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 /// A limit that is not given stays as the host has it.
@@ -105,6 +106,13 @@ impl Limits {
             }
         }
     }
+}
+
+/// Lets this process open as many files as the host allows: what it must not run out of is the
+/// way for terraform's state.
+pub(super) fn raise_open_files() -> io::Result<()> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
 #[cfg(test)]

@@ -1,22 +1,36 @@
 //! The plan phase: init, plan, show, seal.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::apply::lock_file;
 use super::hooks::Step;
 use super::mask::Masker;
+use super::output::LARGEST_OUTPUT;
 use super::plan_changes::{self, Changes};
-use super::terraform::{Cancel, Ended};
+use super::terraform::{Cancel, Captured, Ended};
 use super::{Error, Running};
 use crate::job::{Digests, Failure, JobResult, Kind};
 use crate::provider_cache::Loan;
-use crate::{digest, root_module, untrusted, workspace};
+use crate::untrusted::Folder;
+use crate::{digest, root_module, workspace};
 
 /// The plugin cache of this job's `init`: in its own HOME, where its programs may write.
 const PLUGINS: &str = "home/.latchkey-plugins";
+
+const LOCK_FILE: &str = ".terraform.lock.hcl";
+
+/// How much of what terraform shows people the log takes.
+const LONGEST_TEXT: usize = 16 << 20;
+
+/// How much of it is handed to the log at once.
+const PIECE_OF_TEXT: usize = 256 << 10;
+
+#[derive(Debug, thiserror::Error)]
+#[error("read the plan: terraform shows more than {} MiB of it", LARGEST_OUTPUT >> 20)]
+struct TooLarge;
 
 impl Running {
     /// Plans and seals what an apply will need.
@@ -42,10 +56,14 @@ impl Running {
         };
         self.log.drain().await?;
         let failed = self.after(Step::Plan, ended).await?;
-        match (ended, failed) {
-            (Ended::Exited(0 | 2), None) => {}
-            (Ended::Exited(0 | 2), Some(failed)) => return Ok(failed),
-            (other, _) => return Ok(self.failed("terraform plan", other)),
+        match ended {
+            Ended::Exited(0 | 2) => {}
+            Ended::Exited(_) | Ended::Killed(_) | Ended::NeverStarted => {
+                return Ok(self.failed("terraform plan", ended));
+            }
+        }
+        if let Some(failed) = failed {
+            return Ok(failed);
         }
         let directory = self.directory.path().to_owned();
         let working_directory = self.spec.working_directory.clone();
@@ -75,11 +93,8 @@ impl Running {
         if *self.terraform.cancel.borrow() != Cancel::No {
             return Ok(self.failed("terraform plan", Ended::NeverStarted));
         }
-        let lock_file = lock_file(&self.directory, &self.spec);
-        let lock_file = tokio::task::spawn_blocking(move || untrusted::digest(&lock_file))
-            .await
-            .map_err(Error::Task)?
-            .map_err(Error::Digest)?;
+        let lock_file = self.lock_file().await?;
+        let lock_file = lock_file.map(|bytes| digest::of_bytes(&bytes)).unwrap_or_default();
         let counts = changes.counts;
         Ok(JobResult::Plan {
             digests: Digests { plan, workspace, lock_file, changes: changes.digest },
@@ -113,16 +128,29 @@ impl Running {
                 self.take_in_providers(lent).await?;
                 Ok(failed)
             }
-            other => Ok(Some(self.failed("terraform init", other))),
+            Ended::Exited(_) | Ended::Killed(_) | Ended::NeverStarted => {
+                Ok(Some(self.failed("terraform init", ended)))
+            }
         }
+    }
+
+    /// Reads the lock file; the way to it is the job's to change.
+    pub(super) async fn lock_file(&self) -> Result<Option<Vec<u8>>, Error> {
+        let (work, below) = (self.directory.join("work"), self.spec.working_directory.clone());
+        let read = move || match Folder::open(&work, &below) {
+            Ok(root) => root.read(LOCK_FILE),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        tokio::task::spawn_blocking(read).await.map_err(Error::Task)?.map_err(Error::Digest)
     }
 
     /// Gives `init` a plugin cache of its own, filled with the packages that it would take from
     /// a shared one.
     async fn lend_providers(&mut self) -> Result<Option<Loan>, Error> {
         let Some(shared) = self.settings.provider_cache.clone() else { return Ok(None) };
-        let loan =
-            Loan::new(shared, self.directory.join(PLUGINS), lock_file(&self.directory, &self.spec));
+        let lock_file = self.directory.root(&self.spec).join(LOCK_FILE);
+        let loan = Loan::new(shared, self.directory.join(PLUGINS), lock_file);
         let lending = loan.clone();
         let lent = tokio::task::spawn_blocking(move || lending.lend()).await;
         match lent.map_err(Error::Task)? {
@@ -186,28 +214,48 @@ impl Running {
             let arguments = show_json(&self.directory);
             tokio::join!(async move { json.capture(&arguments).await }, human)
         };
-        if let (Ended::Exited(0), text, _) = human? {
-            self.log.own_text("plan_text", &String::from_utf8_lossy(&text));
+        let human = human?;
+        if human.ended == Ended::Exited(0) {
+            self.text(&String::from_utf8_lossy(&human.stdout.bytes), "plan_text");
         }
-        let (ended, shown, stderr) = changes?;
-        self.changes(ended, &shown, &stderr)
+        self.changes(&changes?)
+    }
+
+    /// Writes what terraform showed people into the log, in pieces: it is not held twice.
+    fn text(&self, text: &str, kind: &str) {
+        let mut rest = &text[..text.floor_char_boundary(LONGEST_TEXT)];
+        let left_out = text.len() - rest.len();
+        while !rest.is_empty() {
+            let limit = rest.floor_char_boundary(PIECE_OF_TEXT);
+            let end = match rest[..limit].rfind('\n') {
+                Some(newline) if limit < rest.len() => newline + 1,
+                Some(_) | None => limit,
+            };
+            self.log.own_text(kind, &rest[..end]);
+            rest = &rest[end..];
+        }
+        if left_out > 0 {
+            let text = format!("{left_out} bytes of this text are left out");
+            self.log.own("gap", "warn", &text, json!({"bytes": left_out}));
+        }
     }
 
     /// Reduces what `show -json` printed. The output holds secrets and goes nowhere else.
     pub(super) fn changes(
         &mut self,
-        ended: Ended,
-        shown: &[u8],
-        stderr: &[u8],
+        shown: &Captured,
     ) -> Result<Result<Changes, JobResult>, Error> {
-        if ended != Ended::Exited(0) {
-            self.log.own_text("console", &String::from_utf8_lossy(stderr));
-            return Ok(Err(self.failed("terraform show", ended)));
+        if shown.ended != Ended::Exited(0) {
+            self.text(&String::from_utf8_lossy(&shown.stderr.bytes), "console");
+            return Ok(Err(self.failed("terraform show", shown.ended)));
+        }
+        if shown.stdout.left_out > 0 {
+            return Ok(Err(self.refused(Failure::Errored, &TooLarge)));
         }
         // Of both phases the same, unlike credentials: so the digests are too.
         let mut masker = Masker::default();
         self.variables.sensitive.iter().for_each(|secret| masker.add(secret));
-        match plan_changes::reduce(shown, &masker) {
+        match plan_changes::reduce(&shown.stdout.bytes, &masker) {
             Ok(changes) => Ok(Ok(changes)),
             Err(error) => Ok(Err(self.refused(Failure::Errored, &error))),
         }

@@ -5,12 +5,12 @@
 //! the agent sends it up. GET answers the newest state written, else the one of the lease.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
@@ -19,9 +19,9 @@ use md5::{Digest, Md5};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use subtle::ConstantTimeEq;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use super::listener::{Guest, Loopback};
 use crate::job::Phase;
 use crate::job_directory::JobDirectory;
 use crate::random;
@@ -99,7 +99,8 @@ struct LockInfo {
 }
 
 impl StateEndpoint {
-    /// Starts serving, or goes on for a dead predecessor; the number of the newest state is told as it becomes durable.
+    /// Starts serving, or goes on for a dead predecessor; the number of the newest state is told
+    /// as it becomes durable.
     pub(super) async fn start(
         directory: &JobDirectory,
         phase: Phase,
@@ -116,12 +117,11 @@ impl StateEndpoint {
             writing: tokio::sync::Mutex::new(()),
             written,
         });
-        // With SO_REUSEADDR: connections of the predecessor's do not keep it out.
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, access.port)).await?;
-        let address = listener.local_addr()?;
+        let listener = Loopback::bind(access.port).await?;
+        let address = listener.address()?;
         let router = Router::new().fallback(answer).with_state(Arc::clone(&shared));
         tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
+            if let Err(error) = listener.serve(router).await {
                 tracing::error!(%error, "failed to serve the state");
             }
         });
@@ -169,11 +169,16 @@ fn current(directory: &JobDirectory) -> io::Result<Option<Current>> {
     }
 }
 
-async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+async fn answer(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(guest): ConnectInfo<Guest>,
+    request: Request,
+) -> Response {
     let (parts, body) = request.into_parts();
     if !authorized(&shared, &parts.headers) {
         return (StatusCode::UNAUTHORIZED, "the password is wrong").into_response();
     }
+    guest.is_known();
     let lock_id = parts.uri.query().and_then(|query| {
         query.split('&').find_map(|pair| pair.strip_prefix("ID=")).map(str::to_owned)
     });
@@ -292,7 +297,9 @@ impl Shared {
             }
             inner.current.as_ref().map_or(0, |current| current.sequence) + 1
         };
-        if latchkey_failpoint::defect("state.dropped") { return StatusCode::OK.into_response() }
+        if latchkey_failpoint::defect("state.dropped") {
+            return StatusCode::OK.into_response();
+        }
         let name = JobDirectory::state_name(sequence);
         let recorded = {
             let (directory, name) = (self.directory.clone(), name.clone());

@@ -3,25 +3,32 @@
 //! 1. It serves the state and the credentials where its predecessor did: terraform knows no
 //!    other addresses. What its access needs was recorded beside `exec`; the session was not.
 //! 2. It finds terraform: by the record of its process or, where that is of an earlier command,
-//!    among the processes of the host.
+//!    by what a supervisor's own commands have in common. It waits until none is left. Where the
+//!    outcome of the apply is on record, only a hook can be left: nobody waits for that.
 //! 3. It asks for the secrets again: for terraform, and to mask the log, which goes on then.
-//! 4. At terraform's end it reports that the outcome is not known, and brings what there is.
+//! 4. At terraform's end it kills what else is left, and reports the outcome that is on record,
+//!    or that it is not known. It brings what there is.
+
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep_until};
+use tokio::task::JoinHandle;
 
-use super::apply::{ErroredState, keep_errored_state};
+use super::apply::OUTCOME;
 use super::control::{Order, Stage};
 use super::credentials_endpoint::{CredentialsEndpoint, Session};
+use super::errored_state::{self, ErroredState};
+use super::log::Log;
 use super::mask::Masker;
 use super::state_endpoint::{self, StateEndpoint};
 use super::terraform::{self, Cancel, ProcessRecord};
-use super::{Error, LONGEST_WAIT, Supervisor, orphans, variables};
+use super::{Error, Supervisor, orphans, variables};
 use crate::job::{Failure, JobResult, Phase};
+use crate::job_directory::JobDirectory;
 
 /// How terraform reaches its supervisor: the record `endpoints.json`, for a successor only. The
 /// token of the credentials is in a file of its own, for terraform to read.
@@ -51,26 +58,28 @@ impl Supervisor {
             status.set_stage(Stage::Executing);
             status.wants_secrets = true;
         });
-        let process = self.find_terraform();
-        let leader = process.and_then(|process| Pid::from_raw(process.pid));
-        let mut ended = tokio::task::spawn_blocking(move || wait_for(process));
-        let mut runs = true;
+        let outcome = self.directory.read::<JobResult>(OUTCOME).ok();
+        // Where the outcome is on record, only a hook can be left.
+        let mut runs = outcome.is_none();
+        let mut ended = wait_for_terraform(&self.directory, runs);
         let mut interrupted = self.directory.join(terraform::INTERRUPTED).exists();
-        let mut log = None;
-        // Whether the secrets may still come.
+        let mut log: Option<Log> = None;
+        // Whether the secrets may still come: as long as the lease is not given up, however long the
+        // control plane or the agent is away. What they mask would be lost, and waiting is cheap.
         let mut awaited = true;
-        let deadline = sleep_until(Instant::now() + LONGEST_WAIT);
-        tokio::pin!(deadline);
-        while runs || (log.is_none() && awaited) {
+        loop {
+            if !runs && (log.is_some() || !awaited) {
+                // One that was being started when the supervisor died shows late.
+                if outcome.is_some() || find_terraform(&self.directory).is_none() {
+                    break;
+                }
+                ended = wait_for_terraform(&self.directory, true);
+                runs = true;
+            }
             let order = tokio::select! {
                 waited = &mut ended, if runs => {
                     waited.map_err(Error::Task)?;
                     runs = false;
-                    deadline.as_mut().reset(Instant::now() + LONGEST_WAIT);
-                    continue;
-                }
-                () = &mut deadline, if !runs => {
-                    awaited = false;
                     continue;
                 }
                 Some(order) = self.orders.recv() => order,
@@ -84,7 +93,7 @@ impl Supervisor {
                         endpoint.replace(session);
                     }
                     match (&log, variables::sort(go.variables)) {
-                        (Some(log), _) => super::log::Log::mask(log, secrets),
+                        (Some(log), _) => log.mask(secrets),
                         (None, Ok(variables)) => {
                             let mut masker = known.clone();
                             secrets.iter().for_each(|secret| masker.add(secret));
@@ -100,7 +109,6 @@ impl Supervisor {
                     self.status.send_modify(|status| status.wants_secrets = false);
                 }
                 Order::Cancel(true) => {
-                    terraform::stop(leader.filter(|_| runs), Cancel::Forced);
                     orphans::end_all_of(&self.directory);
                     credentials.iter().for_each(CredentialsEndpoint::withdraw);
                 }
@@ -108,6 +116,8 @@ impl Supervisor {
                 Order::Cancel(false) if !interrupted && runs => {
                     interrupted = true;
                     terraform::note_interrupted(&self.directory);
+                    let process = find_terraform(&self.directory);
+                    let leader = process.and_then(|process| Pid::from_raw(process.pid));
                     terraform::stop(leader, Cancel::Graceful);
                 }
                 Order::Withdraw(_) => {
@@ -134,28 +144,42 @@ impl Supervisor {
         };
         let left = orphans::end_all_of(&self.directory);
         if !left.is_empty() {
-            let text = orphans::sentence("terraform", &left);
-            log.own("diagnostic", "warn", &text, serde_json::Value::Null);
+            left.tell("terraform", &log);
         }
+        let result = match outcome {
+            Some(outcome) => {
+                log.drain().await?;
+                let text = "the supervisor was lost after terraform's end, which is known; the \
+                            hook after it, if there is one, may not have run";
+                log.own("diagnostic", "warn", text, serde_json::Value::Null);
+                outcome
+            }
+            None => self.unknown(&log).await?,
+        };
+        self.finish(&log, &result).await
+    }
+
+    /// Step 4, where nobody has seen terraform end.
+    async fn unknown(&self, log: &Log) -> Result<JobResult, Error> {
         let mut reason =
             "the supervisor was lost; terraform has ended, but how is not known".to_owned();
-        match keep_errored_state(&self.directory, &self.directory.root(&self.spec)).await? {
-            ErroredState::Absent => {}
-            ErroredState::Kept => reason += "; it saved errored.tfstate",
-            ErroredState::Unreadable(error) => {
-                reason = format!("{reason}; errored.tfstate cannot be read: {error}");
+        // A plan changes nothing: it can simply be repeated.
+        let kind = match self.lease.phase {
+            Phase::Plan => Failure::Errored,
+            Phase::Apply => {
+                match errored_state::take(&self.directory, &self.spec, None, log).await? {
+                    ErroredState::Absent => {}
+                    ErroredState::Kept => reason += "; it saved errored.tfstate",
+                    ErroredState::Untaken(why) => reason = format!("{reason}; {why}"),
+                }
+                Failure::EndedUnknown
             }
-        }
+        };
         if log.drain().await?.dumped {
             reason += "; it printed its state, which is kept apart";
         }
         log.own("diagnostic", "error", &reason, serde_json::Value::Null);
-        // A plan changes nothing: it can simply be repeated.
-        let kind = match self.lease.phase {
-            Phase::Plan => Failure::Errored,
-            Phase::Apply => Failure::EndedUnknown,
-        };
-        self.finish(&log, &JobResult::failed(kind, reason)).await
+        Ok(JobResult::failed(kind, reason))
     }
 
     /// Step 1. Terraform may go without: then it saves what it cannot deliver.
@@ -189,21 +213,36 @@ impl Supervisor {
             }
         }
     }
-
-    /// Step 2.
-    fn find_terraform(&self) -> Option<ProcessRecord> {
-        let recorded = self.directory.read::<ProcessRecord>(terraform::PROCESS).ok();
-        recorded
-            .filter(|process| process.is_alive())
-            .or_else(|| ProcessRecord::find(&self.directory, &self.settings.terraform, &self.lease))
-    }
 }
 
-fn wait_for(process: Option<ProcessRecord>) {
-    let Some(process) = process else { return };
+/// Step 2. Nothing else may be taken for terraform, and terraform for nothing else: what is not
+/// found here is killed.
+fn find_terraform(directory: &JobDirectory) -> Option<ProcessRecord> {
+    let recorded = directory.read::<ProcessRecord>(terraform::PROCESS).ok();
+    let others = || orphans::commands_of(directory).into_iter().find_map(ProcessRecord::of);
+    recorded.filter(|process| process.is_alive()).or_else(others)
+}
+
+/// Waits until none is left, where one may be.
+fn wait_for_terraform(directory: &JobDirectory, runs: bool) -> JoinHandle<()> {
+    let directory = directory.clone();
+    tokio::task::spawn_blocking(move || {
+        while let Some(process) = find_terraform(&directory).filter(|_| runs) {
+            wait_for(process);
+        }
+    })
+}
+
+fn wait_for(process: ProcessRecord) {
     let handle = Pid::from_raw(process.pid).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
     // Checked after the handle is held: the number cannot be given away any more.
-    let (Some(handle), true) = (handle, process.is_alive()) else { return };
-    let mut wait = [PollFd::new(&handle, PollFlags::IN)];
-    while poll(&mut wait, None) == Err(Errno::INTR) {}
+    while process.is_alive() {
+        match &handle {
+            Some(handle) => {
+                let mut wait = [PollFd::new(handle, PollFlags::IN)];
+                while poll(&mut wait, None) == Err(Errno::INTR) {}
+            }
+            None => orphans::pause(Duration::from_millis(100)),
+        }
+    }
 }

@@ -9,10 +9,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -20,14 +19,14 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
 use super::confine::Cage;
 use super::log::Log;
 use super::orphans;
-use crate::job::Lease;
+use super::output::{self, LARGEST_OUTPUT, Output, Printed};
 use crate::job_directory::JobDirectory;
 
 /// How far a person went in stopping the job.
@@ -48,6 +47,17 @@ pub(super) enum Ended {
     Killed(i32),
 }
 
+/// What a reading command has printed.
+#[derive(Debug)]
+pub(super) struct Captured {
+    pub(super) ended: Ended,
+    pub(super) stdout: Printed,
+    pub(super) stderr: Printed,
+}
+
+/// How much of what such a command says of its failure is held.
+const LARGEST_ERRORS: usize = 1 << 20;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("start {program}")]
@@ -60,7 +70,7 @@ pub(crate) enum Error {
     Wait(#[source] io::Error),
 }
 
-/// Names a process so that a later one with the same number is not taken for it.
+/// Names a living process so that a later one with the same number is not taken for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ProcessRecord {
     pub(super) pid: i32,
@@ -72,44 +82,17 @@ impl ProcessRecord {
     pub(super) fn of(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The command's name, in parentheses, may hold anything.
-        let fields = &stat[stat.rfind(')')? + 2..];
-        let start_time = fields.split(' ').nth(19)?.parse().ok()?;
+        let mut fields = stat.get(stat.rfind(')')? + 2..)?.split(' ');
+        if matches!(fields.next()?, "Z" | "X") {
+            return None;
+        }
+        let start_time = fields.nth(18)?.parse().ok()?;
         Some(Self { pid, start_time })
     }
 
     pub(super) fn is_alive(self) -> bool {
         Self::of(self.pid) == Some(self)
     }
-
-    /// Looks for a terraform of the job whose record was not written any more.
-    pub(super) fn find(directory: &JobDirectory, program: &Path, lease: &Lease) -> Option<Self> {
-        let below = fs::canonicalize(directory.path()).ok()?;
-        let marks = [
-            format!("LATCHKEY_RUN_ID={}", lease.run_id),
-            format!("LATCHKEY_PHASE={}", lease.phase.name()),
-        ];
-        let numbers = fs::read_dir("/proc").ok()?.flatten();
-        let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let is_ours = |pid: &i32| {
-            let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-            let has = |bytes: &[u8], text: &[u8]| bytes.split(|byte| *byte == 0).any(|w| w == text);
-            let environ = read("environ");
-            // Its plugins and programs have the environment too: they are no group's leader, or
-            // not this program, which a script's interpreter names second.
-            let arguments = read("cmdline");
-            let mut first = arguments.split(|byte| *byte == 0).take(2);
-            marks.iter().all(|mark| has(&environ, mark.as_bytes()))
-                && first.any(|argument| argument == program.as_os_str().as_bytes())
-                && fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|d| d.starts_with(&below))
-                && group_of(*pid) == Some(*pid)
-        };
-        pids.filter(is_ours).find_map(Self::of)
-    }
-}
-
-fn group_of(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat[stat.rfind(')')? + 2..].split(' ').nth(2)?.parse().ok()
 }
 
 /// The name of the record of the running process.
@@ -177,12 +160,10 @@ impl Terraform {
     }
 
     /// Runs a short reading command and answers what it prints on stdout and stderr.
-    pub(super) async fn capture(
-        &mut self,
-        arguments: &[OsString],
-    ) -> Result<(Ended, Vec<u8>, Vec<u8>), Error> {
+    pub(super) async fn capture(&mut self, arguments: &[OsString]) -> Result<Captured, Error> {
         if *self.cancel.borrow() != Cancel::No {
-            return Ok((Ended::NeverStarted, Vec::new(), Vec::new()));
+            let (stdout, stderr) = (Printed::default(), Printed::default());
+            return Ok(Captured { ended: Ended::NeverStarted, stdout, stderr });
         }
         let mut command = self.command(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -190,24 +171,21 @@ impl Terraform {
             .cage
             .start(&mut command)
             .map_err(|source| Error::Start { program: self.program.clone(), source })?;
-        let (mut out, mut err) = (Vec::new(), Vec::new());
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let read_out = async {
-            match stdout {
-                Some(mut stdout) => stdout.read_to_end(&mut out).await,
-                None => Ok(0),
-            }
+        let (over_to, over) = watch::channel(false);
+        let stdout = child.stdout.take().map(|pipe| Output::new(pipe, over.clone()));
+        let stderr = child.stderr.take().map(|pipe| Output::new(pipe, over));
+        let watching = async {
+            let ended = self.watch(child, None, arguments).await;
+            over_to.send_replace(true);
+            ended
         };
-        let read_err = async {
-            match stderr {
-                Some(mut stderr) => stderr.read_to_end(&mut err).await,
-                None => Ok(0),
-            }
-        };
-        let (ended, read_out, read_err) =
-            tokio::join!(self.watch(child, None, arguments), read_out, read_err);
-        read_out.and(read_err).map_err(Error::Wait)?;
-        Ok((ended?, out, err))
+        let (ended, stdout, stderr) = tokio::join!(
+            watching,
+            output::read(stdout, LARGEST_OUTPUT),
+            output::read(stderr, LARGEST_ERRORS)
+        );
+        let (stdout, stderr) = (stdout.map_err(Error::Wait)?, stderr.map_err(Error::Wait)?);
+        Ok(Captured { ended: ended?, stdout, stderr })
     }
 
     fn command(&self, arguments: &[OsString]) -> Command {
@@ -269,13 +247,12 @@ impl Terraform {
             }
         };
         pid.iter().for_each(|pid| self.running.ends(*pid));
-        // `local-exec` children outlive a terraform that was interrupted.
+        // `local-exec` children outlive a terraform that was interrupted. Its group is not
+        // signalled: the number is free by now, and its members are among ours.
         let left = self.running.end_others().await;
-        stop(group, Cancel::Forced);
         if !left.is_empty() {
             let command = arguments.first().map(|word| word.to_string_lossy()).unwrap_or_default();
-            let text = orphans::sentence(&format!("terraform {command}"), &left);
-            self.log.own("diagnostic", "warn", &text, serde_json::Value::Null);
+            left.tell(&format!("terraform {command}"), &self.log);
         }
         Ok(ended(status))
     }

@@ -21,9 +21,10 @@ use crate::job::{Digests, Kind};
 use crate::job_directory::tests as samples;
 
 mod confined;
-mod providers;
 mod dumped;
 mod hooked;
+mod providers;
+mod succeeded;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -190,12 +191,7 @@ fn go(variables: Vec<v1::JobVariable>) -> Order {
         session_token: "canary-session-token".into(),
         expire_time: None,
     };
-    Order::Go(v1::Go {
-        lease: None,
-        credentials: Some(credentials),
-        variables,
-        history: None,
-    })
+    Order::Go(v1::Go { lease: None, credentials: Some(credentials), variables, history: None })
 }
 
 /// Restores what a plan sealed, as the agent does for the apply.
@@ -331,12 +327,16 @@ resource "terraform_data" "after" {
 "#;
 
 async fn slow_apply(text: &str) -> Driven {
+    slow_apply_with(text, |_| {}).await
+}
+
+async fn slow_apply_with(text: &str, set: impl FnOnce(&mut Settings)) -> Driven {
     let mut plan = Driven::start(Phase::Plan, samples::spec(), configuration(text)).await;
     plan.order(Order::Go(v1::Go::default())).await;
     let result = plan.ended().await;
     let JobResult::Plan { digests, .. } = result else { panic!("{result:?}\n{}", plan.log()) };
     let restored = restore(&plan.directory);
-    let mut apply = Driven::start(Phase::Apply, apply_spec(digests), restored).await;
+    let mut apply = Driven::start_with(Phase::Apply, apply_spec(digests), set, restored).await;
     apply.order(Order::Go(v1::Go::default())).await;
     apply.log_has("begun").await;
     apply
@@ -403,7 +403,11 @@ async fn an_agent_that_comes_back_finds_everything() {
 
 /// What a dead supervisor may leave of the record of terraform's process.
 async fn succeed(spoil: impl FnOnce(&JobDirectory)) {
-    let mut apply = slow_apply(SLOW).await;
+    succeed_with(|_| {}, spoil).await;
+}
+
+async fn succeed_with(set: impl FnOnce(&mut Settings), spoil: impl FnOnce(&JobDirectory)) {
+    let mut apply = slow_apply_with(SLOW, set).await;
     let before = apply.log();
     let told = apply.status.log_length as usize;
     apply.process.kill().unwrap();
@@ -508,7 +512,10 @@ async fn a_pipe_in_place_of_an_errored_state_hangs_nothing() {
     let JobResult::Failed { kind: Failure::EndedUnknown, reason, .. } = &result else {
         panic!("{result:?}");
     };
-    assert!(reason.contains("cannot be read"), "{reason}");
+    let untaken = apply.directory.kept().join(job_directory::UNTAKEN);
+    assert!(reason.contains(untaken.to_str().unwrap()), "{reason}");
+    assert!(apply.log().contains(untaken.to_str().unwrap()), "{}", apply.log());
+    assert!(apply.directory.join(job_directory::UNTAKEN).exists());
 }
 
 #[tokio::test]

@@ -59,38 +59,46 @@ impl Stub {
     pub(crate) fn new() -> anyhow::Result<Self> {
         let made = tempfile::Builder::new().prefix("latchkey-stub-").tempdir();
         let directory = made.context("make the stub's directory")?;
-        std::os::unix::fs::symlink(env::current_exe()?, directory.path().join(NAME))
-            .context("link the stub")?;
-        Ok(Self { directory })
+        let stub = Self { directory };
+        // Jobs write the one and must not write the other.
+        for name in ["files", "program"] {
+            fs::create_dir(stub.directory.path().join(name)).context("make a directory")?;
+        }
+        std::os::unix::fs::symlink(env::current_exe()?, stub.program()).context("link the stub")?;
+        Ok(stub)
     }
 
     pub(crate) fn program(&self) -> PathBuf {
-        self.directory.path().join(NAME)
+        self.directory.path().join("program").join(NAME)
+    }
+
+    fn files(&self) -> PathBuf {
+        self.directory.path().join("files")
     }
 
     /// What the runner must pass on.
     pub(crate) fn environment(&self) -> (String, String) {
-        (DIRECTORY.to_owned(), self.directory.path().display().to_string())
+        (DIRECTORY.to_owned(), self.files().display().to_string())
     }
 
     pub(crate) fn play(&self, script: Script) -> anyhow::Result<()> {
-        let _ = fs::remove_file(self.directory.path().join("go"));
+        let _ = fs::remove_file(self.files().join("go"));
         let text = match script {
             Script::Nothing => "nothing".to_owned(),
             Script::Ticks { count, pause } => format!("ticks {count} {}", pause.as_micros()),
             Script::Bulk { bytes } => format!("bulk {bytes} 0"),
         };
-        fs::write(self.directory.path().join("script"), text).context("write the stub's script")
+        fs::write(self.files().join("script"), text).context("write the stub's script")
     }
 
     /// Lets a [`Script::Bulk`] print.
     pub(crate) fn release(&self) -> anyhow::Result<()> {
-        fs::write(self.directory.path().join("go"), "").context("release the stub")
+        fs::write(self.files().join("go"), "").context("release the stub")
     }
 
     /// Every start so far, in order.
     pub(crate) fn starts(&self) -> anyhow::Result<Vec<Start>> {
-        let text = fs::read_to_string(self.directory.path().join("starts"))
+        let text = fs::read_to_string(self.files().join("starts"))
             .context("read when the stub was started")?;
         Ok(text.lines().filter_map(start).collect())
     }

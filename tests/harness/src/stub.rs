@@ -171,14 +171,18 @@ impl Stub {
 
     /// Makes it out of another executable that does.
     pub fn of(executable: &Path, directory: &Path) -> anyhow::Result<Self> {
-        fs::create_dir_all(directory).context("failed to make the stub's directory")?;
-        std::os::unix::fs::symlink(executable, directory.join(NAME))
-            .context("failed to link the stub")?;
-        Ok(Self { directory: directory.to_owned() })
+        let stub = Self { directory: directory.to_owned() };
+        let program = stub.program();
+        // Jobs write the one and must not write the other.
+        for directory in program.parent().into_iter().chain([directory]) {
+            fs::create_dir_all(directory).context("failed to make the stub's directory")?;
+        }
+        std::os::unix::fs::symlink(executable, program).context("failed to link the stub")?;
+        Ok(stub)
     }
 
     pub fn program(&self) -> PathBuf {
-        self.directory.join(NAME)
+        self.directory.with_extension("program").join(NAME)
     }
 
     /// What the runner must pass on.

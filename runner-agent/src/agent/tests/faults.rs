@@ -100,7 +100,7 @@ async fn a_fault_of_this_host_hands_the_job_back() {
     let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
     // The job's directory cannot get its name.
     std::fs::create_dir(work_dir.path().join("jobs")).unwrap();
-    std::fs::write(work_dir.path().join("jobs/run1-plan-1"), "in the way").unwrap();
+    std::fs::write(work_dir.path().join("jobs/run1-plan-1-g1"), "in the way").unwrap();
     let mut config = plane.config(work_dir.path());
     let agent = Running::start(config);
     plane.offer(v1::Phase::Plan, 1, plan_job(&[]));
@@ -116,5 +116,27 @@ async fn a_fault_of_this_host_hands_the_job_back() {
     plane.offer(v1::Phase::Plan, 2, plan_job(&[]));
     plane.wait("the second hand back", |world| handed_back(world) == 2).await;
     assert!(!plane.story().iter().any(|what| what.starts_with("decline")), "{:?}", plane.story());
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_takes_nothing_of_the_time_to_wait_for_go() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    plane.world().holds_back = true;
+    let configuration = archive(&[("main.tf", MAIN), ("seconds", "0")]);
+    plane.put(v1::ArtifactKind::Configuration, configuration.clone());
+    plane.offer(v1::Phase::Plan, 1, plan_job(&configuration));
+    plane.wait("the download", |world| world.story.contains(&"fetch".to_owned())).await;
+    let beats = |world: &World| world.story.iter().filter(|what| *what == "heartbeat").count();
+    let so_far = beats(&plane.world());
+    plane.wait("some heartbeats", |world| beats(world) >= so_far + 5).await;
+    // A supervisor that waits has a lock.
+    let directory = jobs_left(work_dir.path()).remove(0);
+    assert!(!directory.join("supervisor.lock").exists());
+    plane.world().holds_back = false;
+    plane.changed.notify_waiters();
+    let finished = plane.finished().await;
+    assert!(matches!(finished.result, Some(v1::finished::Result::Plan(_))), "{finished:?}");
     agent.stop().await.unwrap();
 }

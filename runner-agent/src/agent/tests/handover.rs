@@ -5,7 +5,7 @@ use super::*;
 use crate::job::{Failure, JobResult, Phase};
 use crate::job_directory::SHIPPED;
 use crate::ship::{Remains, Shipped};
-use crate::supervisor::control;
+use crate::supervisor::control::{self, Order};
 
 fn left_over(work_dir: &Path, phase: Phase, records: &[&str]) -> (JobDirectory, Lease) {
     let lease = Lease { run_id: "run1".into(), phase, epoch: 1, generation: 1 };
@@ -155,5 +155,55 @@ async fn a_supervisor_that_speaks_otherwise_is_left_alone_until_its_result_is_th
     drop(lock);
     let finished = plane.finished().await;
     assert_eq!(finished.result, Some(result.to_wire()));
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_wanted_of_a_dead_supervisor_is_wanted_of_the_next() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let (directory, lease) = left_over(work_dir.path(), Phase::Apply, &["starting", "exec"]);
+    // Held for all that follow.
+    let _lock = directory.claim().unwrap().unwrap();
+    let mut status = control::Status { protocol: 1, ..Default::default() };
+    status.set_stage(control::Stage::Executing);
+    let (_status_to, status) = watch::channel(status);
+    let supervisor = || {
+        let (orders_to, orders) = mpsc::channel(16);
+        let listener = control::listen(directory.path()).unwrap();
+        (tokio::spawn(control::serve(listener, orders_to, status.clone())), orders)
+    };
+    let (first, mut orders) = supervisor();
+    knows(&plane, &lease);
+    (plane.world().cancel, plane.world().forces) = (true, true);
+    let agent = Running::start(plane.config(work_dir.path()));
+    assert_eq!(orders.recv().await, Some(Order::Cancel(true)));
+    plane.world().cancel = false;
+    plane.world().give_up = true;
+    plane.cut();
+    while orders.recv().await != Some(Order::GiveUp(true)) {}
+    plane.world().offer = None;
+    first.abort();
+    drop(orders);
+    let (_second, mut orders) = supervisor();
+    let mut told = vec![orders.recv().await.unwrap(), orders.recv().await.unwrap()];
+    told.sort_by_key(|order| *order != Order::GiveUp(true));
+    assert_eq!(told, [Order::GiveUp(true), Order::Cancel(true)]);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_job_that_ended_before_exec_says_that_it_never_started() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let (directory, _) = left_over(work_dir.path(), Phase::Apply, &["starting"]);
+    // Nobody takes it: so the job does not come to its `Finished`.
+    directory.record_bytes("log", b"{\"@message\":\"one\"}\n").unwrap();
+    let result = JobResult::failed(Failure::Errored, "no room for its variables");
+    directory.record("result.json", &result).unwrap();
+    plane.world().give_up = true;
+    plane.world().loses_leases = true;
+    let agent = Running::start(plane.config(work_dir.path()));
+    plane.wait("the word", |world| world.story.contains(&"never started".to_owned())).await;
+    wiped(&plane, work_dir.path()).await;
+    assert!(!plane.story().contains(&"finished".to_owned()), "{:?}", plane.story());
     agent.stop().await.unwrap();
 }

@@ -13,6 +13,10 @@ fn lose(plane: &Plane) {
     plane.cut();
 }
 
+fn beats(world: &World) -> usize {
+    world.story.iter().filter(|what| *what == "heartbeat").count()
+}
+
 async fn wiped(plane: &Plane, work_dir: &Path) {
     plane
         .wait("the wipe", |world| {
@@ -90,7 +94,7 @@ async fn that_a_lease_is_lost_is_not_believed_of_an_upload_alone() {
         (world.loses_leases, world.renews_lost_leases) = (true, true);
     }
     plane.cut();
-    let result = work_dir.path().join("jobs/run1-apply-2/result.json");
+    let result = work_dir.path().join("jobs/run1-apply-2-g1/result.json");
     plane.wait("the end of terraform", |_| result.exists()).await;
     plane.wait("a refusal", |world| world.story.iter().any(|what| what.starts_with("lost "))).await;
     plane.world().loses_leases = false;
@@ -110,7 +114,7 @@ async fn a_control_plane_on_an_old_copy_makes_nobody_forget_anything() {
         (world.loses_leases, world.is_old) = (true, true);
     }
     plane.cut();
-    let result = work_dir.path().join("jobs/run1-apply-2/result.json");
+    let result = work_dir.path().join("jobs/run1-apply-2-g1/result.json");
     plane.wait("the end of terraform", |_| result.exists()).await;
     let refusals = |world: &World| world.story.iter().filter(|what| *what == "refused").count();
     plane.wait("three refusals", |world| refusals(world) >= 3).await;
@@ -143,11 +147,43 @@ async fn what_nobody_takes_is_kept_for_a_person() {
     let agent = Running::start(plane.config(work_dir.path()));
     apply_begins(&plane, "1").await;
     plane.world().loses_leases = true;
-    let kept = work_dir.path().join("kept/run1-apply-2");
+    let kept = work_dir.path().join("kept/run1-apply-2-g1");
     plane.wait("the state to be kept", |_| kept.join("state/0001").exists()).await;
     assert!(plane.story().contains(&"lost ARTIFACT_KIND_STATE".to_owned()));
     let log = std::fs::read_to_string(kept.join("log")).unwrap();
     assert!(log.contains("line 9") && kept.join("result.json").exists());
     assert!(!kept.join("work").exists());
+    agent.stop().await.unwrap();
+
+    // When there is room for it after all, the next start finds that out.
+    plane.world().artifacts.clear();
+    plane.world().quarantines = true;
+    let agent = Running::start(plane.config(work_dir.path()));
+    let left = || std::fs::read_dir(work_dir.path().join("kept")).unwrap().count();
+    plane
+        .wait("the offer", |world| {
+            world.story.last().is_some_and(|w| w == "heartbeat") && left() == 0
+        })
+        .await;
+    assert!(!plane.artifact(v1::ArtifactKind::State, 1).is_empty());
+    assert!(!plane.artifact(v1::ArtifactKind::Result, 0).is_empty());
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_waits_for_its_quarantine_costs_the_others_no_connection() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    apply_begins(&plane, "0").await;
+    plane.world().is_full = true;
+    lose(&plane);
+    plane.wait("an upload that fails", |world| world.story.contains(&"full".to_owned())).await;
+    let hellos = plane.world().hellos.len();
+    let beats = beats(&plane.world());
+    plane.wait("many heartbeats", |world| self::beats(world) >= beats + 40).await;
+    assert_eq!(plane.world().hellos.len(), hellos, "{:?}", plane.story());
+    plane.world().is_full = false;
+    wiped(&plane, work_dir.path()).await;
+    assert!(!plane.artifact(v1::ArtifactKind::State, 1).is_empty());
     agent.stop().await.unwrap();
 }

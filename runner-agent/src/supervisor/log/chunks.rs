@@ -1,12 +1,15 @@
 //! However terraform's output arrives, and wherever it ends: no secret and no state in the log.
 
+use std::fs::OpenOptions;
 use std::io::Write;
 
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
+use super::tests::CAP_OF_TESTS;
 use super::*;
 use crate::job::Phase;
+use crate::job_directory::STATE_DUMP;
 use crate::job_directory::tests as samples;
 
 struct Written {
@@ -54,7 +57,7 @@ impl Written {
 fn open(directory: &JobDirectory, secrets: &[&str]) -> Writer {
     let mut masker = Masker::default();
     secrets.iter().for_each(|secret| masker.add(&SecretString::from(*secret)));
-    Writer::open(directory, masker, watch::channel(0).0, 256 << 20).unwrap()
+    Writer::open(directory, masker, watch::channel(0).0, CAP_OF_TESTS).unwrap()
 }
 
 const BEFORE: &str =

@@ -138,6 +138,9 @@ async fn the_supervisor_dumps_no_core_and_gains_nothing() {
     let limits = read("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let files: Vec<_> = files.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(files[0], files[1]);
     // Here the supervisor is a thread of the test's program.
     let threads = std::fs::read_dir(format!("/proc/{}/task", plan.process.id())).unwrap();
     let mut threads = threads.map(|thread| {
@@ -238,7 +241,7 @@ async fn a_successor_ends_what_terraform_left_behind() {
 async fn what_is_required_and_cannot_be_kept_starts_nothing() {
     let set = |settings: &mut Settings| {
         settings.confinement.isolation = confine::Isolation::Required;
-        settings.confinement.hidden = Some("/nonexistent/of/latchkey".into());
+        settings.confinement.hidden = Some("/dev/null/of/latchkey".into());
     };
     let mut plan = Driven::start_with(Phase::Plan, samples::spec(), set, configuration(MAIN)).await;
     plan.order(go(variables())).await;

@@ -180,3 +180,37 @@ async fn a_hook_that_cannot_be_run_fails_the_phase_and_a_flood_is_cut() {
     assert!(plan.log().contains("of the hook before-init's output are left out"));
     assert!(plan.log().len() < 20 << 20);
 }
+
+#[tokio::test]
+async fn a_hook_whose_output_somebody_else_holds_ends_all_the_same() {
+    let hooks = Hooked::with(&[("before-plan", "echo \"pid $$ .\"; sleep 600")]);
+    let mut plan = hooks.plan(|_| {}).await;
+    plan.log_has("\"pid ").await;
+    let log = plan.log();
+    let pid = log.split("\"pid ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    // Nobody of the job, so nobody who is killed with it.
+    let held = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/fd/1")).unwrap();
+    plan.order(Order::Cancel(true)).await;
+    let result = plan.ended().await;
+    assert!(matches!(result, JobResult::Failed { kind: Failure::Canceled, .. }), "{result:?}");
+    drop(held);
+}
+
+#[tokio::test]
+async fn a_chain_of_processes_that_start_each_other_is_ended() {
+    // It ends by itself, if nobody does it.
+    let chain = "link() { i=$1; [ $i -gt 0 ] && { setsid sh \"$0\" $((i - 1)) & }; }\n\
+                 [ -n \"$1\" ] || { echo chained; set -- 20000; }\nlink $1";
+    let hooks = Hooked::with(&[("before-plan", chain)]);
+    let mut plan = hooks.plan(|_| {}).await;
+    let result = plan.ended().await;
+    assert!(matches!(result, JobResult::Plan { .. }), "{result:?}\n{}", plan.log());
+    let log = plan.log();
+    assert!(log.contains("left ") && !log.contains("cannot be killed"), "{log}");
+    let home = plan.directory.join("home");
+    let lives = std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        String::from_utf8_lossy(&environment).contains(home.to_str().unwrap())
+    });
+    assert!(!lives);
+}
