@@ -121,6 +121,12 @@ impl RunLogs {
         log.sync(end).await.map_err(AppendError::Io)
     }
 
+    /// Makes durable all that is written and returns its length. Where the next writer begins:
+    /// behind what is durable there may be bytes of one who went away in the middle.
+    pub async fn settle(&self, run: RunId, phase: Phase) -> io::Result<u64> {
+        self.log(run, phase).settle().await
+    }
+
     /// Ends a log where it is and returns its length. May be repeated.
     pub async fn finish(&self, run: RunId, phase: Phase) -> io::Result<u64> {
         self.log(run, phase).finish().await

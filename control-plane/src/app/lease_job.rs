@@ -50,7 +50,9 @@ impl App {
             return Err(latchkey_domain::run::Refusal::WrongState.into());
         }
         let mut spec = self.job_spec(&run, job.phase).await?;
-        let mut length = self.log_length(job.run, job.phase).await?;
+        // With what a runner that went away in mid-append left written: this lease begins behind it.
+        let settled = self.logs.settle(job.run, job.phase).await;
+        let mut length = settled.map_err(Error::internal)?;
         if length > 0 {
             // A log at its limit takes no more; the job is granted all the same.
             match self.note_in_log(job, length, "leased again: the phase starts over").await {

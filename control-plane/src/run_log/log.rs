@@ -125,6 +125,13 @@ impl Log {
         .await
     }
 
+    /// Makes durable what is written, also by a caller who went away before it was synced;
+    /// returns how much that is.
+    pub(super) async fn settle(self: &Arc<Self>) -> io::Result<u64> {
+        let end = self.loaded().await?.length;
+        self.sync(end).await
+    }
+
     pub(super) async fn finish(self: &Arc<Self>) -> io::Result<u64> {
         let turn = Arc::clone(&self.syncing).lock_owned().await;
         let mut written = self.loaded().await?;

@@ -29,6 +29,21 @@ async fn whole(logs: &RunLogs) -> Vec<u8> {
 }
 
 #[tokio::test]
+async fn the_next_writer_begins_behind_what_one_who_went_away_left() {
+    let root = tempfile::tempdir().unwrap();
+    let logs = open(root.path());
+    append(&logs, 0, b"one\n").await.unwrap();
+    // As an append whose caller goes away before the sync.
+    let log = logs.log(run(1), PLAN);
+    log.write(4, b"two\n".to_vec(), u64::MAX).await.unwrap();
+    assert_eq!(logs.progress(run(1), PLAN).await.unwrap().length, 4);
+    assert_eq!(logs.settle(run(1), PLAN).await.unwrap(), 8);
+    assert_eq!(append(&logs, 8, b"three\n").await.unwrap(), 14);
+    assert_eq!(whole(&logs).await, b"one\ntwo\nthree\n");
+    assert_eq!(logs.settle(run(2), PLAN).await.unwrap(), 0);
+}
+
+#[tokio::test]
 async fn a_repeat_is_acknowledged_and_a_gap_refused() {
     let root = tempfile::tempdir().unwrap();
     let logs = open(root.path());

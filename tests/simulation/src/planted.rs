@@ -46,7 +46,7 @@ impl Planted {
         runner: RunnerId,
     ) -> Result<Option<(LeaseRef, JobSpec)>> {
         let Some(read) = self.read(job).await? else { return Ok(None) };
-        tokio::time::sleep(self.world.chance.millis(5, 300)).await;
+        tokio::time::sleep(self.world.chance.millis(50, 2500)).await;
         match App::grant(&self.app, job, runner).await {
             Ok(granted) => Ok(Some(granted)),
             Err(_) => {
