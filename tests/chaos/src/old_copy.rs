@@ -5,7 +5,8 @@
 //! 3. The copy takes the data's place: raw, or by `restore` from a backup.
 //! 4. The runner comes back. From then on nothing may be granted that could apply the plan a
 //!    second time, however hard a person tries.
-//! 5. Raw only: the newest data return, and the run ends as if nothing had been.
+//! 5. Raw: the newest data return, and the run ends as if nothing had been. Restored: its runner is
+//!    resumed, and applies another.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use latchkey_harness::stub::{Script, What};
-use latchkey_harness::{LIMIT, is_ended, wait_for};
+use latchkey_harness::{LIMIT, Person, is_ended, wait_for};
 use latchkey_proto::v1;
 use latchkey_proto::v1::{MfaPolicy, Phase, PlainCredentials, RunState};
 use tokio::time::sleep;
@@ -48,7 +49,7 @@ pub(crate) async fn play(bed: &mut Bed, how: How, random: &mut Random) -> anyhow
         plain_credentials: PlainCredentials::None.into(),
         ..Default::default()
     };
-    owner.create_environment_with(&environment, settings).await?;
+    owner.create_environment_with(&environment, settings.clone()).await?;
     let script = Script { hold: true, lines: 20 + random.below(40), ..Script::default() };
     let run = owner.queue(&environment, &script.configuration()).await?;
     let run_id = run.run_id.as_str();
@@ -178,9 +179,32 @@ pub(crate) async fn play(bed: &mut Bed, how: How, random: &mut Random) -> anyhow
         "one start of apply per approval",
         format!("run {run_id} was applied {starts} times"),
     );
+    if how == How::Restored {
+        // Work goes on once a person has let the runner take it.
+        resume(&owner).await?;
+        let environment = format!("after-{}", bed.rounds);
+        owner.create_environment_with(&environment, settings).await?;
+        let next = owner.queue(&environment, &Script::default().configuration()).await?;
+        owner.wait_for_state(&next.run_id, RunState::AwaitingConfirmation).await?;
+        owner.confirm(&next.run_id).await?;
+        owner.wait_for_state(&next.run_id, RunState::Applied).await?;
+    }
     let verified = owner.verify_audit().await?;
     unless(verified.intact, "the audit chain verifies", verified.problem);
     Ok(Played { struck: 1, violations })
+}
+
+async fn resume(owner: &Person) -> anyhow::Result<()> {
+    let request = v1::ListRunnersRequest {
+        organization: owner.organization.clone(),
+        page_size: 200,
+        page_token: String::new(),
+    };
+    for runner in owner.pools().list_runners(request).await?.into_inner().runners {
+        let request = v1::ResumeRunnerRequest { runner_id: runner.runner_id };
+        owner.pools().resume_runner(request).await?;
+    }
+    Ok(())
 }
 
 /// Runs a command of the control plane's program that works on its data.
