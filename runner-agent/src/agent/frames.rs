@@ -84,7 +84,7 @@ impl Agent {
                 // Whoever starts terraform can prove later that it was released.
                 self.seen.note(go.history.take());
                 self.seen.keep();
-                self.tell(go.lease.clone(), Told::Go(go));
+                self.tell(go.lease.clone(), Told::Go(Box::new(go)));
             }
             Response::Cancel(cancel) => {
                 self.tell(cancel.lease, Told::Cancel { force: cancel.force });

@@ -19,7 +19,7 @@ pub(super) enum Told {
     Keep,
     /// After `Welcome`: it does not.
     GiveUp,
-    Go(v1::Go),
+    Go(Box<v1::Go>),
     Cancel {
         force: bool,
     },

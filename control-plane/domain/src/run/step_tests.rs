@@ -332,7 +332,7 @@ fn a_forced_cancel_withdraws_the_credentials() {
 fn a_lost_apply_that_was_never_started_ends_and_thaws() {
     let lost = given("Lost");
     let event = Event::HandedBack { phase: Phase::Apply, runner: RUNNER, epoch: lost.apply.epoch };
-    let Step::Moved { next, environment, .. } = step(&lost, event.clone(), START) else {
+    let Step::Moved { next, environment, .. } = step(&lost, event, START) else {
         panic!("its runner knows that nothing ran");
     };
     assert_eq!((next.state, environment), (RunState::Errored, Change::Thaw));

@@ -156,7 +156,7 @@ impl Job {
                         }
                         Told::Go(go) => {
                             if let Some(link) = &link {
-                                link.send(Order::Go(go));
+                                link.send(Order::Go(*go));
                             }
                         }
                         Told::Cancel { force: false } => wanted.stop(Stop::Gracefully),
