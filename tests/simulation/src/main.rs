@@ -46,6 +46,7 @@ mod world;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use latchkey_control_plane::auth::sha256;
@@ -53,6 +54,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::plan::Plant;
+
+/// How long the control plane's disk takes for one thing.
+const DISK: Duration = Duration::from_millis(1);
 
 /// Simulates the lease protocol, seed by seed.
 #[derive(Debug, Parser)]
@@ -103,7 +107,7 @@ fn one(seed: u64, args: &Args) -> anyhow::Result<ExitCode> {
     std::fs::create_dir_all(&directory)?;
     mad_turmoil::rand::set_rng(StdRng::seed_from_u64(seed));
     let clocks = mad_turmoil::time::SimClocksGuard::init();
-    latchkey_control_plane::blocking::work_in_place();
+    latchkey_control_plane::blocking::work_in_place(DISK);
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let report = world::run(seed, args.plant, directory.clone());
     drop(clocks);
