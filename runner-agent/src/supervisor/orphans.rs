@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{
-    Pid, Signal, WaitOptions, getpid, getsid, kill_process, set_child_subreaper, waitpid,
+    Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
 };
 use serde_json::Value;
 
@@ -151,7 +151,7 @@ pub(crate) fn end_all_of(directory: &JobDirectory) -> Ended {
     let mut hunt = Hunt::default();
     let limit = Instant::now() + PATIENCE;
     loop {
-        hunt.kill(|all| of_the_job(all, &home));
+        hunt.kill(|all| of_the_job(all, getpid().as_raw_pid(), |pid| has_home(pid, &home)));
         if hunt.alive.is_empty() || Instant::now() > limit {
             return hunt.over();
         }
@@ -239,14 +239,16 @@ fn stemming(all: &[Process], is_root: impl Fn(&Process) -> bool) -> BTreeSet<i32
     }
 }
 
-fn of_the_job(all: &[Process], home: &Path) -> BTreeSet<i32> {
-    let (own, session) = (getpid().as_raw_pid(), getsid(None).map_or(0, Pid::as_raw_pid));
+/// A session of number 0 is led from outside our PID namespace (`proc(5)`): all who were started
+/// into a container in the same way are in it, we too perhaps, and it tells nothing about a job.
+fn of_the_job(all: &[Process], own: i32, is_known: impl Fn(i32) -> bool) -> BTreeSet<i32> {
+    let own_session = all.iter().find(|p| p.pid == own).map_or(0, |p| p.session);
     let known: BTreeSet<i32> =
-        all.iter().filter(|p| p.pid != own && has_home(p.pid, home)).map(|p| p.pid).collect();
+        all.iter().map(|p| p.pid).filter(|pid| *pid != own && is_known(*pid)).collect();
     // The dead supervisor's, or one that the job has made.
     let sessions: BTreeSet<i32> = all
         .iter()
-        .filter(|p| known.contains(&p.pid) && p.session != session)
+        .filter(|p| known.contains(&p.pid) && ![0, own_session].contains(&p.session))
         .map(|p| p.session)
         .collect();
     let mut found = stemming(all, |p| known.contains(&p.pid) || sessions.contains(&p.session));
@@ -324,18 +326,32 @@ mod tests {
         assert_eq!(both.sentence("a hook"), text);
     }
 
+    fn process(pid: i32, parent: i32, session: i32) -> Process {
+        let name = String::new();
+        Process { pid, parent, group: pid, session, start_time: 0, name, is_dead: false }
+    }
+
     #[test]
     fn what_stems_from_a_root_is_found_at_any_depth() {
-        let process = |pid, parent| Process {
-            pid,
-            parent,
-            group: pid,
-            session: 1,
-            start_time: 0,
-            name: String::new(),
-            is_dead: false,
-        };
-        let all = [process(4, 3), process(3, 2), process(2, 1), process(9, 1), process(1, 0)];
+        let all = [(4, 3), (3, 2), (2, 1), (9, 1), (1, 0)].map(|(pid, up)| process(pid, up, 1));
         assert_eq!(stemming(&all, |p| p.pid == 2), BTreeSet::from([2, 3, 4]));
+    }
+
+    #[test]
+    fn what_shares_a_session_with_the_job_is_its_own() {
+        let all = [process(5, 1, 5), process(20, 1, 20), process(21, 1, 20), process(22, 21, 22)];
+        assert_eq!(of_the_job(&all, 5, |pid| pid == 20), BTreeSet::from([20, 21, 22]));
+        let in_ours = [process(5, 1, 5), process(20, 1, 5), process(21, 1, 5)];
+        assert_eq!(of_the_job(&in_ours, 5, |pid| pid == 20), BTreeSet::from([20]));
+    }
+
+    /// As in a container, or in a build's sandbox: what is started into it has session 0.
+    #[test]
+    fn a_session_from_outside_the_namespace_makes_nobody_the_jobs() {
+        let all = [process(5, 1, 0), process(6, 1, 0), process(20, 1, 20), process(21, 1, 0)];
+        assert_eq!(of_the_job(&all, 5, |pid| pid == 20), BTreeSet::from([20]));
+        assert_eq!(of_the_job(&all, 5, |pid| [20, 21].contains(&pid)), BTreeSet::from([20, 21]));
+        let ours_is_named = [process(5, 1, 5), process(6, 1, 0), process(21, 1, 0)];
+        assert_eq!(of_the_job(&ours_is_named, 5, |pid| pid == 21), BTreeSet::from([21]));
     }
 }
