@@ -153,6 +153,7 @@ async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error>
             pass_env: config.pass_env.clone(),
             terraform_cli_config: config.terraform_cli_config.clone(),
             longest_log: config.longest_log,
+            spool_limit: config.spool.spool,
             low_water: config.spool.low_water,
             confinement: config.confinement.clone(),
             hooks: config.hooks.clone(),

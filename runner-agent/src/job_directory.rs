@@ -107,6 +107,9 @@ pub(crate) struct Settings {
     /// In bytes: how much of terraform's output the log takes.
     #[serde(default = "longest_log")]
     pub(crate) longest_log: u64,
+    /// In bytes: how much the jobs of the host may keep until it is sent.
+    #[serde(default = "unbounded")]
+    pub(crate) spool_limit: u64,
     /// In bytes: how much of the disk the log leaves free.
     #[serde(default)]
     pub(crate) low_water: u64,
@@ -119,6 +122,11 @@ pub(crate) struct Settings {
 /// What a control plane takes.
 pub(crate) fn longest_log() -> u64 {
     256 << 20
+}
+
+/// For jobs that an agent took which did not know of the limit.
+fn unbounded() -> u64 {
+    u64::MAX
 }
 
 #[derive(Debug, Clone)]
@@ -408,6 +416,7 @@ pub(crate) mod tests {
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: longest_log(),
+            spool_limit: unbounded(),
             low_water: 0,
             confinement: Confinement::default(),
             hooks: Hooks::default(),

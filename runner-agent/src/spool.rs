@@ -1,6 +1,9 @@
 //! The host's spool: what jobs have written that may not be sent yet, and how much of the disk
 //! it may take.
 //!
+//! The agent measures it, to take no job while it is full; so does the writer of each log, which
+//! outlives the agent.
+//!
 //! When it is full, job logs are cut, never states and results: a mark in each job's directory
 //! tells the writer of its log, for as long as it is renewed. What the mark says is looked at
 //! between lines, so terraform never waits for it. A part of the disk is left alone in any case
@@ -50,7 +53,7 @@ pub(crate) enum Room {
 
 impl Limits {
     /// Full at the limit; there is room again only well below it, so that it does not flutter.
-    fn judge(&self, before: Room, used: u64, free: u64) -> Room {
+    pub(crate) fn judge(&self, before: Room, used: u64, free: u64) -> Room {
         let was_enough = before == Room::Enough;
         let limit = if was_enough { self.spool } else { self.spool - self.spool / 8 };
         let low = if was_enough { self.low_water } else { self.low_water + self.low_water / 8 };
@@ -101,11 +104,9 @@ pub(crate) fn watch(work_dir: &Path, limits: Limits) -> watch::Receiver<Room> {
 
 /// Measures, and marks the jobs' directories.
 fn look(work_dir: &Path, limits: Limits, before: Room) -> io::Result<Room> {
-    let jobs = directories(&work_dir.join("jobs"))?;
-    let used = jobs.iter().map(|directory| size(directory)).sum();
-    let disk = statvfs(work_dir)?;
-    let now = limits.judge(before, used, disk.f_bavail.saturating_mul(disk.f_frsize));
-    for job in jobs {
+    let jobs = work_dir.join("jobs");
+    let now = limits.judge(before, used(&jobs)?, free(work_dir)?);
+    for job in directories(&jobs)? {
         let mark = job.join(FULL);
         let marked = match (now == Room::Enough, mark.exists()) {
             (true, true) => fs::remove_file(&mark),
@@ -121,6 +122,17 @@ fn look(work_dir: &Path, limits: Limits, before: Room) -> io::Result<Room> {
         }
     }
     Ok(now)
+}
+
+/// Measures what all jobs together have put into the spool.
+pub(crate) fn used(jobs: &Path) -> io::Result<u64> {
+    Ok(directories(jobs)?.iter().map(|directory| size(directory)).sum())
+}
+
+/// Answers how much the disk has left.
+pub(crate) fn free(path: &Path) -> io::Result<u64> {
+    let disk = statvfs(path)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 fn directories(of: &Path) -> io::Result<Vec<PathBuf>> {

@@ -62,6 +62,7 @@ use self::variables::Variables;
 use crate::agent::ENGINE_NOTE;
 use crate::job::{Failure, JobResult, Lease, Phase, Spec};
 use crate::job_directory::{self, JobDirectory, Settings, create_private};
+use crate::spool;
 
 /// How long to wait for `Go`; the control plane may have to come back first.
 const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
@@ -416,8 +417,9 @@ impl Supervisor {
                 status.send_modify(|status| status.log_length = status.log_length.max(length));
             }
         });
-        let Settings { longest_log: cap, low_water, .. } = self.settings;
-        Ok(Log::start(&self.directory, masker, told, log::Limits { cap, low_water })?)
+        let Settings { longest_log: cap, spool_limit, low_water, .. } = self.settings;
+        let host = spool::Limits { spool: spool_limit, low_water };
+        Ok(Log::start(&self.directory, masker, told, log::Limits { cap, host })?)
     }
 
     fn stage(&self, stage: Stage) {

@@ -11,7 +11,7 @@
 //! kept for lines of ours, which tell how the job ended. A state that terraform prints because it
 //! can write it nowhere goes to a file of its own (`log/dump.rs`).
 //!
-//! A disk that is nearly full has the output left out (`log/room.rs`). One that is full stops this
+//! A spool or a disk that is nearly full has the output left out (`log/room.rs`). One that is full stops this
 //! thread's progress, not terraform's: it cuts back to the checkpoint and tries again.
 
 mod checkpoint;
@@ -36,6 +36,7 @@ use self::writer::Writer;
 use super::mask::Masker;
 use crate::clock;
 use crate::job_directory::JobDirectory;
+use crate::spool;
 
 pub(crate) use self::line::LONGEST as LONGEST_LINE;
 pub(super) use self::line::plain;
@@ -44,8 +45,8 @@ pub(super) use self::line::plain;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub(super) cap: u64,
-    /// Of the disk, to be left free.
-    pub(super) low_water: u64,
+    /// Of the host: its spool and its disk.
+    pub(super) host: spool::Limits,
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -24,6 +24,7 @@ mod confined;
 mod dumped;
 mod hooked;
 mod providers;
+mod spooling;
 mod succeeded;
 
 const LIMIT: Duration = Duration::from_secs(60);

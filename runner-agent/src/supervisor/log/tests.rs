@@ -9,7 +9,9 @@ use super::*;
 use crate::job::Phase;
 use crate::job_directory::tests as samples;
 
-pub(super) const CAP_OF_TESTS: Limits = Limits { cap: 256 << 20, low_water: 0 };
+pub(super) const BOUNDLESS: spool::Limits = spool::Limits { spool: u64::MAX, low_water: 0 };
+
+pub(super) const CAP_OF_TESTS: Limits = Limits { cap: 256 << 20, host: BOUNDLESS };
 
 fn directory() -> (tempfile::TempDir, JobDirectory) {
     let jobs = tempfile::tempdir().unwrap();
@@ -97,7 +99,7 @@ async fn beyond_the_cap_only_our_lines_are_taken_and_raw_is_read_on() {
     let cap = 1 << 20;
     let told = watch::channel(0).0;
     let log =
-        Log::start(&directory, Masker::default(), told, Limits { cap, low_water: 0 }).unwrap();
+        Log::start(&directory, Masker::default(), told, Limits { cap, host: BOUNDLESS }).unwrap();
     for _ in 0..20 {
         append(&directory, format!("{}\n", "x".repeat(100)).repeat(1000).as_bytes());
     }
@@ -135,7 +137,7 @@ async fn a_line_without_end_is_cut_and_its_secrets_are_masked() {
 async fn what_is_printed_through_us_is_held_to_the_cap_too() {
     let (_jobs, directory) = directory();
     let cap = 1 << 20;
-    let limits = Limits { cap, low_water: 0 };
+    let limits = Limits { cap, host: BOUNDLESS };
     let log = Log::start(&directory, Masker::default(), watch::channel(0).0, limits).unwrap();
     log.own_text("plan_text", &format!("{}\n", "x".repeat(1000)).repeat(3000));
     log.printed("hook", &vec!["y".repeat(1000); 100], &Value::Null);
@@ -152,7 +154,7 @@ async fn what_is_printed_through_us_is_held_to_the_cap_too() {
 #[tokio::test]
 async fn a_successor_says_once_that_the_log_is_at_its_limit() {
     let (_jobs, directory) = directory();
-    let limits = Limits { cap: 1 << 20, low_water: 0 };
+    let limits = Limits { cap: 1 << 20, host: BOUNDLESS };
     for round in ["first", "second"] {
         let (told, mut length) = watch::channel(0);
         let log = Log::start(&directory, Masker::default(), told, limits).unwrap();
@@ -167,11 +169,35 @@ async fn a_successor_says_once_that_the_log_is_at_its_limit() {
     assert!(found.iter().all(|line| !line.contains("short line")));
 }
 
+/// As while there is no agent: the spool is full of what another job has kept.
+#[tokio::test]
+async fn a_log_stops_where_the_spool_of_all_jobs_ends() {
+    let (jobs, directory) = directory();
+    let sibling = jobs.path().join("r0-apply-1-g1/state");
+    std::fs::create_dir_all(&sibling).unwrap();
+    std::fs::write(sibling.join("0001"), vec![1; 3 << 20]).unwrap();
+    let host = spool::Limits { spool: 6 << 20, low_water: 0 };
+    let limits = Limits { cap: 256 << 20, host };
+    let log = Log::start(&directory, Masker::default(), watch::channel(0).0, limits).unwrap();
+    for _ in 0..20 {
+        append(&directory, format!("{}\n", "x".repeat(999)).repeat(1000).as_bytes());
+        log.drain().await.unwrap();
+    }
+    log.own("diagnostic", "error", "how it ended", Value::Null);
+    let drained = log.drain().await.unwrap();
+    assert!(((1 << 20)..(4 << 20)).contains(&drained.length), "{drained:?}");
+    let found = messages(&directory);
+    assert!(found.iter().any(|line| line.contains("the spool of this host is full")));
+    assert!(found.iter().any(|line| line.contains("bytes of output were left out")));
+    assert_eq!(found[found.len() - 1], "how it ended");
+}
+
 /// A disk that is nearly full: nothing of it enters the log, and `raw` does not grow with it.
 #[tokio::test]
 async fn without_room_output_is_passed_over_and_counted() {
     let (_jobs, directory) = directory();
-    let limits = Limits { cap: 256 << 20, low_water: u64::MAX / 2 };
+    let host = spool::Limits { low_water: u64::MAX / 2, ..BOUNDLESS };
+    let limits = Limits { cap: 256 << 20, host };
     let log = Log::start(&directory, Masker::default(), watch::channel(0).0, limits).unwrap();
     for _ in 0..20 {
         append(&directory, format!("{}\n", "x".repeat(999)).repeat(1000).as_bytes());

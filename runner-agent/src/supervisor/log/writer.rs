@@ -74,7 +74,7 @@ impl Writer {
         directory: &JobDirectory,
         masker: Masker,
         told: watch::Sender<u64>,
-        Limits { cap, low_water }: Limits,
+        Limits { cap, host }: Limits,
     ) -> io::Result<Self> {
         let private = |name: &str| {
             let mut options = OpenOptions::new();
@@ -111,7 +111,7 @@ impl Writer {
             cap,
             capped,
             gap_is_told: capped,
-            room: Room::of(directory, low_water, at.left_out),
+            room: Room::of(directory, host, at.left_out),
             failing: None,
             told,
         })
@@ -198,7 +198,8 @@ impl Writer {
     fn advance(&mut self, to_the_end: bool) -> io::Result<()> {
         let mut block = vec![0u8; 64 * 1024];
         loop {
-            self.room.look();
+            let has_news = !self.own.is_empty() || self.raw.metadata()?.len() > self.read_to;
+            self.room.look(has_news);
             let mut out = Vec::new();
             let mut ended = false;
             let from = self.read_to;
@@ -273,7 +274,7 @@ impl Writer {
         self.checkpoint.write(to)?;
         self.at = to;
         self.gap_is_told = self.capped;
-        self.room.keep();
+        self.room.keep(out.len() as u64);
         self.told.send_replace(to.log);
         self.punch();
         Ok(())
