@@ -16,6 +16,7 @@ mod mailbox;
 mod prepare;
 mod seen;
 mod service;
+mod start;
 #[cfg(test)]
 mod tests;
 mod told;
@@ -32,9 +33,8 @@ use std::time::Duration;
 use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame as Request;
 use latchkey_proto::v1::runner_service_client::RunnerServiceClient;
-use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, Interval, sleep_until};
 use tonic::transport::Channel;
 
 use self::intake::Intake;
@@ -43,22 +43,20 @@ use self::mailbox::mailbox;
 pub(crate) use self::prepare::ENGINE_NOTE;
 use self::seen::Seen;
 use self::service::Service;
+use self::start::serve;
 use self::told::{Event, Rest, Told};
 pub(crate) use self::wish::OnSigterm;
 use self::wish::Wish;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::engine::{self, Engines};
-use crate::enroll::{self, Identity};
+use crate::enroll;
 use crate::job::{Lease, Spec};
-use crate::job_directory::{
-    self, JobDirectory, Settings, Stage, create_private, private_directory,
-};
+use crate::job_directory::{self, JobDirectory, Settings, Stage};
 use crate::lease::{self, Connection, Incoming};
 use crate::random;
 use crate::ship::Shipper;
-use crate::spool::{self, Room};
-use crate::supervisor::confine::Isolation;
+use crate::spool::Room;
 use crate::supervisor::isolation;
 
 /// A `Go` with many variables is larger than tonic's default.
@@ -102,95 +100,6 @@ pub(crate) fn run(config: Config) -> Result<ExitCode, Error> {
     // Jobs' tasks wait for things that outlive this process.
     runtime.shutdown_background();
     done.map(|()| ExitCode::SUCCESS)
-}
-
-/// Runs the agent until it is wished to end, or does by itself with `--once` and a time-out.
-async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error> {
-    private_directory(&config.work_dir)?;
-    let lock = create_private(&config.work_dir.join("lock")).map_err(Error::Runtime)?;
-    flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_| Error::InUse(config.work_dir.clone()))?;
-    let engines = config.engines.clone();
-    let engines = tokio::task::spawn_blocking(|| Engines::find(engines)).await;
-    let engines = Arc::new(engines.map_err(|error| Error::Runtime(error.into()))??);
-    let mut first = Backoff::new(Duration::from_millis(250), Duration::from_secs(30));
-    let identity = loop {
-        match Identity::obtain(&config).await {
-            Ok(identity) => break identity,
-            Err(error) if error.may_pass() => {
-                let wait = first.next(random::fraction());
-                tracing::warn!(error = &error as &dyn std::error::Error, ?wait, "failed to enrol");
-                let mut wish = wish.clone();
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    _ = wish.wait_for(|wish| *wish != Wish::Stay) => return Ok(()),
-                }
-            }
-            Err(error) => return Err(error.into()),
-        }
-    };
-    let client = RunnerServiceClient::new(identity.channel(&config)?)
-        .max_decoding_message_size(LARGEST_FRAME);
-    tracing::info!(
-        runner_id = %identity.runner_id,
-        engines = %engines.names(),
-        "the runner starts"
-    );
-    let (events_to, events) = mpsc::channel(64);
-    let jobs_path = config.work_dir.join("jobs");
-    private_directory(&jobs_path)?;
-    // Before any job is confined: what is not there cannot be allowed.
-    private_directory(&config.provider_cache)?;
-    let mut pulse = interval(Service::pulse());
-    pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut agent = Agent {
-        settings: Settings {
-            // Each job's own.
-            engine: engine::Name::default(),
-            terraform: PathBuf::new(),
-            terraform_version: String::new(),
-            provider_cache: Some(config.provider_cache.clone()),
-            pass_env: config.pass_env.clone(),
-            terraform_cli_config: config.terraform_cli_config.clone(),
-            longest_log: config.longest_log,
-            spool_limit: config.spool.spool,
-            low_water: config.spool.low_water,
-            confinement: config.confinement.clone(),
-            hooks: config.hooks.clone(),
-        },
-        engines,
-        client,
-        jobs_path,
-        jobs: HashMap::new(),
-        events_to,
-        events,
-        named: Vec::new(),
-        wish,
-        intake: Intake::new(config.accepts),
-        settles: None,
-        idle_since: Instant::now(),
-        rest: Rest::default(),
-        room: spool::watch(&config.work_dir, config.spool),
-        seen: Seen::open(&config.work_dir),
-        service: Service::new(),
-        pulse,
-        isolation: isolation::probe(&config.program, &config.work_dir, &config.confinement).await,
-        said: String::new(),
-        config,
-        _lock: lock,
-    };
-    let missing = &agent.isolation.missing;
-    if agent.config.confinement.isolation == Isolation::Required && !missing.is_empty() {
-        tracing::error!(
-            ?missing,
-            "this host lacks what --isolation=required wants: no job is taken"
-        );
-        agent.intake.refuse_all();
-    }
-    agent.find_jobs()?;
-    leftovers::look_after(agent.client.clone(), &agent.config.work_dir);
-    agent.run().await;
-    Ok(())
 }
 
 struct Agent {

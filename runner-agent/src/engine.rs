@@ -21,6 +21,7 @@ use latchkey_proto::v1;
 pub(crate) use self::arguments::{EngineArguments, EngineSettings, Error as ArgumentError};
 pub use self::at_hand::at_hand;
 pub(crate) use self::release::{Name, target};
+pub(crate) use self::version::GiveUp;
 
 use self::arguments::Installing;
 use self::cache::{Cache, Installed, Source};
@@ -89,9 +90,13 @@ pub(crate) struct Engines {
 
 impl Engine {
     /// Asks the program at `path` who it is, confined as a job's. Blocks until it answers, or a
-    /// minute.
-    pub(crate) fn ask(path: PathBuf, confinement: &Confinement) -> Result<Self, Error> {
-        let version = version::of(&path, confinement)?;
+    /// minute, or nobody waits any more.
+    pub(crate) fn ask(
+        path: PathBuf,
+        confinement: &Confinement,
+        give_up: &GiveUp,
+    ) -> Result<Self, Error> {
+        let version = version::of(&path, confinement, give_up)?;
         let name = if is_tofu(&path) { Name::Tofu } else { Name::Terraform };
         Ok(Self { path, name, version })
     }
@@ -99,17 +104,17 @@ impl Engine {
 
 impl Engines {
     /// Finds what is there. Blocks for as long as the programs take to answer.
-    pub(crate) fn find(settings: EngineSettings) -> Result<Self, Error> {
+    pub(crate) fn find(settings: EngineSettings, give_up: &GiveUp) -> Result<Self, Error> {
         let mut found = Vec::new();
         if let Some(path) = &settings.terraform {
-            found.push(Engine::ask(path.clone(), &settings.confinement)?);
+            found.push(Engine::ask(path.clone(), &settings.confinement, give_up)?);
         }
         for name in Name::ALL {
             if found.iter().any(|engine| engine.name == name) {
                 continue;
             }
             let Some(path) = settings.on_path(name) else { continue };
-            match Engine::ask(path, &settings.confinement) {
+            match Engine::ask(path, &settings.confinement, give_up) {
                 Ok(engine) => found.push(engine),
                 // A wrapper that wants a project's directory, perhaps. There may be others.
                 Err(error) => {
@@ -265,7 +270,7 @@ pub(crate) mod tests {
     /// The engine of the tests, as a runner finds it.
     pub(crate) fn at_hand_engine() -> Engine {
         let path = at_hand().expect("the tests need a real engine");
-        Engine::ask(path, &Confinement::default()).unwrap()
+        Engine::ask(path, &Confinement::default(), &GiveUp::default()).unwrap()
     }
 
     pub(crate) fn engines(found: &[(Name, &str)], more: &[&str]) -> (tempfile::TempDir, Engines) {
@@ -288,7 +293,7 @@ pub(crate) mod tests {
 
     #[test]
     fn another_program_is_no_engine() {
-        let found = Engine::ask("/bin/true".into(), &Confinement::default());
+        let found = Engine::ask("/bin/true".into(), &Confinement::default(), &GiveUp::default());
         assert!(matches!(found, Err(Error::Version { .. })), "{found:?}");
     }
 

@@ -35,6 +35,8 @@ use super::*;
 use crate::config::{Lifetime, PoolToken};
 use crate::digest;
 use crate::engine::{EngineSettings, at_hand};
+use crate::job_directory::private_directory;
+use crate::spool;
 use crate::supervisor::tests::program;
 
 const LIMIT: Duration = Duration::from_secs(60);

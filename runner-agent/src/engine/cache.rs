@@ -25,6 +25,7 @@ use rustix::fs::{FlockOperation, flock};
 use super::checksum::{self, Sha256};
 use super::mirror::{self, Mirror};
 use super::release::{Name, Release, Version};
+use super::version::GiveUp;
 use super::{archive, version};
 use crate::digest;
 use crate::supervisor::confine::Confinement;
@@ -239,7 +240,7 @@ fn make(
     program.sync_all().map_err(disk("write", &path))?;
     drop(program);
     fs::remove_file(&packed).map_err(disk("remove", &packed))?;
-    let said = version::of(&path, confinement).ok();
+    let said = version::of(&path, confinement, &GiveUp::default()).ok();
     if said.as_deref() != Some(release.version.as_str()) {
         return Err(Error::OtherVersion { archive: name, expected: release.to_string() });
     }
@@ -372,7 +373,12 @@ mod tests {
                         let done =
                             cache.install(&release, Source { mirror: &mirror, pin: None }).unwrap();
                         assert_eq!(
-                            version::of(&cache.path(&release), &Confinement::default()).unwrap(),
+                            version::of(
+                                &cache.path(&release),
+                                &Confinement::default(),
+                                &GiveUp::default()
+                            )
+                            .unwrap(),
                             "1.9.0"
                         );
                         done

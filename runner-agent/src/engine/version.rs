@@ -7,8 +7,10 @@ use std::io::{Read, Seek};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -22,6 +24,9 @@ use crate::supervisor::confine::{Cage, Confinement, Isolation, Parts};
 /// A wrapper may have to download the engine first.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often it is looked whether anybody still waits.
+const GLANCE: Duration = Duration::from_millis(50);
+
 const LONGEST_ANSWER: u64 = 1 << 20;
 
 #[derive(Deserialize)]
@@ -29,12 +34,36 @@ struct Answer {
     terraform_version: String,
 }
 
-pub(super) fn of(path: &Path, confinement: &Confinement) -> Result<String, Error> {
-    within(PATIENCE, path, confinement)
+/// By which it is told that nobody waits for an answer any more.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct GiveUp(Arc<AtomicBool>);
+
+impl GiveUp {
+    /// Ends what is being asked, and what would be.
+    pub(crate) fn now(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_told(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+pub(super) fn of(
+    path: &Path,
+    confinement: &Confinement,
+    give_up: &GiveUp,
+) -> Result<String, Error> {
+    within(PATIENCE, path, confinement, give_up)
 }
 
 #[expect(clippy::disallowed_methods, reason = "nothing tells when another lets go of the file")]
-fn within(patience: Duration, path: &Path, confinement: &Confinement) -> Result<String, Error> {
+fn within(
+    patience: Duration,
+    path: &Path,
+    confinement: &Confinement,
+    give_up: &GiveUp,
+) -> Result<String, Error> {
     const TRIES: u32 = 20;
     let failed = |source| Error::Start { path: path.to_owned(), source };
     let cage = cage(path, confinement).map_err(failed)?;
@@ -64,7 +93,7 @@ fn within(patience: Duration, path: &Path, confinement: &Confinement) -> Result<
         }
     };
     let pid = Pid::from_child(&child);
-    let ended = ends_within(patience, pid);
+    let ended = ends_within(patience, pid, give_up);
     // Its number is its own until it is waited for.
     let _ = kill_process_group(pid, Signal::KILL);
     child.wait().map_err(failed)?;
@@ -89,14 +118,17 @@ fn cage(path: &Path, confinement: &Confinement) -> std::io::Result<Cage> {
     Cage::new(&confinement, hidden, &parts)
 }
 
-fn ends_within(patience: Duration, process: Pid) -> bool {
+fn ends_within(patience: Duration, process: Pid, give_up: &GiveUp) -> bool {
     let Ok(handle) = pidfd_open(process, PidfdFlags::empty()) else { return false };
-    let patience = Timespec::try_from(patience).ok();
+    let begun = Instant::now();
     let mut wait = [PollFd::new(&handle, PollFlags::IN)];
     loop {
-        match poll(&mut wait, patience.as_ref()) {
-            Err(Errno::INTR) => {}
-            Ok(events) => return events > 0,
+        let left = patience.saturating_sub(begun.elapsed());
+        let glance = Timespec::try_from(left.min(GLANCE)).ok();
+        match poll(&mut wait, glance.as_ref()) {
+            Ok(events) if events > 0 => return true,
+            Ok(_) if left.is_zero() || give_up.is_told() => return false,
+            Ok(_) | Err(Errno::INTR) => {}
             Err(_) => return false,
         }
     }
@@ -121,7 +153,8 @@ mod tests {
     fn a_program_that_does_not_answer_is_ended_with_what_it_started() {
         let (directory, path) = program("echo $$ > \"${0%/*}/own/pid\"; sleep 600 & sleep 600");
         fs::create_dir(directory.path().join("own")).unwrap();
-        let found = within(Duration::from_secs(1), &path, &Confinement::default());
+        let found =
+            within(Duration::from_secs(1), &path, &Confinement::default(), &GiveUp::default());
         assert!(matches!(found, Err(Error::Silent { .. })), "{found:?}");
         let pid = fs::read_to_string(directory.path().join("own/pid")).unwrap();
         let group = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
@@ -139,7 +172,7 @@ mod tests {
         let answer = r#"echo '{"terraform_version":"1.2.3"}'; setsid sleep 5 &"#;
         let (_directory, path) = program(answer);
         let begun = std::time::Instant::now();
-        assert_eq!(of(&path, &Confinement::default()).unwrap(), "1.2.3");
+        assert_eq!(of(&path, &Confinement::default(), &GiveUp::default()).unwrap(), "1.2.3");
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
 
@@ -156,7 +189,7 @@ mod tests {
         let hidden = Some(work_dir.path().to_owned());
         let confinement = Confinement { hidden, ..Confinement::default() };
         let expect = if landlock_holds() { "1.0.0" } else { "9.9.9" };
-        assert_eq!(of(&path, &confinement).unwrap(), expect);
+        assert_eq!(of(&path, &confinement, &GiveUp::default()).unwrap(), expect);
     }
 
     fn landlock_holds() -> bool {

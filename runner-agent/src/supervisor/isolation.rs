@@ -62,18 +62,25 @@ enum Error {
 
 /// Tries out what holds for the jobs of a runner with this directory. Takes some milliseconds.
 pub(crate) async fn probe(program: &Program, work_dir: &Path, confinement: &Confinement) -> Facts {
-    let place = work_dir.join(format!("probe-{}", &random::token()[..12]));
-    let found = try_out(program, work_dir, &place, confinement).await;
-    if let Err(error) = fs::remove_dir_all(&place) {
-        tracing::debug!(%error, "failed to remove the place of a probe");
-    }
-    match found {
+    let place = Place(work_dir.join(format!("probe-{}", &random::token()[..12])));
+    match try_out(program, work_dir, &place.0, confinement).await {
         Ok(found) => found.facts(),
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "failed to find out what keeps jobs apart on this host");
             let missing = "what keeps jobs apart could not be tried out".to_owned();
             Facts { holds: Vec::new(), missing: vec![missing] }
+        }
+    }
+}
+
+/// Removed with the probe, or when that is abandoned.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            tracing::debug!(%error, "failed to remove the place of a probe");
         }
     }
 }

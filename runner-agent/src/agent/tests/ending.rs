@@ -272,3 +272,33 @@ async fn a_quit_signal_leaves_at_once_and_the_next_agent_takes_the_job_up() {
     assert!(matches!(finished.result, Some(v1::finished::Result::Apply(_))), "{finished:?}");
     next.stop().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_is_heard_while_an_engine_takes_its_time_to_answer() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let host = tempfile::tempdir().unwrap();
+    let engine = host.path().join("terraform");
+    let text = "#!/bin/sh\necho $$ > \"${0%/*}/own/pid.new\"\n\
+                mv \"${0%/*}/own/pid.new\" \"${0%/*}/own/pid\"\nsleep 600\n";
+    std::fs::create_dir(host.path().join("own")).unwrap();
+    std::fs::write(&engine, text).unwrap();
+    std::fs::set_permissions(&engine, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let engine = engine.display().to_string();
+    let engines = EngineSettings::of(&["--terraform", &engine], work_dir.path());
+    let agent = Running::start(Config { engines, ..plane.config(work_dir.path()) });
+    let asked = async {
+        loop {
+            match std::fs::read_to_string(host.path().join("own/pid")) {
+                Ok(pid) => return pid.trim().parse::<i32>().unwrap(),
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    let pid = tokio::time::timeout(LIMIT, asked).await.expect("the engine is asked");
+    let begun = Instant::now();
+    agent.wish(Wish::Drain);
+    agent.ended().await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the engine that was asked lives");
+    assert!(plane.story().is_empty(), "{:?}", plane.story());
+}
