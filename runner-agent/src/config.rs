@@ -64,6 +64,11 @@ pub(crate) struct Run {
     /// where jobs can read but not write it.
     #[arg(long, env = "LATCHKEY_RUNNER_PROVIDER_CACHE", value_name = "DIR")]
     provider_cache: Option<PathBuf>,
+    /// How many bytes they may take: beyond that, those that no job uses go, the longest unused
+    /// first. 0 is no bound.
+    #[arg(long, env = "LATCHKEY_RUNNER_PROVIDER_CACHE_LIMIT", default_value_t = 10 << 30,
+          value_name = "BYTES")]
+    provider_cache_limit: u64,
     /// An environment variable of the runner that jobs get too; may be repeated.
     #[arg(long, env = "LATCHKEY_RUNNER_PASS_ENV", value_name = "NAME", value_delimiter = ',')]
     pass_env: Vec<String>,
@@ -176,6 +181,8 @@ pub(crate) struct Config {
     pub(crate) slots: u32,
     pub(crate) engines: EngineSettings,
     pub(crate) provider_cache: PathBuf,
+    /// 0 for none.
+    pub(crate) provider_cache_limit: u64,
     pub(crate) pass_env: Vec<String>,
     pub(crate) terraform_cli_config: Option<PathBuf>,
     pub(crate) longest_log: u64,
@@ -282,6 +289,7 @@ impl Config {
             host,
             engines,
             provider_cache,
+            provider_cache_limit: run.provider_cache_limit,
             work_dir,
             pool_token,
             name,

@@ -102,6 +102,9 @@ pub(crate) struct Settings {
     /// Where provider packages are kept from one `init` to the next.
     #[serde(default)]
     pub(crate) provider_cache: Option<PathBuf>,
+    /// In bytes: how much it may take; 0 for no bound.
+    #[serde(default)]
+    pub(crate) provider_cache_limit: u64,
     pub(crate) pass_env: Vec<String>,
     pub(crate) terraform_cli_config: Option<PathBuf>,
     /// In bytes: how much of terraform's output the log takes.
@@ -413,6 +416,7 @@ pub(crate) mod tests {
             terraform: "terraform".into(),
             terraform_version: "1.0.0".into(),
             provider_cache: None,
+            provider_cache_limit: 0,
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: longest_log(),

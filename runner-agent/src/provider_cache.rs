@@ -20,7 +20,10 @@
 //! A package is named by its content. So a configuration that brings a forged one, with a lock
 //! file that fits, harms itself only: nobody else's lock file has that hash.
 //!
-//! Parallel `lend`s and `take_in`s need no lock: a package appears whole, by a rename.
+//! Parallel `lend`s and `take_in`s do not wait for each other: a package appears whole, by a rename.
+//! What makes room keeps them out for a moment (`bound.rs`).
+
+mod bound;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
@@ -61,6 +64,8 @@ pub(crate) struct Loan {
     shared: PathBuf,
     private: PathBuf,
     lock_file: PathBuf,
+    /// In bytes; 0 for none.
+    limit: u64,
 }
 
 /// A provider of a lock file.
@@ -83,9 +88,9 @@ struct Look {
 
 impl Loan {
     /// `shared` is the host's, `private` the plugin cache of one `init`, and `lock_file` what the
-    /// configuration has or will have.
-    pub(crate) fn new(shared: PathBuf, private: PathBuf, lock_file: PathBuf) -> Self {
-        Self { shared: shared.join(target()), private, lock_file }
+    /// configuration has or will have. The host's is held to `limit` bytes; 0 is no limit.
+    pub(crate) fn new(shared: PathBuf, private: PathBuf, lock_file: PathBuf, limit: u64) -> Self {
+        Self { shared: shared.join(target()), private, lock_file, limit }
     }
 
     /// Fills the private cache, and answers with how many packages.
@@ -93,11 +98,19 @@ impl Loan {
         make(&self.shared)?;
         make(&self.private)?;
         self.sweep();
+        let held = bound::hold(&self.shared);
+        let mut found = Vec::new();
+        for Locked { path, hashes } in self.locked()? {
+            let kept = hashes.into_iter().find(|hash| self.is_whole(hash));
+            found.extend(kept.map(|kept| (path, kept)));
+        }
+        let packages: Vec<_> = found.iter().map(|(_, kept)| kept.clone()).collect();
+        if held.is_some() {
+            bound::record(&self.shared, &self.private, &packages)?;
+        }
         let mut lent = 0;
-        for locked in self.locked()? {
-            let kept = locked.hashes.iter().find(|hash| self.is_whole(hash));
-            let Some(kept) = kept else { continue };
-            let provider = self.private.join(&locked.path);
+        for (path, kept) in &found {
+            let provider = self.private.join(path);
             make(&provider)?;
             let link = provider.join(target());
             match symlink(self.package(kept), &link) {
@@ -126,8 +139,18 @@ impl Loan {
         }
     }
 
-    /// Keeps what `init` has fetched, and answers how many packages that were.
+    /// Keeps what `init` has fetched, and answers how many packages that were. Then makes room.
     pub(crate) fn take_in(&self) -> Result<usize, Error> {
+        let kept = self.take_in_all()?;
+        if let Err(error) = bound::shrink(&self.shared, self.limit) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "failed to hold the provider cache to its limit");
+        }
+        Ok(kept)
+    }
+
+    fn take_in_all(&self) -> Result<usize, Error> {
+        let _held = bound::hold(&self.shared);
         let mut kept = 0;
         for locked in self.locked()? {
             let at = self.private.join(&locked.path).join(target());
@@ -171,6 +194,10 @@ impl Loan {
             }
         };
         symlink(&place, at).map_err(failed("link", at))?;
+        if let Ok(Some(hash)) = &known {
+            // The lock is held since before it had its name.
+            bound::record(&self.shared, &self.private, std::slice::from_ref(hash))?;
+        }
         Ok(true)
     }
 

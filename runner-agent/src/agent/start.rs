@@ -159,6 +159,7 @@ fn settings(config: &Config) -> Settings {
         terraform: PathBuf::new(),
         terraform_version: String::new(),
         provider_cache: Some(config.provider_cache.clone()),
+        provider_cache_limit: config.provider_cache_limit,
         pass_env: config.pass_env.clone(),
         terraform_cli_config: config.terraform_cli_config.clone(),
         longest_log: config.longest_log,

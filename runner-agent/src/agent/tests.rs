@@ -202,6 +202,7 @@ impl Plane {
             slots: 1,
             engines: EngineSettings::of(&["--terraform", &engine, "--no-engine-install"], work_dir),
             provider_cache: work_dir.join("providers"),
+            provider_cache_limit: 10 << 30,
             pass_env: Vec::new(),
             terraform_cli_config: None,
             longest_log: 256 << 20,

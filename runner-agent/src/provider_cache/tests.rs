@@ -24,6 +24,7 @@ terraform {
 pub(crate) struct Host {
     directory: tempfile::TempDir,
     engine: PathBuf,
+    limit: u64,
 }
 
 impl Host {
@@ -36,7 +37,7 @@ impl Host {
             &[("terraform-provider-fake_v1.2.3", &noise), ("docs/README.md", b"a fake")];
         let name = format!("terraform-provider-fake_1.2.3_{}.zip", target());
         fs::write(packages.join(name), archive_of_tests(files)).unwrap();
-        let host = Self { directory, engine: at_hand_engine().path };
+        let host = Self { directory, engine: at_hand_engine().path, limit: 0 };
         host.write_cli_config();
         host
     }
@@ -72,7 +73,7 @@ impl Host {
 
     fn loan(&self, job: &Path) -> Loan {
         let lock_file = job.join("work/.terraform.lock.hcl");
-        Loan::new(self.at("cache"), job.join("plugins"), lock_file)
+        Loan::new(self.at("cache"), job.join("plugins"), lock_file, self.limit)
     }
 
     fn terraform(&self, job: &Path, arguments: &[&str]) -> Output {
@@ -110,7 +111,8 @@ impl Host {
 
     fn packages(&self) -> Vec<String> {
         let all = fs::read_dir(self.at("cache").join(target())).into_iter().flatten().flatten();
-        all.map(|entry| entry.file_name().into_string().unwrap()).collect()
+        let names = all.map(|entry| entry.file_name().into_string().unwrap());
+        names.filter(|name| name != ".lock" && !name.starts_with(".job-")).collect()
     }
 }
 
@@ -142,6 +144,34 @@ fn sixteen_inits_at_once_all_get_whole_providers() {
         lock_file = Some(all[0].1.clone());
         assert_eq!(host.packages().len(), 1, "{:?}", host.packages());
     }
+}
+
+/// Each wants all room for itself: whatever can go, goes, while others begin and end.
+#[test]
+fn inits_at_once_keep_their_providers_while_room_is_made() {
+    let host = Host { limit: 1, ..Host::new() };
+    let first = host.job("first", None);
+    host.init(&first, &[]);
+    let (expect, lock_file) = (host.provider(&first), lock_file_of(&first));
+    fs::remove_dir_all(&first).unwrap();
+    thread::scope(|scope| {
+        for n in 0..8 {
+            let (host, expect, lock_file) = (&host, &expect, &lock_file);
+            scope.spawn(move || {
+                for round in 0..3 {
+                    let job = host.job(&format!("job-{n}-{round}"), Some(lock_file));
+                    host.init(&job, &["-lockfile=readonly"]);
+                    assert_eq!(host.provider(&job), *expect);
+                    // Somebody else's end makes room now.
+                    bound::shrink(&host.at("cache").join(target()), host.limit).unwrap();
+                    assert_eq!(host.provider(&job), *expect, "it is gone");
+                    fs::remove_dir_all(&job).unwrap();
+                }
+            });
+        }
+    });
+    bound::shrink(&host.at("cache").join(target()), host.limit).unwrap();
+    assert!(host.packages().is_empty(), "{:?}", host.packages());
 }
 
 #[test]

@@ -150,7 +150,12 @@ impl Running {
     async fn lend_providers(&mut self) -> Result<Option<Loan>, Error> {
         let Some(shared) = self.settings.provider_cache.clone() else { return Ok(None) };
         let lock_file = self.directory.root(&self.spec).join(LOCK_FILE);
-        let loan = Loan::new(shared, self.directory.join(PLUGINS), lock_file);
+        let loan = Loan::new(
+            shared,
+            self.directory.join(PLUGINS),
+            lock_file,
+            self.settings.provider_cache_limit,
+        );
         let lending = loan.clone();
         let lent = tokio::task::spawn_blocking(move || lending.lend()).await;
         match lent.map_err(Error::Task)? {
