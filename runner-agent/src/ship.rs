@@ -9,6 +9,7 @@
 //! it of everything. It is believed once the lease stream says so too (`Standing`). Then all that
 //! the job has is brought to quarantine, after its end.
 
+mod attempts;
 mod quarantine;
 
 use std::fs::File;
@@ -27,14 +28,13 @@ use tonic::Status as Refusal;
 use tonic::transport::Channel;
 use tonic_types::StatusExt;
 
+use self::attempts::Attempts;
 pub(crate) use self::quarantine::Quarantined;
-use crate::backoff::Backoff;
 use crate::digest::{self, Digester};
 use crate::job::{Failure as JobFailure, JobResult, Lease};
 use crate::job_directory::{
     self, ERRORED_STATE, JobDirectory, STATE_DUMP, UNTAKEN, create_private,
 };
-use crate::random;
 use crate::supervisor::control::{Stage, Status};
 use crate::supervisor::log::LONGEST_LINE;
 
@@ -148,7 +148,7 @@ impl Shipper {
 
     /// Fetches what the job needs into a file.
     pub(crate) async fn fetch(&self, kind: v1::ArtifactKind, to: &Path) -> Result<Fetched, Error> {
-        let mut backoff = backoff();
+        let mut attempts = Attempts::at("fetch an artifact");
         loop {
             match self.fetch_once(kind, to).await {
                 Ok(digest) => return Ok(Fetched::Digest(digest)),
@@ -156,7 +156,7 @@ impl Shipper {
                 Err(Failure::Refused(reason)) => return Ok(Fetched::Refused(reason)),
                 Err(Failure::Local(error)) => return Err(error),
                 Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
-                    self.pause(&mut backoff, "fetch an artifact", &failure).await;
+                    self.pause(&mut attempts, &failure).await;
                 }
             }
         }
@@ -305,14 +305,14 @@ impl Shipper {
         sequence: u64,
     ) -> Result<Delivery, Error> {
         let header = self.header(kind, path, sequence).await?;
-        let mut backoff = backoff();
+        let mut attempts = Attempts::at("upload an artifact");
         loop {
             match self.upload_once(&header, path).await {
                 Ok(()) => return Ok(Delivery::Acknowledged),
                 Err(Failure::Refused(reason)) => return Ok(Delivery::Refused(reason)),
                 Err(Failure::Local(error)) => return Err(error),
                 Err(failure @ (Failure::Again(_) | Failure::Offset(_) | Failure::LeaseLost)) => {
-                    self.pause(&mut backoff, "upload an artifact", &failure).await;
+                    self.pause(&mut attempts, &failure).await;
                 }
             }
         }
@@ -357,7 +357,7 @@ impl Shipper {
         mut status: watch::Receiver<Status>,
     ) -> Result<(Delivery, u64), Error> {
         let mut acknowledged = self.directory.shipped("log");
-        let mut backoff = backoff();
+        let mut attempts = Attempts::at("append to the log");
         loop {
             let before = acknowledged;
             match self.log_stream(&mut status, &mut acknowledged).await {
@@ -367,19 +367,20 @@ impl Shipper {
                 }
                 Err(Failure::Local(error)) => return Err(error),
                 Err(Failure::Offset(expected)) => {
-                    tracing::warn!(expected, acknowledged, "the log goes on elsewhere");
                     let endless = expected == acknowledged;
-                    acknowledged = expected;
                     if endless {
                         let failure = Failure::Offset(expected);
-                        self.pause(&mut backoff, "append to the log", &failure).await;
+                        self.pause(&mut attempts, &failure).await;
+                    } else {
+                        tracing::warn!(expected, acknowledged, "the log goes on elsewhere");
                     }
+                    acknowledged = expected;
                 }
                 Err(failure @ (Failure::Again(_) | Failure::LeaseLost)) => {
                     if acknowledged > before {
-                        backoff.reset();
+                        attempts.reset();
                     }
-                    self.pause(&mut backoff, "append to the log", &failure).await;
+                    self.pause(&mut attempts, &failure).await;
                 }
             }
         }
@@ -464,23 +465,6 @@ impl Shipper {
             }
         }
     }
-
-    async fn pause(&self, backoff: &mut Backoff, what: &str, failure: &Failure) {
-        if matches!(failure, Failure::LeaseLost) {
-            self.stand(|standing| standing == Standing::InDoubt, Standing::Lost);
-        }
-        let reason = match failure {
-            Failure::Again(reason) => reason.clone(),
-            Failure::Offset(expected) => format!("offset {expected} is expected"),
-            Failure::LeaseLost => "the lease is lost".into(),
-            Failure::Refused(reason) => reason.clone(),
-            Failure::Local(error) => error.to_string(),
-        };
-        let wait = backoff.next(random::fraction());
-        let run_id = &self.lease.run_id;
-        tracing::warn!(%run_id, epoch = self.lease.epoch, %reason, ?wait, "failed to {what}");
-        tokio::time::sleep(wait).await;
-    }
 }
 
 fn refused((sequence, delivery): &(u64, Delivery)) -> Option<(u64, String)> {
@@ -488,10 +472,6 @@ fn refused((sequence, delivery): &(u64, Delivery)) -> Option<(u64, String)> {
         Delivery::Refused(reason) => Some((*sequence, reason.clone())),
         Delivery::Acknowledged => None,
     }
-}
-
-fn backoff() -> Backoff {
-    Backoff::new(Duration::from_millis(200), Duration::from_secs(30))
 }
 
 async fn in_time<T>(answer: impl Future<Output = Result<T, Refusal>>) -> Result<T, Failure> {

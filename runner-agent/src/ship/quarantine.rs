@@ -5,7 +5,8 @@ use std::path::Path;
 use latchkey_proto::v1;
 use prost::Message;
 
-use super::{Error, Failure, Shipper, backoff};
+use super::attempts::Attempts;
+use super::{Error, Failure, Shipper};
 use crate::job_directory::{ERRORED_STATE, JobDirectory, STATE_DUMP};
 
 /// What became of what a lost lease left.
@@ -56,7 +57,7 @@ impl Shipper {
         sequence: u64,
     ) -> Result<Option<String>, Error> {
         let header = self.header(kind, path, sequence).await?;
-        let mut backoff = backoff();
+        let mut attempts = Attempts::at("bring something to quarantine");
         loop {
             match self.upload_once(&header, path).await {
                 Ok(()) => return Ok(None),
@@ -64,7 +65,7 @@ impl Shipper {
                 Err(Failure::Refused(reason)) => return Ok(Some(reason)),
                 Err(Failure::Local(error)) => return Err(error),
                 Err(failure @ (Failure::Again(_) | Failure::Offset(_))) => {
-                    self.pause(&mut backoff, "bring something to quarantine", &failure).await;
+                    self.pause(&mut attempts, &failure).await;
                 }
             }
         }
