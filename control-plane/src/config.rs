@@ -156,6 +156,10 @@ pub struct Args {
     /// Seconds that terraform has after a graceful cancel before an owner may kill it: 0 to 3600
     #[arg(long, env = "LATCHKEY_FORCE_CANCEL_GRACE", default_value_t = 30)]
     force_cancel_grace: u64,
+    /// Seconds that a runner's stream of logs or artifacts may bring no whole message: 1 to 3600.
+    /// It is ended then, and its runner goes on from what was acknowledged
+    #[arg(long, env = "LATCHKEY_STREAM_PATIENCE", default_value_t = 60)]
+    stream_patience: u64,
     /// Write the bound addresses to this file, as JSON, once both listeners are open
     #[arg(long)]
     ready_file: Option<PathBuf>,
@@ -174,6 +178,7 @@ pub struct Config {
     pub use_fips: bool,
     pub lease_term: Duration,
     pub force_cancel_grace: Duration,
+    pub stream_patience: Duration,
     pub ready_file: Option<PathBuf>,
 }
 
@@ -192,6 +197,8 @@ pub enum ConfigError {
     LeaseTerm,
     #[error("--force-cancel-grace is 0 to 3600 seconds")]
     ForceCancelGrace,
+    #[error("--stream-patience is 1 to 3600 seconds")]
+    StreamPatience,
     #[error("--sts-endpoint is an http:// or https:// URL")]
     StsEndpoint,
     #[error("--key-file must lie outside of --data-dir, or a backup of the data holds its key")]
@@ -215,6 +222,9 @@ impl TryFrom<Args> for Config {
         if args.force_cancel_grace > 3600 {
             return Err(ConfigError::ForceCancelGrace);
         }
+        if !(1..=3600).contains(&args.stream_patience) {
+            return Err(ConfigError::StreamPatience);
+        }
         let is_url = |url: &String| url.starts_with("http://") || url.starts_with("https://");
         if !args.sts_endpoint.as_ref().is_none_or(is_url) {
             return Err(ConfigError::StsEndpoint);
@@ -236,6 +246,7 @@ impl TryFrom<Args> for Config {
             use_fips: args.use_fips,
             lease_term: Duration::from_secs(args.lease_term),
             force_cancel_grace: Duration::from_secs(args.force_cancel_grace),
+            stream_patience: Duration::from_secs(args.stream_patience),
             ready_file: args.ready_file,
         })
     }
@@ -299,6 +310,7 @@ mod tests {
         assert_eq!(refused(&["--lease-term", "0"]), ConfigError::LeaseTerm);
         let forever = ["--force-cancel-grace", "3601"];
         assert_eq!(refused(&forever), ConfigError::ForceCancelGrace);
+        assert_eq!(refused(&["--stream-patience", "0"]), ConfigError::StreamPatience);
         assert_eq!(refused(&["--sts-endpoint", "sts.local"]), ConfigError::StsEndpoint);
     }
 }

@@ -13,6 +13,7 @@ mod health_tests;
 mod identity;
 mod introduction;
 mod organization;
+mod places;
 mod pool;
 mod quarantine;
 mod revocable;
@@ -25,6 +26,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tonic::server::NamedService;
 use tonic::service::Routes;
@@ -116,15 +118,30 @@ pub fn runners(app: Arc<App>) -> Routes {
     Routes::new(service)
 }
 
-/// A transport with the bounds that both listeners have.
+/// How many streams one connection of a person or program has.
+const MOST_STREAMS: u32 = 256;
+
+/// How many streams one connection of a runner has: what all its slots may need. How many of them
+/// are let in is decided for each runner.
+const MOST_STREAMS_OF_RUNNER: u32 = 1024;
+
+/// A transport with the bounds that both listeners have. Its pings end a connection that leaves
+/// a frame or a block of headers half sent, since no answer to a ping fits in between.
 pub fn server() -> Server {
     Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
-        .max_concurrent_streams(256)
+        .max_concurrent_streams(MOST_STREAMS)
         .http2_max_header_list_size(16 * 1024)
         .http2_max_pending_accept_reset_streams(Some(64))
-        .concurrency_limit_per_connection(256)
+        .concurrency_limit_per_connection(MOST_STREAMS as usize)
+}
+
+/// A transport for runners.
+pub(crate) fn runners_server() -> Server {
+    server()
+        .max_concurrent_streams(MOST_STREAMS_OF_RUNNER)
+        .concurrency_limit_per_connection(MOST_STREAMS_OF_RUNNER as usize)
 }
 
 /// The caller that the layer proved.
@@ -133,12 +150,36 @@ fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     caller.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
 }
 
-/// How long the sender of a stream of parts may be silent.
+/// How long the sender of a stream of parts may be silent, if nothing else is set; and the whole
+/// of a request that is a single message.
 const PART_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Reads the next part of an upload; a sender that has gone quiet does not keep its place.
 async fn next_part<T>(parts: &mut Streaming<T>) -> Result<Option<T>, Status> {
-    tokio::time::timeout(PART_TIMEOUT, parts.message())
-        .await
-        .map_err(|_| Status::deadline_exceeded("no part came for a minute; send it again"))?
+    next_part_within(PART_TIMEOUT, parts).await
+}
+
+async fn next_part_within<T>(
+    patience: Duration,
+    parts: &mut Streaming<T>,
+) -> Result<Option<T>, Status> {
+    tokio::time::timeout(patience, parts.message()).await.map_err(|_| {
+        Status::deadline_exceeded(format!(
+            "no whole message came for {} s; go on from what was acknowledged",
+            patience.as_secs()
+        ))
+    })?
+}
+
+/// Sends what a caller has to take; one that has stopped reading does not keep its place.
+async fn send_within<T>(
+    patience: Duration,
+    answers: &mpsc::Sender<Result<T, Status>>,
+    answer: Result<T, Status>,
+) -> Result<(), Status> {
+    match tokio::time::timeout(patience, answers.send(answer)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(Status::cancelled("the caller is gone")),
+        Err(_) => Err(Status::deadline_exceeded("the answers were not read")),
+    }
 }

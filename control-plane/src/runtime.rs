@@ -18,8 +18,6 @@ use secrecy::ExposeSecret;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
@@ -33,6 +31,7 @@ use crate::config::{
 };
 use crate::dispatch::Leases;
 use crate::durable;
+use crate::listener::{self, Security};
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::record::encode;
@@ -376,28 +375,27 @@ async fn listen(
     stopped: watch::Receiver<()>,
 ) -> anyhow::Result<()> {
     let identity = app.authority.server_identity(&config.names)?;
-    let identity = Identity::from_pem(&identity.chain_pem, identity.key_pem.as_str());
-    let ca = Certificate::from_pem(app.authority.certificate_pem());
+    let people_security = match config.people_transport {
+        PeopleTransport::Tls => Security::tls(&identity)?,
+        PeopleTransport::Plaintext => Security::Plaintext,
+    };
+    let runners_security = Security::mutual_tls(&identity, app.authority.certificate_pem())?;
 
-    let mut people_server = grpc::server();
-    if config.people_transport == PeopleTransport::Tls {
-        people_server =
-            people_server.tls_config(ServerTlsConfig::new().identity(identity.clone()))?;
-    }
-    let people = people_server
+    let people = grpc::server()
         .layer(grpc::PeopleLayer { app: Arc::clone(&app) })
         .add_routes(grpc::people(Arc::clone(&app)).await)
-        .serve_with_incoming_shutdown(incoming(people), until(stopped.clone()));
+        .serve_with_incoming_shutdown(
+            listener::incoming(people, people_security),
+            until(stopped.clone()),
+        );
 
-    // Optional, because Enroll is how a runner gets its certificate; the layer demands it of
-    // every other call.
-    let tls =
-        ServerTlsConfig::new().identity(identity).client_ca_root(ca).client_auth_optional(true);
-    let runners = grpc::server()
-        .tls_config(tls)?
-        .layer(grpc::RunnersLayer { app: Arc::clone(&app) })
+    let runners = grpc::runners_server()
+        .layer(grpc::RunnersLayer::new(Arc::clone(&app), config.stream_patience))
         .add_routes(grpc::runners(app))
-        .serve_with_incoming_shutdown(incoming(runners), until(stopped));
+        .serve_with_incoming_shutdown(
+            listener::incoming(runners, runners_security),
+            until(stopped),
+        );
 
     let (people, runners) = tokio::join!(people, runners);
     people.context("serve people")?;
@@ -414,12 +412,6 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
-}
-
-/// Without `nodelay`, small frames wait for the peer's delayed acknowledgement: 40 ms each. The
-/// server's own setting does not reach connections that are handed to it.
-fn incoming(listener: TcpListener) -> TcpIncoming {
-    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 async fn until(mut stopped: watch::Receiver<()>) {

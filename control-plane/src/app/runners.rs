@@ -339,6 +339,12 @@ impl App {
         }
     }
 
+    /// Tells how many jobs a runner said that it can have at a time.
+    pub(crate) async fn slots_of(&self, id: RunnerId) -> Result<u32> {
+        let said = self.runner_record(id).await?.value.said;
+        Ok(said.map_or(1, |said| said.slots))
+    }
+
     async fn runner_record(&self, id: RunnerId) -> Result<Loaded<Runner>> {
         self.fetch(keys::runner(id)).await?.ok_or_else(|| Error::not_found("runner"))
     }

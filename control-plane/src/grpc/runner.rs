@@ -14,8 +14,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::places::Place;
 use super::revocable::{unless_revoked, until_revoked};
-use super::{Answers, Service, next_part};
+use super::{Answers, Service, next_part_within, send_within};
 use crate::auth::RunnerIdentity;
 use crate::dispatch::RUNNER_QUEUE;
 use crate::error::Error;
@@ -42,11 +43,13 @@ impl RunnerService for Service {
 
     async fn lease(
         &self,
-        request: Request<Streaming<v1::LeaseRequest>>,
+        mut request: Request<Streaming<v1::LeaseRequest>>,
     ) -> Result<Response<Self::LeaseStream>, Status> {
         let runner = identity(&request)?;
+        let place = Place::of(&mut request);
         let mut frames = request.into_inner();
-        let hello = match next_part(&mut frames).await?.and_then(|first| first.frame) {
+        let first = next_part_within(place.patience(), &mut frames).await?;
+        let hello = match first.and_then(|first| first.frame) {
             Some(In::Hello(hello)) => hello,
             Some(_) | None => {
                 return Err(Error::field("frame", "the first frame is Hello").into());
@@ -59,7 +62,7 @@ impl RunnerService for Service {
             let sender = answers.clone();
             let held = service.hold_leases(runner, hello, frames, answers, revoked).await;
             if let Err(status) = held {
-                let _ = sender.send(Err(status)).await;
+                let _ = send_within(place.patience(), &sender, Err(status)).await;
             }
         });
         Ok(Response::new(until_revoked(revocation, ReceiverStream::new(outgoing))))
@@ -67,37 +70,40 @@ impl RunnerService for Service {
 
     async fn fetch_artifact(
         &self,
-        request: Request<v1::FetchArtifactRequest>,
+        mut request: Request<v1::FetchArtifactRequest>,
     ) -> Result<Response<Self::FetchArtifactStream>, Status> {
         let runner = identity(&request)?;
+        let place = Place::of(&mut request);
         let revocation = self.app.revocations.of(runner.id);
-        let parts = self.send_artifact(&runner, request.into_inner()).await?;
+        let parts = self.send_artifact(&runner, request.into_inner(), place).await?;
         Ok(Response::new(until_revoked(revocation, parts)))
     }
 
     async fn upload_artifact(
         &self,
-        request: Request<Streaming<v1::UploadArtifactRequest>>,
+        mut request: Request<Streaming<v1::UploadArtifactRequest>>,
     ) -> Result<Response<v1::UploadArtifactResponse>, Status> {
         let runner = identity(&request)?;
+        let place = Place::of(&mut request);
         let revocation = self.app.revocations.of(runner.id);
-        unless_revoked(revocation, self.take_upload(&runner, request.into_inner())).await
+        unless_revoked(revocation, self.take_upload(&runner, request.into_inner(), &place)).await
     }
 
     async fn append_log(
         &self,
-        request: Request<Streaming<v1::AppendLogRequest>>,
+        mut request: Request<Streaming<v1::AppendLogRequest>>,
     ) -> Result<Response<Self::AppendLogStream>, Status> {
         let runner = identity(&request)?;
+        let place = Place::of(&mut request);
         let revocation = self.app.revocations.of(runner.id);
         let revoked = revocation.clone();
         let chunks = request.into_inner();
         let app = std::sync::Arc::clone(&self.app);
         let (sender, answers) = mpsc::channel(16);
         tokio::spawn(async move {
-            let append = bulk::append(app, runner, chunks, sender.clone());
+            let append = bulk::append(app, runner, chunks, sender.clone(), place.patience());
             if let Err(status) = unless_revoked(revoked, append).await {
-                let _: Result<(), _> = sender.send(Err::<_, Status>(status)).await;
+                let _ = send_within(place.patience(), &sender, Err(status)).await;
             }
         });
         Ok(Response::new(until_revoked(revocation, ReceiverStream::new(answers))))

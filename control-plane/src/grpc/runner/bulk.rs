@@ -1,6 +1,7 @@
 //! Bulk data beside the lease stream: artifacts up and down, and logs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::upload_artifact_request::Part;
@@ -15,7 +16,8 @@ use crate::app::artifacts::{Destination, Made};
 use crate::app::run_output::Piece;
 use crate::auth::RunnerIdentity;
 use crate::error::Error;
-use crate::grpc::{Service, convert, next_part};
+use crate::grpc::places::Place;
+use crate::grpc::{Service, convert, next_part_within, send_within};
 
 /// How many appends of one stream may share a sync.
 const MOST_IN_ONE_SYNC: usize = 16;
@@ -26,6 +28,7 @@ impl Service {
         &self,
         runner: &RunnerIdentity,
         request: v1::FetchArtifactRequest,
+        place: Place,
     ) -> Result<ReceiverStream<Result<v1::FetchArtifactResponse, Status>>, Status> {
         let v1::FetchArtifactRequest { lease, kind } = request;
         let needed = needed(kind)?;
@@ -39,7 +42,7 @@ impl Service {
                     Err(error) => Err(Error::internal(error).into()),
                 };
                 let failed = part.is_err();
-                if sender.send(part).await.is_err() || failed {
+                if send_within(place.patience(), &sender, part).await.is_err() || failed {
                     return;
                 }
             }
@@ -51,8 +54,10 @@ impl Service {
         &self,
         runner: &RunnerIdentity,
         mut parts: Streaming<v1::UploadArtifactRequest>,
+        place: &Place,
     ) -> Result<Response<v1::UploadArtifactResponse>, Status> {
-        let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
+        let first = next_part_within(place.patience(), &mut parts).await?;
+        let header = match first.and_then(|first| first.part) {
             Some(Part::Header(header)) => artifact_header(header)?,
             Some(Part::Data(_)) | None => {
                 return Err(Error::field("header", "the first message carries the header").into());
@@ -63,7 +68,7 @@ impl Service {
         let size = usize::try_from(header.size).unwrap_or(0);
         let mut result =
             (header.kind == Made::Result).then(|| Zeroizing::new(Vec::with_capacity(size)));
-        while let Some(message) = next_part(&mut parts).await? {
+        while let Some(message) = next_part_within(place.patience(), &mut parts).await? {
             match message.part {
                 Some(Part::Data(data)) => {
                     upload.write(&data).await?;
@@ -85,14 +90,16 @@ impl Service {
     }
 }
 
-/// Appends what a runner sends of a job's log, and answers each chunk once it is durable.
+/// Appends what a runner sends of a job's log, and answers each chunk once it is durable. A stream
+/// that brings nothing for a while is ended: when there is more, its runner goes on by offset.
 pub(super) async fn append(
     app: Arc<App>,
     runner: RunnerIdentity,
     mut chunks: Streaming<v1::AppendLogRequest>,
     sender: mpsc::Sender<Result<v1::AppendLogResponse, Status>>,
+    patience: Duration,
 ) -> Result<(), Status> {
-    let Some(mut chunk) = next_part(&mut chunks).await? else { return Ok(()) };
+    let Some(mut chunk) = next_part_within(patience, &mut chunks).await? else { return Ok(()) };
     let lease = convert::lease(chunk.lease.take())?;
     let appender = app.append_log(&runner, lease).await?;
     let (ahead, mut arrived) = mpsc::channel(16);
@@ -102,7 +109,7 @@ pub(super) async fn append(
             if ahead.send(chunk).await.is_err() {
                 break;
             }
-            next = chunks.message().await?;
+            next = next_part_within(patience, &mut chunks).await?;
         }
         Ok::<(), Status>(())
     };
@@ -121,9 +128,10 @@ pub(super) async fn append(
             latchkey_failpoint::reach("cp.log.durable");
             for _ in 0..count {
                 let answer = v1::AppendLogResponse { durable_length };
-                if sender.send(Ok(answer)).await.is_err() {
+                if sender.is_closed() {
                     return Ok(());
                 }
+                send_within(patience, &sender, Ok(answer)).await?;
             }
         }
     };

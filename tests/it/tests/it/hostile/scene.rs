@@ -28,6 +28,7 @@ pub(crate) struct Scene {
     pub(crate) stage: Stage,
     pub(crate) listener: Listener,
     pub(crate) honest: SimulatedRunner,
+    pub(crate) honest_identity: Identity,
     /// What the honest runner holds: a plan that has its `Go`.
     pub(crate) lease: v1::LeaseRef,
     /// The hostile runner's certificate, of another pool.
@@ -38,8 +39,14 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) async fn new() -> anyhow::Result<Self> {
+        Self::with(&[]).await
+    }
+
+    /// With further arguments of the control plane's.
+    pub(crate) async fn with(arguments: &[&str]) -> anyhow::Result<Self> {
+        let arguments = arguments.iter().map(ToString::to_string).collect();
         // Long enough that no lease expires by itself while a test looks.
-        let plane = PlaneOptions { lease_term: Some(60), ..PlaneOptions::default() };
+        let plane = PlaneOptions { lease_term: Some(60), arguments, ..PlaneOptions::default() };
         let stage = Stage::start(StageOptions { runners: vec![], plane, ..options() }).await?;
         let ada = &stage.owner;
         ada.create_pool("hostile").await?;
@@ -56,7 +63,7 @@ impl Scene {
         anyhow::ensure!(lease.run_id == run.run_id, "another run was offered");
         honest.start(&lease).await?;
         let client = Self::connect(&listener, &identity).await?;
-        Ok(Self { stage, listener, honest, lease, identity, client })
+        Ok(Self { stage, listener, honest, honest_identity, lease, identity, client })
     }
 
     pub(crate) async fn connect(
