@@ -7,6 +7,21 @@ use crate::id::{Epoch, RunnerId};
 use crate::policy::Permit;
 use crate::time::Timestamp;
 
+/// The engine that a job is to be run by; an empty part is any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Engine {
+    pub name: String,
+    pub version: String,
+}
+
+impl Engine {
+    /// Tells whether a plan made by this engine is what was asked for.
+    pub fn admits(&self, name: &str, version: &str) -> bool {
+        (self.name.is_empty() || self.name == name)
+            && (self.version.is_empty() || self.version == version)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
     pub runner: RunnerId,
@@ -17,6 +32,9 @@ pub struct Lease {
     /// Number of the environment's newest state version when the lease was granted; absent when
     /// it had none. A plan reads this one, whatever is written meanwhile.
     pub state: Option<u64>,
+    /// What the environment asked for when the lease was granted. What the job made is held to this,
+    /// whatever the environment asks for by then.
+    pub engine: Engine,
     /// Set by the commit that answers `Starting`. From then on the runner may execute terraform.
     pub released: Option<Released>,
 }
@@ -29,7 +47,7 @@ pub struct Released {
 }
 
 impl Lease {
-    /// Starts the lease that follows `last` for the same job.
+    /// Starts the lease that follows `last` for the same job, for any engine.
     pub fn after(
         last: Epoch,
         runner: RunnerId,
@@ -37,7 +55,15 @@ impl Lease {
         state: Option<u64>,
         now: Timestamp,
     ) -> Self {
-        Self { runner, epoch: last.next(), granted_at: now, log_base, state, released: None }
+        Self {
+            runner,
+            epoch: last.next(),
+            granted_at: now,
+            log_base,
+            state,
+            engine: Engine::default(),
+            released: None,
+        }
     }
 
     /// Tells whether a message of `runner` at `epoch` speaks for this lease.

@@ -17,9 +17,12 @@ use super::lease_job::lease_lost;
 use crate::auth::{RunnerIdentity, sha256};
 use crate::error::{Error, Result};
 use crate::job::{ENGINES, LeaseRef, TERRAFORM};
-use crate::store::record::environment::Settings;
 
 pub(super) const LONGEST_REASON: usize = 1024;
+/// Why no apply could be held to what made its plan.
+const UNPINNED: &str = "the runner does not say which version of the engine made the plan, so that its apply could be \
+     done by any";
+
 const LARGEST_OUTPUTS: usize = 24 * 1024;
 
 /// How a job ended.
@@ -87,17 +90,17 @@ impl App {
                 }
                 self.check_changes(organization, digests.changes).await?;
                 let engine = engine_of(&engine)?;
-                let settings = &subject.environment.value.settings;
-                let outcome = match unpinned(settings, &engine, &terraform_version) {
-                    Some(reason) => PlanOutcome::Failed(failure(FailureKind::Errored, reason)),
-                    None => PlanOutcome::Planned(Planned {
+                let outcome = if is_exact(&terraform_version) {
+                    PlanOutcome::Planned(Planned {
                         digest: digest_of(&digests),
                         digests,
                         applyable,
                         counts,
                         engine,
                         terraform_version,
-                    }),
+                    })
+                } else {
+                    PlanOutcome::Failed(failure(FailureKind::Errored, UNPINNED.to_owned()))
                 };
                 self.advance_by(runner, job.run, "finish_plan", |subject| {
                     Ok(Event::PlanEnded {
@@ -192,27 +195,6 @@ fn engine_of(engine: &str) -> Result<String> {
         name if ENGINES.contains(&name) => Ok(name.to_owned()),
         _ => Err(Error::field("engine", "it is terraform or tofu")),
     }
-}
-
-/// Says why no apply could be held to what made a plan, if none could: the version must be one,
-/// and the one that owners want where they want one.
-fn unpinned(settings: &Settings, engine: &str, version: &str) -> Option<String> {
-    if !is_exact(version) {
-        return Some(
-            "the runner does not say which version of the engine made the plan, so that its apply \
-             could be done by any"
-                .into(),
-        );
-    }
-    let Settings { engine: wanted, engine_version, .. } = settings;
-    let fits = (wanted.is_empty() || wanted == engine)
-        && (engine_version.is_empty() || engine_version == version);
-    (!fits).then(|| {
-        format!(
-            "the plan was made by {engine} {version} and the environment wants {wanted} \
-             {engine_version}; queue the run again"
-        )
-    })
 }
 
 /// One digest over the four that an approval is bound to.

@@ -292,8 +292,13 @@ impl Fixture {
     /// Plans a run whose plan is queued, with changes to apply.
     pub(crate) async fn plan(&self, run: &Run) -> Run {
         let (runner, lease, _) = self.start(run, Phase::Plan).await;
-        let changes = self.upload(&runner, lease, Made::Changes, b"{}").await.unwrap();
-        let workspace = self.upload(&runner, lease, Made::Workspace, b"made").await.unwrap();
+        self.planned(&runner, lease).await
+    }
+
+    /// Ends a plan that goes on, with changes to apply, by terraform 1.11.4.
+    pub(crate) async fn planned(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Run {
+        let changes = self.upload(runner, lease, Made::Changes, b"{}").await.unwrap();
+        let workspace = self.upload(runner, lease, Made::Workspace, b"made").await.unwrap();
         let result = JobResult::Planned {
             digests: PlanDigests { plan: changes, workspace, lock_file: None, changes },
             applyable: true,
@@ -301,8 +306,8 @@ impl Fixture {
             engine: "terraform".into(),
             terraform_version: "1.11.4".into(),
         };
-        self.app.finish_job(&runner, lease, 0, result).await.unwrap();
-        self.run(run).await
+        self.app.finish_job(runner, lease, 0, result).await.unwrap();
+        self.app.run(lease.job.run).await.unwrap().value
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use latchkey_domain::id::{Epoch, Generation, JobId, RunnerId};
-use latchkey_domain::lease::Lease;
+use latchkey_domain::lease::{Engine, Lease};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Event, Run, RunState};
 use latchkey_domain::time::Timestamp;
@@ -65,7 +65,11 @@ impl App {
         let advance = self
             .advance_guarded(job.run, Guard::Grant(runner), grant, |subject| {
                 let state = subject.environment.value.state.as_ref().map(|state| state.number);
-                let event = Event::Granted { phase: job.phase, runner, log_base: length, state };
+                let settings = &subject.environment.value.settings;
+                let wanted = wanted(&subject.run.value, job.phase, settings);
+                let engine = Engine { name: wanted.engine, version: wanted.version };
+                let phase = job.phase;
+                let event = Event::Granted { phase, runner, log_base: length, state, engine };
                 Ok(Decision::from(event))
             })
             .await?;
@@ -73,8 +77,12 @@ impl App {
         let run = advance.into_run();
         let granted = run.job(job.phase);
         let epoch = granted.epoch;
-        // The one that is fixed for the lease, and not what was there a moment before.
-        spec.has_state = granted.lease.as_ref().is_some_and(|lease| lease.state.is_some());
+        // What is fixed for the lease, and not what was there a moment before.
+        if let Some(lease) = &granted.lease {
+            spec.has_state = lease.state.is_some();
+            spec.engine.clone_from(&lease.engine.name);
+            spec.terraform_version.clone_from(&lease.engine.version);
+        }
         self.dispatch.watch(job, epoch, runner);
         self.gates.of(job).epoch.store(epoch.get(), Ordering::SeqCst);
         Ok((LeaseRef { job, epoch, generation: self.generation }, spec))

@@ -20,7 +20,7 @@ use self::result::{apply_ended, plan_ended};
 use super::{Approval, Planned, RefusedCode, Run, RunState};
 use crate::environment::Change;
 use crate::id::{Digest, Epoch, JobId, RunnerId};
-use crate::lease::Lease;
+use crate::lease::{Engine, Lease};
 use crate::policy::{Evidence, MfaPolicy, Phase};
 use crate::time::Timestamp;
 
@@ -40,12 +40,14 @@ pub enum Event {
     },
     /// The environment is free and this run is next.
     TurnCame,
-    /// `state` is the number of the environment's newest state version.
+    /// `state` is the number of the environment's newest state version, `engine` what it asks for:
+    /// both stay as they are until the lease ends.
     Granted {
         phase: Phase,
         runner: RunnerId,
         log_base: u64,
         state: Option<u64>,
+        engine: Engine,
     },
     /// The runner declined or gave back a job that it has not started.
     HandedBack {
@@ -215,8 +217,8 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner, log_base, state } => {
-            granted(run, (phase, runner), log_base, state, now)
+        Event::Granted { phase, runner, log_base, state, engine } => {
+            granted(run, (phase, runner), log_base, (state, engine), now)
         }
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {

@@ -17,6 +17,7 @@ use crate::environment::{Change, Hold};
 use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
+use crate::lease::Engine;
 use crate::policy::{Evidence, MfaPolicy, Permit, Phase};
 use crate::time::Timestamp;
 
@@ -102,7 +103,11 @@ fn plan_ended(run: &Run, applyable: bool) -> Event {
 }
 
 fn granted(phase: Phase) -> Event {
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None }
+    asked_for(phase, Engine::default())
+}
+
+fn asked_for(phase: Phase, engine: Engine) -> Event {
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine }
 }
 
 fn forced(grace: Duration) -> Event {
@@ -205,6 +210,51 @@ fn only_who_confirmed_may_repeat_it() {
     // A code approved this one.
     let run = given("Applied");
     assert_eq!(step(&run, confirm("ada"), START), Step::Refused(Refusal::WrongState));
+}
+
+#[test]
+fn a_plan_is_held_to_the_engine_that_was_asked_for_when_it_was_granted() {
+    let engine = |name: &str, version: &str| Engine { name: name.into(), version: version.into() };
+    // Nothing but the lease says what was asked for: what the environment asks for when the plan
+    // ends has no way in.
+    let ended_under = |engine: &Engine| {
+        let run = go(&given("PlanQueued"), asked_for(Phase::Plan, engine.clone()));
+        let run = go(&run, started(&run, Phase::Plan));
+        assert_eq!(run.plan.lease.as_ref().map(|lease| &lease.engine), Some(engine));
+        go(&run, plan_ended(&run, true))
+    };
+    for asked in [
+        engine("terraform", "1.11.4"),
+        engine("terraform", ""),
+        engine("", "1.11.4"),
+        engine("", ""),
+    ] {
+        let run = ended_under(&asked);
+        assert_eq!(run.state, RunState::AwaitingApplyMfa, "{asked:?}");
+        // What the apply is held to.
+        let planned = run.planned.unwrap();
+        assert_eq!(
+            (planned.engine.as_str(), planned.terraform_version.as_str()),
+            ("terraform", "1.11.4")
+        );
+    }
+    for asked in [engine("terraform", "1.12.0"), engine("tofu", ""), engine("tofu", "1.11.4")] {
+        let run = ended_under(&asked);
+        assert_eq!((run.state, run.planned), (RunState::Errored, None), "{asked:?}");
+        assert!(run.reason.unwrap().contains("was made by terraform 1.11.4"));
+    }
+}
+
+#[test]
+fn a_plan_that_is_granted_again_is_held_to_what_is_asked_for_then() {
+    let old = Engine { name: "terraform".into(), version: "1.9.0".into() };
+    let new = Engine { version: "1.11.4".into(), ..old.clone() };
+    let run = go(&given("PlanQueued"), asked_for(Phase::Plan, old));
+    let epoch = run.plan.epoch;
+    let run = go(&run, Event::LeaseExpired { phase: Phase::Plan, epoch });
+    let run = go(&run, asked_for(Phase::Plan, new));
+    let run = go(&run, started(&run, Phase::Plan));
+    assert_eq!(go(&run, plan_ended(&run, true)).state, RunState::AwaitingApplyMfa);
 }
 
 #[test]
@@ -448,7 +498,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             current,
         },
         1 | 2 => Event::TurnCame,
-        3 => Event::Granted { phase, runner, log_base: 0, state: None },
+        3 => Event::Granted { phase, runner, log_base: 0, state: None, engine: Engine::default() },
         4 => Event::HandedBack { phase, runner, epoch: epoch(phase) },
         5 | 6 => Event::Starting {
             phase,

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::AuthenticationId;
+use crate::lease::Engine;
 use crate::policy::{MfaPolicy, Phase};
 use crate::time::Timestamp;
 
@@ -113,7 +114,7 @@ const COLUMNS: &[Column] = &[
 ];
 
 fn granted(phase: Phase) -> Event {
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None }
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine: Engine::default() }
 }
 
 fn force(grace: Duration) -> Event {

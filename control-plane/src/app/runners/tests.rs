@@ -267,6 +267,26 @@ async fn a_plan_is_asked_for_by_its_settings_and_an_apply_by_its_plan() {
     assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.11.4"));
 }
 
+/// Somebody who wants another engine from now on means the next run.
+#[tokio::test]
+async fn settings_that_change_in_the_middle_of_a_plan_break_nothing() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    fixture.dispatch();
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let set = |engine: &str, version: &str| SettingsChange {
+        engine: Some(engine.into()),
+        engine_version: Some(version.into()),
+        ..SettingsChange::default()
+    };
+    let change = set("terraform", "1.11.4");
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    let run = fixture.queue("first").await;
+    let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0")).await.unwrap();
+    let run = fixture.planned(&runner, lease).await;
+    assert_eq!(run.state, RunState::AwaitingConfirmation, "{:?}", run.reason);
+}
+
 #[tokio::test]
 async fn runners_are_listed_page_by_page_over_all_pools() {
     let fixture = Fixture::new(MfaPolicy::Never).await;

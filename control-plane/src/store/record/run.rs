@@ -3,7 +3,7 @@
 use latchkey_domain::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
-use latchkey_domain::lease::{Lease, Released};
+use latchkey_domain::lease::{Engine, Lease, Released};
 use latchkey_domain::policy::{Evidence, MfaPolicy, Permit, Phase};
 use latchkey_domain::run::{
     Actor, Approval, Authenticated, Counts, Job, PlanDigests, Planned, RefusedCode, Request, Run,
@@ -119,6 +119,11 @@ struct LeaseRecord {
     log_base: u64,
     #[serde(default)]
     state: Option<u64>,
+    /// Of leases granted before it was kept: any.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    engine: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    engine_version: String,
     released_at: Option<Millis>,
     /// The authentication whose session was released; absent for a session without MFA.
     released_authentication: Option<Text<AuthenticationId>>,
@@ -352,6 +357,8 @@ impl From<&Lease> for LeaseRecord {
             granted_at: lease.granted_at.into(),
             log_base: lease.log_base,
             state: lease.state,
+            engine: lease.engine.name.clone(),
+            engine_version: lease.engine.version.clone(),
             released_at: lease.released.map(|released| released.at.into()),
             released_authentication: authentication,
         }
@@ -370,6 +377,7 @@ impl From<LeaseRecord> for Lease {
             granted_at: record.granted_at.into(),
             log_base: record.log_base,
             state: record.state,
+            engine: Engine { name: record.engine, version: record.engine_version },
             released: record.released_at.map(|at| Released { at: at.into(), permit }),
         }
     }
@@ -455,6 +463,7 @@ mod tests {
                 granted_at: at,
                 log_base: 17,
                 state: Some(3),
+                engine: Engine { name: "tofu".into(), version: "1.11.4".into() },
                 released: Some(Released { at, permit: Permit::MfaSession { authentication } }),
             }),
             evidence: Some(Evidence {

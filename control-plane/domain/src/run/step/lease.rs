@@ -9,7 +9,7 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::{Epoch, RunnerId};
-use crate::lease::{Lease, Released};
+use crate::lease::{Engine, Lease, Released};
 use crate::policy::{Denial, MfaPolicy, Phase, Release, judge};
 use crate::run::{Run, RunState};
 use crate::time::Timestamp;
@@ -24,7 +24,7 @@ pub(super) fn granted(
     run: &Run,
     (phase, runner): (Phase, RunnerId),
     log_base: u64,
-    state: Option<u64>,
+    (state, engine): (Option<u64>, Engine),
     now: Timestamp,
 ) -> Step {
     if run.state != queued(phase) {
@@ -32,7 +32,7 @@ pub(super) fn granted(
     }
     let mut next = moved(run, running(phase), now);
     let job = next.job_mut(phase);
-    let lease = Lease::after(job.epoch, runner, log_base, state, now);
+    let lease = Lease { engine, ..Lease::after(job.epoch, runner, log_base, state, now) };
     job.epoch = lease.epoch;
     job.remember(runner, lease.epoch);
     job.lease = Some(lease);

@@ -6,8 +6,9 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::{Epoch, RunnerId};
+use crate::lease::Engine;
 use crate::policy::{MfaPolicy, Phase};
-use crate::run::{Approval, Run, RunState};
+use crate::run::{Approval, Planned, Run, RunState};
 use crate::time::Timestamp;
 
 pub(super) fn plan_ended(
@@ -18,10 +19,10 @@ pub(super) fn plan_ended(
     current: MfaPolicy,
     now: Timestamp,
 ) -> Step {
-    match current_lease(run, Phase::Plan, runner, epoch) {
-        Some(lease) if lease.released.is_some() => {}
+    let lease = match current_lease(run, Phase::Plan, runner, epoch) {
+        Some(lease) if lease.released.is_some() => lease,
         Some(_) | None => return Step::Refused(Refusal::LeaseLost),
-    }
+    };
     let mut next = moved(run, run.state, now);
     next.plan.ended_at = Some(now);
     next.plan.lease = None;
@@ -40,6 +41,10 @@ pub(super) fn plan_ended(
             return ended(next, state, Some(failure.reason), vec![]);
         }
     };
+    if !lease.engine.admits(&planned.engine, &planned.terraform_version) {
+        let reason = other_engine(&lease.engine, &planned);
+        return ended(next, RunState::Errored, Some(reason), vec![]);
+    }
     let applyable = planned.applyable;
     let digest = planned.digest;
     next.planned = Some(planned);
@@ -61,6 +66,19 @@ pub(super) fn plan_ended(
         next.state = RunState::AwaitingConfirmation;
     }
     done(next, effects)
+}
+
+/// The apply is held to the engine of its plan, so a plan by another engine than was asked for
+/// must not come to one.
+fn other_engine(wanted: &Engine, planned: &Planned) -> String {
+    let Engine { name, version } = wanted;
+    let wanted = [name.as_str(), version.as_str()].join(" ");
+    format!(
+        "the plan was made by {} {} and its runner was told to use {}; queue the run again",
+        planned.engine,
+        planned.terraform_version,
+        wanted.trim()
+    )
 }
 
 pub(super) fn apply_ended(
