@@ -10,6 +10,7 @@
 //! endpoints.json, state-lock             how terraform reaches its supervisor: for a successor
 //! process, interrupted                   pid and start time of the running terraform; whether it
 //!                                        was asked to stop
+//! forced                                 canceled by force: no more credentials
 //! raw, log, checkpoint                   what terraform wrote; the canonical log; their relation
 //! state/base, state/NNNN                 the state at the lease; every state written since
 //! work/                                  the configuration, or the restored workspace

@@ -74,6 +74,9 @@ const TOKEN_FILE: &str = "credentials-token";
 /// never used.
 const CLI_CONFIG: &str = "terraformrc";
 
+/// Says that the job was canceled by force: a successor gives out no credentials.
+const FORCED: &str = "forced";
+
 /// What the supervisor prints when it listens.
 pub(crate) const READY: &str = "supervisor ready";
 
@@ -329,15 +332,17 @@ impl Supervisor {
                     }
                 }
                 Order::Cancel(force) => {
+                    if force {
+                        // Before anything is killed: something may survive.
+                        note_forced(&self.directory);
+                        credentials.iter().for_each(CredentialsEndpoint::close);
+                    }
                     let wanted = if force { Cancel::Forced } else { Cancel::Graceful };
                     cancel_to.send_if_modified(|cancel| {
                         let more = wanted > *cancel;
                         *cancel = wanted.max(*cancel);
                         more
                     });
-                    if force && let Some(endpoint) = &credentials {
-                        endpoint.withdraw();
-                    }
                 }
                 Order::Withdraw(_) => credentials.iter().for_each(CredentialsEndpoint::withdraw),
                 Order::GiveUp(_) => {
@@ -465,6 +470,13 @@ impl Running {
         latchkey_failpoint::reach("sup.exec.synced");
         self.status.send_modify(|status| status.set_stage(Stage::Executing));
         Ok(())
+    }
+}
+
+fn note_forced(directory: &JobDirectory) {
+    if let Err(error) = directory.note(FORCED, b"") {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(error, "failed to note that the job was canceled by force");
     }
 }
 

@@ -67,6 +67,8 @@ enum Holding {
     Awaited,
     Session(Session),
     Withdrawn,
+    /// For good: by a forced cancel. What survives it gets nothing, whoever authenticates again.
+    Closed,
 }
 
 #[derive(Debug, Clone)]
@@ -134,8 +136,15 @@ impl CredentialsEndpoint {
         self.hold(Holding::Withdrawn);
     }
 
+    pub(super) fn close(&self) {
+        self.hold(Holding::Closed);
+    }
+
     fn hold(&self, holding: Holding) {
-        *self.shared.holding.lock().unwrap_or_else(PoisonError::into_inner) = holding;
+        let mut held = self.shared.holding.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(*held, Holding::Closed) {
+            *held = holding;
+        }
     }
 }
 
@@ -162,7 +171,7 @@ async fn answer(
             "Awaited",
             "the supervisor was replaced and waits for the credentials of this run",
         ),
-        Holding::Withdrawn => refuse(
+        Holding::Withdrawn | Holding::Closed => refuse(
             StatusCode::FORBIDDEN,
             "Withdrawn",
             "Latchkey has withdrawn the credentials of this run",
@@ -257,6 +266,11 @@ mod tests {
         let (status, body) = ask(&[("Host", &host), auth]).await;
         assert_eq!(status, 403);
         assert!(String::from_utf8(body).unwrap().contains("withdrawn"));
+        endpoint.replace(session("AKIA4", later));
+        assert_eq!(ask(&[("Host", &host), auth]).await.0, 200);
+        endpoint.close();
+        endpoint.replace(session("AKIA5", later));
+        assert_eq!(ask(&[("Host", &host), auth]).await.0, 403);
         assert!(!format!("{endpoint:?}").contains("canary"));
     }
 }

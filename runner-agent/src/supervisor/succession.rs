@@ -109,8 +109,9 @@ impl Supervisor {
                     self.status.send_modify(|status| status.wants_secrets = false);
                 }
                 Order::Cancel(true) => {
+                    super::note_forced(&self.directory);
+                    credentials.iter().for_each(CredentialsEndpoint::close);
                     orphans::end_all_of(&self.directory);
-                    credentials.iter().for_each(CredentialsEndpoint::withdraw);
                 }
                 // A second SIGINT would make terraform give its state up.
                 Order::Cancel(false) if !interrupted && runs => {
@@ -205,6 +206,9 @@ impl Supervisor {
         match CredentialsEndpoint::take_over(port, &self.directory.join(super::TOKEN_FILE)).await {
             Ok(endpoint) => {
                 known.add(endpoint.token());
+                if self.directory.join(super::FORCED).exists() {
+                    endpoint.close();
+                }
                 Some(endpoint)
             }
             Err(error) => {

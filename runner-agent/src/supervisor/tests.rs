@@ -22,6 +22,7 @@ use crate::job_directory::tests as samples;
 
 mod confined;
 mod dumped;
+pub(crate) mod forced;
 mod hooked;
 mod providers;
 mod spooling;

@@ -7,6 +7,9 @@ use serde_json::Value;
 use super::*;
 use crate::job_directory::JobDirectory;
 use crate::supervisor::loopback::request;
+use crate::supervisor::tests::forced::{
+    ask, keep_the_supervisor, let_the_supervisor_go, terraform_is_gone,
+};
 
 /// Writes a state as the terraform of the job would, in the middle of its apply.
 async fn write_state(directory: &JobDirectory, state: &str) {
@@ -44,4 +47,34 @@ async fn a_forced_cancel_kills_terraform_and_ships_the_state_that_was_written_be
     let state = (v1::ArtifactKind::State.into(), 1);
     assert_eq!(world.artifacts[&state], written.as_bytes());
     assert_eq!(finished.log_length, world.log.len() as u64);
+}
+
+/// The supervisor is held at its end, where a program that survives so far would ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_forced_cancel_the_job_gets_no_credentials() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    ending::apply_begins(&plane, "600").await;
+    let directory = JobDirectory::list(&work_dir.path().join("jobs")).unwrap().remove(0);
+    assert_eq!(ask(&directory).await.0, 200);
+    keep_the_supervisor(&directory);
+    {
+        let mut world = plane.world();
+        world.forces = true;
+        world.cancel = true;
+    }
+    terraform_is_gone(&directory).await;
+    let (status, body) = ask(&directory).await;
+    assert!(status == 403 && body.contains("Withdrawn"), "{status} {body}");
+    // A reconnect gives none back.
+    plane.cut();
+    let hellos =
+        |world: &World| world.story.iter().filter(|said| said.starts_with("hello")).count();
+    let before = hellos(&plane.world());
+    plane.wait("a reconnect", |world| hellos(world) > before).await;
+    assert_eq!(ask(&directory).await.0, 403);
+    let_the_supervisor_go(&directory);
+    let finished = plane.finished().await;
+    assert!(matches!(finished.result, Some(v1::finished::Result::Failed(_))), "{finished:?}");
+    agent.stop().await.unwrap();
 }
