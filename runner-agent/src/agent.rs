@@ -66,6 +66,8 @@ const LARGEST_FRAME: usize = 16 << 20;
 /// and dropped, again and again, must not be dialled without pause.
 const STABLE: Duration = Duration::from_secs(30);
 
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+
 /// Between two connections.
 const LONGEST_WAIT: Duration = Duration::from_secs(20);
 
@@ -197,7 +199,7 @@ impl Agent {
     }
 
     async fn run(&mut self) {
-        let mut backoff = Backoff::new(Duration::from_millis(200), LONGEST_WAIT);
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         let turn = loop {
             let failed = match self.connected(&mut backoff).await {
                 Ok(turn) => break turn,

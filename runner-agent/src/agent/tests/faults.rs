@@ -140,3 +140,29 @@ async fn a_download_takes_nothing_of_the_time_to_wait_for_go() {
     assert!(matches!(finished.result, Some(v1::finished::Result::Plan(_))), "{finished:?}");
     agent.stop().await.unwrap();
 }
+
+/// What was welcomed comes back within a heartbeat, however often it has failed: well before the
+/// leases lapse that it has renewed. Otherwise these tries would take minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_was_welcomed_never_waits_longer_than_a_heartbeat() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let agent = Running::start(plane.config(work_dir.path()));
+    plane.wait("a heartbeat", |world| world.story.contains(&"heartbeat".to_owned())).await;
+    plane.world().is_old = true;
+    plane.cut();
+    let begun = Instant::now();
+    let refusals = |world: &World| world.story.iter().filter(|what| *what == "refused").count();
+    plane.wait("many refusals", |world| refusals(world) >= 40).await;
+    // Full jitter: half of it on average.
+    assert!(begun.elapsed() < 40 * HEARTBEAT + LIMIT / 4, "{:?}", begun.elapsed());
+    agent.stop().await.unwrap();
+}
+
+/// Of a control plane, and of a runner that was not welcomed yet.
+#[test]
+fn no_wait_outlasts_the_term_of_a_lease() {
+    const DEFAULT_TERM: Duration = Duration::from_secs(45);
+    let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+    let longest = (0..40).map(|_| backoff.next(1.0)).max().unwrap();
+    assert!(longest * 2 < DEFAULT_TERM, "{longest:?}");
+}
