@@ -1,6 +1,7 @@
 //! A whole Latchkey that can be broken: control plane, a network, a runner, an AWS, a stub.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -275,7 +276,11 @@ fn copy_identity(from: &Path, to: &Path) -> anyhow::Result<()> {
                 copy_identity(&entry.path(), &to.join(name))?;
             }
         } else if name != "lock" {
-            fs::copy(entry.path(), to.join(name))?;
+            match fs::copy(entry.path(), to.join(name)) {
+                // The agent lives: it writes beside a file, then renames.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                copied => drop(copied?),
+            }
         }
     }
     Ok(())
