@@ -344,6 +344,12 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
             Some(format!("latchkey confirm {id}, or latchkey discard {id}"))
         }
         RunState::Errored => Some(format!("latchkey logs {id}")),
+        RunState::Lost if runner_was_revoked(run) => Some(format!(
+            "its runner was revoked and brings nothing more: find out what the apply did, accept a \
+             state that it left, if there is one (latchkey quarantine list --run {id}), then \
+             latchkey discard {id} to give it up, and latchkey env unfreeze {} --run {id}",
+            run.environment
+        )),
         RunState::Lost => Some(format!(
             "wait for its runner, or latchkey quarantine list --run {id} and accept a state, or \
              latchkey discard {id} to give it up"
@@ -359,6 +365,11 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
         | RunState::Canceled
         | RunState::Discarded => None,
     }
+}
+
+/// Tells whether nobody can say any more how the apply ended.
+fn runner_was_revoked(run: &v1::Run) -> bool {
+    run.apply.as_ref().is_some_and(|facts| facts.runner_revoked)
 }
 
 /// Says from when on a run that was asked to stop can be killed, and how.
@@ -570,6 +581,26 @@ next: latchkey authenticate 0199-run, or latchkey discard 0199-run
         let json = serde_json::to_value(RunView::new(&run)).unwrap();
         assert_eq!(json["apply"]["last_heard_time"], "2026-01-01T00:01:00Z");
         assert_eq!(json["force_cancel_time"], "2026-01-01T00:01:10Z");
+    }
+
+    #[test]
+    fn a_lost_apply_whose_runner_is_revoked_is_not_waited_for() {
+        let with = |runner_revoked| v1::Run {
+            state: RunState::Lost.into(),
+            apply: Some(v1::JobFacts { epoch: 1, runner_revoked, ..Default::default() }),
+            ..sample()
+        };
+        assert!(next_step(&with(false)).unwrap().starts_with("wait for its runner, or"));
+        let next = next_step(&with(true)).unwrap();
+        assert!(!next.contains("wait"), "{next}");
+        for step in [
+            "its runner was revoked",
+            "latchkey quarantine list --run 0199-run",
+            "latchkey discard 0199-run",
+            "latchkey env unfreeze prod --run 0199-run",
+        ] {
+            assert!(next.contains(step), "{step}\n{next}");
+        }
     }
 
     #[test]

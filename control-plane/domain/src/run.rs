@@ -417,6 +417,12 @@ impl Run {
         self.cancel_requested_at.filter(|_| may_run).map(|at| at + grace)
     }
 
+    /// Tells whether the run is lost for good: its runner was revoked, so that nobody is left who
+    /// could tell how the apply ended.
+    pub fn lost_its_runner(&self) -> bool {
+        self.state == RunState::Lost && self.apply.lease.is_none()
+    }
+
     /// Tells whether the run's kind ends after its plan and lets others pass.
     pub fn is_plan_only(&self) -> bool {
         self.request.kind == RunKind::PlanOnly

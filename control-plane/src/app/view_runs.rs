@@ -155,10 +155,9 @@ impl App {
         if run.state == RunState::Lost {
             let id = run.id;
             let count = facts.quarantined;
-            let waits = match run.apply.lease {
-                Some(_) => "wait for the runner to come back, ",
-                // It was revoked.
-                None => "",
+            let waits = match run.lost_its_runner() {
+                false => "wait for the runner to come back, ",
+                true => "",
             };
             known.push(format!(
                 "{waits}recover a state (`latchkey quarantine list --run {id}`: {count} there), or \

@@ -168,7 +168,10 @@ pub(super) fn run(view: RunView) -> v1::Run {
             }
         }),
         plan: Some(job(&run.plan, &view.plan_facts, view.plan_log_length)),
-        apply: Some(job(&run.apply, &view.apply_facts, view.apply_log_length)),
+        apply: Some(v1::JobFacts {
+            runner_revoked: run.lost_its_runner(),
+            ..job(&run.apply, &view.apply_facts, view.apply_log_length)
+        }),
         plan_result: run.planned.as_ref().map(|planned| plan(planned, changes.as_deref())),
         approval: run.approval.as_ref().map(|approval| v1::Approval {
             user: approval.by.clone(),
@@ -209,6 +212,7 @@ fn job(job: &Job, facts: &JobFacts, log_length: u64) -> v1::JobFacts {
         runner_name: facts.runner_name.clone(),
         last_heard_time: facts.last_heard.map(timestamp),
         quarantined: facts.quarantined,
+        runner_revoked: false,
     }
 }
 

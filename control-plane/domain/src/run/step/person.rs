@@ -174,8 +174,8 @@ fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {
 /// Notes that a lost run is to stop, for its runner when it comes back. Never gives it up: who
 /// asks a second time why it does not stop has decided nothing about what it left behind.
 fn cancel_lost(run: &Run, by: String, now: Timestamp) -> Step {
-    if run.apply.lease.is_none() {
-        // Its runner was revoked: there is nobody to be told.
+    if run.lost_its_runner() {
+        // There is nobody to be told.
         return Step::Refused(Refusal::WrongState);
     }
     if run.cancel_requested_by.is_some() {
