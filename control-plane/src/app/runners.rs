@@ -4,6 +4,8 @@
 //! a grant is committed only against the record that it was judged by. So a drain that crosses a
 //! grant, and a revocation that crosses anything, are decided by the store.
 
+mod budget;
+
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -21,6 +23,8 @@ use crate::error::{Error, Result};
 use crate::store::record::runner::{Pool, Runner, Said};
 use crate::store::record::{Loaded, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, Scan, keys};
+
+pub use self::budget::{Budget, Spending};
 
 /// How often a lost race is run again before the caller is told.
 const ATTEMPTS: usize = 16;
@@ -196,8 +200,15 @@ impl App {
     }
 
     /// Records what a connecting runner says of itself, if that is news, and answers whether it
-    /// may have jobs.
-    pub async fn introduce(&self, runner: &RunnerIdentity, said: &Said) -> Result<Standing> {
+    /// may have jobs. Where it says something else too often, it is let in all the same, and
+    /// shown as it was recorded last.
+    pub async fn introduce(
+        &self,
+        runner: &RunnerIdentity,
+        said: &Said,
+        budget: &Budget,
+    ) -> Result<Standing> {
+        let mut spending = None;
         for _ in 0..ATTEMPTS {
             let Loaded { key, version, value } = self.runner_record(runner.id).await?;
             if value.revoked_at.is_some() {
@@ -205,6 +216,11 @@ impl App {
             }
             let drained = value.drained_at.is_some();
             if value.said.as_ref() == Some(said) {
+                return Ok(Standing { drained, version });
+            }
+            if *spending.get_or_insert_with(|| budget.spend()) == Spending::Beyond {
+                tracing::warn!(runner_id = %runner.id,
+                    "a runner says something else of itself too often; not recorded");
                 return Ok(Standing { drained, version });
             }
             let next = Runner { said: Some(said.clone()), ..value };

@@ -14,6 +14,7 @@ use tonic::{Request, Status};
 
 use super::PART_TIMEOUT;
 use crate::app::App;
+use crate::app::runners::Budget;
 
 /// How many lease streams: an honest runner has one, and for a moment the one that it replaces.
 const MOST_LEASES: usize = 16;
@@ -39,6 +40,7 @@ pub(super) struct Places(Arc<Mutex<HashMap<RunnerId, Taken>>>);
 struct Taken {
     leases: usize,
     bulk: usize,
+    introductions: Arc<Budget>,
 }
 
 impl Taken {
@@ -54,6 +56,7 @@ impl Taken {
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     patience: Duration,
+    introductions: Arc<Budget>,
     _held: Option<Arc<Held>>,
 }
 
@@ -100,13 +103,15 @@ impl Places {
         patience: Duration,
     ) -> Option<Place> {
         let mut taken = self.taken();
-        let count = taken.entry(runner).or_default().of(kind);
+        let taken = taken.entry(runner).or_default();
+        let introductions = Arc::clone(&taken.introductions);
+        let count = taken.of(kind);
         if *count >= most {
             return None;
         }
         *count += 1;
         let held = Held { places: self.clone(), runner, kind };
-        Some(Place { patience, _held: Some(Arc::new(held)) })
+        Some(Place { patience, introductions, _held: Some(Arc::new(held)) })
     }
 
     fn taken(&self) -> MutexGuard<'_, HashMap<RunnerId, Taken>> {
@@ -124,7 +129,15 @@ impl Place {
     /// as the request. Where no layer gave one, nothing is counted.
     pub(super) fn of<T>(request: &mut Request<T>) -> Self {
         let given = request.extensions_mut().remove::<Self>();
-        given.unwrap_or(Self { patience: PART_TIMEOUT, _held: None })
+        given.unwrap_or_else(|| {
+            let introductions = Arc::default();
+            Self { patience: PART_TIMEOUT, introductions, _held: None }
+        })
+    }
+
+    /// How often the runner may have something new recorded, over all its streams.
+    pub(super) fn introductions(&self) -> &Budget {
+        &self.introductions
     }
 
     /// How long the stream may bring no whole message. Whoever asks has the place, too: a task

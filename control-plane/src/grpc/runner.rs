@@ -60,7 +60,8 @@ impl RunnerService for Service {
         let (service, revoked) = (self.clone(), revocation.clone());
         tokio::spawn(async move {
             let sender = answers.clone();
-            let held = service.hold_leases(runner, hello, frames, answers, revoked).await;
+            let budget = place.introductions();
+            let held = service.hold_leases(runner, hello, frames, answers, revoked, budget).await;
             if let Err(status) = held {
                 let _ = send_within(place.patience(), &sender, Err(status)).await;
             }

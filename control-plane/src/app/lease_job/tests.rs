@@ -15,6 +15,7 @@ use crate::app::environments::SettingsChange;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::run_output::{Appender, Piece};
+use crate::app::runners::Budget;
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
@@ -270,7 +271,7 @@ async fn connect(
 ) -> mpsc::Receiver<ToRunner> {
     fixture.dispatch();
     let said = Said { slots: 1, ..Said::default() };
-    let standing = fixture.app.introduce(runner, &said).await.unwrap();
+    let standing = fixture.app.introduce(runner, &said, &Budget::default()).await.unwrap();
     let (sender, frames) = mpsc::channel(RUNNER_QUEUE);
     let introduction = Introduction { abilities: (&said).into(), held, standing, draining: false };
     fixture.app.dispatch.connect(runner.clone(), introduction, sender).await.unwrap();

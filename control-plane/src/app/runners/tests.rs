@@ -52,7 +52,7 @@ fn said() -> Said {
 }
 
 async fn connect(fixture: &Fixture, runner: &RunnerIdentity) -> mpsc::Receiver<ToRunner> {
-    let standing = fixture.app.introduce(runner, &said()).await.unwrap();
+    let standing = fixture.app.introduce(runner, &said(), &Budget::default()).await.unwrap();
     let (sender, frames) = mpsc::channel(RUNNER_QUEUE);
     let introduction =
         Introduction { abilities: (&said()).into(), held: vec![], standing, draining: false };
@@ -84,11 +84,13 @@ async fn what_a_runner_said_last_is_shown_when_it_is_gone() {
     fixture.dispatch();
     let runner = enrolled(&fixture).await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let first = app.introduce(&runner, &said()).await.unwrap();
-    let again = app.introduce(&runner, &said()).await.unwrap();
+    let first = app.introduce(&runner, &said(), &Budget::default()).await.unwrap();
+    let again = app.introduce(&runner, &said(), &Budget::default()).await.unwrap();
     assert_eq!(first, again, "what is no news is not written");
     let news = Said { version: "2".into(), ..said() };
-    assert!(app.introduce(&runner, &news).await.unwrap().version > first.version);
+    assert!(
+        app.introduce(&runner, &news, &Budget::default()).await.unwrap().version > first.version
+    );
     let view = app.show_runner(owner, runner.id).await.unwrap();
     assert_eq!(view.runner.said, Some(news));
     assert!(!view.seen.connected);
@@ -106,7 +108,7 @@ async fn a_drain_outlives_both_sides_and_is_taken_back() {
     assert_eq!(actions(&fixture).await.iter().filter(|a| *a == "drain_runner").count(), 1);
     // A control plane that was started anew knows, and grants nothing, whatever dispatch thinks.
     let restarted = fixture.restarted(None).await;
-    assert!(restarted.introduce(&runner, &said()).await.unwrap().drained);
+    assert!(restarted.introduce(&runner, &said(), &Budget::default()).await.unwrap().drained);
     let run = fixture.queue("first").await;
     let job = run.job_id(Phase::Plan);
     assert_eq!(restarted.grant(job, runner.id).await.unwrap_err().reason(), Reason::NotAllowed);
@@ -144,7 +146,7 @@ async fn a_plan_of_a_revoked_runner_is_granted_again_at_once() {
     let key = Digest::from_bytes([7; 32]);
     for error in [
         app.runner_with_key(&key).await.unwrap_err(),
-        app.introduce(&runner, &said()).await.unwrap_err(),
+        app.introduce(&runner, &said(), &Budget::default()).await.unwrap_err(),
         app.confirm_standing(runner.id).await.unwrap_err(),
         app.grant(new.job, runner.id).await.unwrap_err(),
     ] {
@@ -265,6 +267,26 @@ async fn a_plan_is_asked_for_by_its_settings_and_an_apply_by_its_plan() {
     app.confirm_run(owner, run.id, seen).await.unwrap();
     let (_, spec) = app.grant(run.job_id(Phase::Apply), runner.id).await.unwrap();
     assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.11.4"));
+}
+
+#[tokio::test]
+async fn a_runner_that_says_something_else_each_time_is_let_in_and_not_recorded_each_time() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    fixture.dispatch();
+    let runner = enrolled(&fixture).await;
+    let (app, budget) = (&fixture.app, Budget::default());
+    let told = |number: u32| Said { version: number.to_string(), ..said() };
+    let mut versions = vec![];
+    for number in 0..40 {
+        versions.push(app.introduce(&runner, &told(number), &budget).await.unwrap().version);
+    }
+    versions.dedup();
+    assert_eq!(versions.len(), 8);
+    // What is recorded stands, and saying it again costs nothing.
+    let shown = app.show_runner(&fixture.owner, runner.id).await.unwrap().runner;
+    assert_eq!(shown.said, Some(told(7)));
+    app.drain_runner(&fixture.owner, runner.id).await.unwrap();
+    assert!(app.introduce(&runner, &told(77), &budget).await.unwrap().drained);
 }
 
 /// Somebody who wants another engine from now on means the next run.

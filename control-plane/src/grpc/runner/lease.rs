@@ -13,6 +13,7 @@ use tonic::{Status, Streaming};
 
 use super::wire::{from_dispatch_out, go_out, job_result, mark, mark_out};
 use crate::app::lease_job::Held;
+use crate::app::runners::Budget;
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
 use crate::auth::revocation::Revocation;
@@ -58,12 +59,13 @@ impl Service {
         mut frames: Streaming<v1::LeaseRequest>,
         answers: Outgoing,
         revocation: Revocation,
+        budget: &Budget,
     ) -> Result<(), Status> {
         if hello.held.len() > MOST_HELD {
             return Err(Error::field("held", "a runner holds up to 256 jobs").into());
         }
         let said = introduction::said(&hello)?;
-        let standing = self.app.introduce(&runner, &said).await?;
+        let standing = self.app.introduce(&runner, &said, budget).await?;
         let held = hello.held.into_iter().map(|held| convert::lease(Some(held)));
         let held = held.collect::<Result<Vec<_>, _>>()?;
         self.app.greet(&runner, hello.seen.map(mark).as_ref()).await?;
