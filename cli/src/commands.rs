@@ -62,6 +62,11 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Pool(pool::Pool),
     /// What runners brought that is not current, kept for a person
+    ///
+    /// An organization's is bounded: 10,000 things, and 64 GiB, or 128 GiB where they are states and
+    /// results. When that is reached, the oldest log, workspace or list of changes gives way to what
+    /// is new. States and results are dropped by a person only: where nothing else is left, runners
+    /// keep what they have until there is room, and the audit trail says `quarantine_full`.
     #[command(subcommand)]
     Quarantine(quarantine::Quarantine),
     /// The chained record of who did what

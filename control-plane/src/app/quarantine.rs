@@ -4,12 +4,16 @@
 //! it is kept beside the run: of each lease the newest of each kind. A person looks at it, makes
 //! a state the environment's newest, or drops it.
 //!
+//! What is kept is bounded, for a run, a runner and an organization ([`bounds`]); a full one drops
+//! the oldest of what is neither a state nor a result ([`room`]).
+//!
 //! Taken is only what comes from who held the job at that epoch; and, since a restore forgets
 //! runs and epochs, what a runner of the organization says of an older generation, within bounds of
 //! its own, and told as what it is. Where nothing was ever restored, there is no such time.
 
 mod bounds;
 mod review;
+mod room;
 mod serial;
 
 use latchkey_domain::id::{EnvironmentId, Generation, QuarantinedId};
@@ -17,6 +21,7 @@ use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
 
+use self::bounds::Tallies;
 use super::App;
 use super::artifacts::{ArtifactHeader, Made};
 use super::claims::{Claim, Settled};
@@ -78,8 +83,8 @@ impl App {
         let slot = slot_of(runner, header);
         let before = self.in_slot(slot).await?;
         let before = before.as_ref().map(|(_, before)| &before.value);
-        let tallies = self.tallies(slot, origin.witness()).await?;
-        tallies.with(before, header.size).check(header.kind)?;
+        let tallies = self.tallies(slot, origin.witness()).await?.with(before, header.size);
+        self.find_room(runner, header, &tallies, before).await?;
         self.check_replaced(slot, before)?;
         if let Origin::Foreign(_) = origin {
             self.quota(runner, slot.run).await?;
@@ -114,7 +119,14 @@ impl App {
                 return Ok(Settled::NotNeeded);
             }
             let tallies = tallies.with(known, header.size);
-            tallies.check(header.kind)?;
+            let gives_way = self.find_room(runner, header, &tallies, known).await?;
+            if !gives_way.is_empty() {
+                for id in gives_way {
+                    self.take_out(organization, id, ("system", "quarantine_gave_way")).await?;
+                }
+                // Counted anew.
+                continue;
+            }
             let replaced = self.check_replaced(slot, known)?;
 
             let id = QuarantinedId::from_uuid(self.new_id());
@@ -182,6 +194,25 @@ impl App {
             }
         }
         Err(Error::refused(Reason::ChangedMeanwhile, "it changes too fast; send it again"))
+    }
+
+    /// Lists what has to give way for something new, or refuses it.
+    async fn find_room(
+        &self,
+        runner: &RunnerIdentity,
+        header: ArtifactHeader,
+        tallies: &Tallies,
+        before: Option<&Quarantined>,
+    ) -> Result<Vec<QuarantinedId>> {
+        let Err(error) = tallies.check(header.kind) else { return Ok(vec![]) };
+        if let Some(excess) = tallies.excess(header.kind) {
+            let replaced = before.map(|before| before.id.0);
+            let found = self.what_gives_way(runner.organization, excess, replaced).await?;
+            if let Some(gives_way) = found {
+                return Ok(gives_way);
+            }
+        }
+        Err(self.refuse_for_room(runner, header, error).await?)
     }
 
     /// Takes nothing but from who held the job at that epoch, or from before a restore: what

@@ -3,12 +3,15 @@
 //! What was brought by those who were seen to hold a job, and what rests on a runner's word alone,
 //! are counted apart: no amount of words takes room from a state that may be all there is.
 //!
+//! Where the bound of an organization alone is reached, [`super::room`] makes room first.
+//!
 //! A refusal of a state of who held the job is one that its runner tries again: it keeps what it
 //! has until a person has made room.
 
 use latchkey_domain::id::{OrganizationId, RunId, RunnerId};
 use latchkey_proto::v1::Reason;
 
+use super::room::is_kept;
 use crate::app::App;
 use crate::app::artifacts::Made;
 use crate::auth::RunnerIdentity;
@@ -26,14 +29,35 @@ struct Limit {
     all: u64,
 }
 
+/// What is too much of an organization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Excess {
+    pub(super) entries: u64,
+    pub(super) bytes: u64,
+}
+
+impl Limit {
+    const fn bytes(self, kind: Made) -> u64 {
+        if is_kept(kind) { self.all } else { self.bulky }
+    }
+
+    fn excess(self, kind: Made, tally: &Tally) -> Option<Excess> {
+        let excess = Excess {
+            entries: tally.entries.saturating_sub(self.entries),
+            bytes: tally.bytes.saturating_sub(self.bytes(kind)),
+        };
+        (excess.entries > 0 || excess.bytes > 0).then_some(excess)
+    }
+}
+
 const OF_RUN: Limit = Limit { entries: u64::MAX, bulky: 4 << 30, all: 32 << 30 };
 const OF_RUNNER: Limit = Limit { entries: u64::MAX, bulky: 16 << 30, all: 32 << 30 };
-const OF_ORGANIZATION: Limit = Limit { entries: u64::MAX, bulky: 64 << 30, all: 128 << 30 };
+const OF_ORGANIZATION: Limit = Limit { entries: 10_000, bulky: 64 << 30, all: 128 << 30 };
 
 /// On words alone. A run's is counted for each runner.
 const WORD_OF_RUN: Limit = Limit { entries: 16, bulky: 1 << 30, all: 1 << 30 };
 const WORD_OF_RUNNER: Limit = Limit { entries: u64::MAX, bulky: 4 << 30, all: 4 << 30 };
-const WORD_OF_ORGANIZATION: Limit = Limit { entries: u64::MAX, bulky: 16 << 30, all: 16 << 30 };
+const WORD_OF_ORGANIZATION: Limit = Limit { entries: 4096, bulky: 16 << 30, all: 16 << 30 };
 const WORD_RUNS: usize = 64;
 
 /// How often one thing of a lease may be replaced: each is told in the audit trail.
@@ -137,33 +161,41 @@ impl Tallies {
     }
 
     pub(super) fn check(&self, kind: Made) -> Result<()> {
-        let limits = match self.witness {
+        let of = ["of this run", "that this runner brought", "of this organization"];
+        for ((tally, limit), of) in self.limited().into_iter().zip(of) {
+            if limit.excess(kind, tally).is_none() {
+                continue;
+            }
+            let reason = match (is_kept(kind), self.witness) {
+                (true, Witness::Record) => Reason::StoreUnavailable,
+                (false, Witness::Record) | (_, Witness::Word) => Reason::LimitReached,
+            };
+            let message = format!(
+                "too much {of} is in quarantine; an owner makes room with `latchkey quarantine drop`"
+            );
+            let bytes = limit.bytes(kind).to_string();
+            return Err(Error::refused(reason, message).with("limit", bytes));
+        }
+        Ok(())
+    }
+
+    /// Says what is too much of the organization, where that alone is in the way and where
+    /// anything gives way.
+    pub(super) fn excess(&self, kind: Made) -> Option<Excess> {
+        let [run, runner, (tally, limit)] = self.limited();
+        let fits = |(tally, limit): (&Tally, Limit)| limit.excess(kind, tally).is_none();
+        match self.witness {
+            Witness::Record if fits(run) && fits(runner) => limit.excess(kind, tally),
+            Witness::Record | Witness::Word => None,
+        }
+    }
+
+    fn limited(&self) -> [(&Tally, Limit); 3] {
+        let [run, runner, organization] = match self.witness {
             Witness::Record => [OF_RUN, OF_RUNNER, OF_ORGANIZATION],
             Witness::Word => [WORD_OF_RUN, WORD_OF_RUNNER, WORD_OF_ORGANIZATION],
         };
-        let of = ["of this run", "that this runner brought", "of this organization"];
-        for (((_, _, tally), limit), of) in
-            [&self.run, &self.runner, &self.organization].into_iter().zip(limits).zip(of)
-        {
-            let (bytes, reason) = match (kind, self.witness) {
-                (Made::Workspace | Made::Changes | Made::Log, _) => {
-                    (limit.bulky, Reason::LimitReached)
-                }
-                (
-                    Made::State | Made::ErroredState | Made::StateDump | Made::Result,
-                    Witness::Record,
-                ) => (limit.all, Reason::StoreUnavailable),
-                (
-                    Made::State | Made::ErroredState | Made::StateDump | Made::Result,
-                    Witness::Word,
-                ) => (limit.all, Reason::LimitReached),
-            };
-            if tally.bytes > bytes || tally.entries > limit.entries {
-                let message = format!("too much {of} is in quarantine; drop some");
-                return Err(Error::refused(reason, message).with("limit", bytes.to_string()));
-            }
-        }
-        Ok(())
+        [(&self.run.2, run), (&self.runner.2, runner), (&self.organization.2, organization)]
     }
 
     pub(super) fn write(self, mut batch: Batch) -> Batch {

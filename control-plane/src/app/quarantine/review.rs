@@ -246,6 +246,18 @@ impl App {
         id: QuarantinedId,
     ) -> Result<()> {
         let organization = self.standing(caller, organization, Right::Own).await?.organization;
+        self.take_out(organization, id, (&caller.audit_name(), "drop_quarantined")).await?;
+        self.collect_garbage_soon();
+        Ok(())
+    }
+
+    /// Removes one, in the name of whoever wants it so.
+    pub(super) async fn take_out(
+        &self,
+        organization: OrganizationId,
+        id: QuarantinedId,
+        (actor, action): (&str, &str),
+    ) -> Result<()> {
         for _ in 0..ATTEMPTS {
             let found = match self.quarantined(organization, id).await {
                 Ok(found) => found,
@@ -266,12 +278,7 @@ impl App {
                 kind: Made::from(kind).number(),
             };
             let draft = self
-                .draft(
-                    organization,
-                    caller.audit_name(),
-                    "drop_quarantined",
-                    format!("run {}", run.0),
-                )
+                .draft(organization, actor, action, format!("run {}", run.0))
                 .with("id", id.to_string())
                 .with("kind", Made::from(kind).as_str())
                 .with("digest", digest.0.to_string());
@@ -287,10 +294,7 @@ impl App {
             }
             batch = tallies.write(batch);
             match self.store.commit(batch).await {
-                Ok(_) => {
-                    self.collect_garbage_soon();
-                    return Ok(());
-                }
+                Ok(_) => return Ok(()),
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
             }

@@ -251,6 +251,65 @@ async fn quarantine_has_a_bound_for_a_runner_and_an_organization_and_states_are_
     bring(app, &runner, lease, (Made::Log, 0), b"x").await.unwrap();
 }
 
+/// How full the organization's quarantine is said to be.
+async fn say_full(fixture: &Fixture, runner: &RunnerIdentity, tally: Tally) {
+    let key = keys::quarantine_total(runner.organization, 0, None);
+    let batch = Batch::new().put(key, Expect::Anything, crate::store::record::encode(&tally));
+    fixture.store.commit(batch).await.unwrap();
+}
+
+async fn audited(fixture: &Fixture, action: &str) -> usize {
+    let page = PageRequest { size: 200, ..PageRequest::default() };
+    let records = fixture.app.list_audit(&fixture.owner, ORGANIZATION, "", page).await;
+    let records = records.unwrap().items;
+    records.iter().filter(|record| record.draft.action == action).count()
+}
+
+#[tokio::test]
+async fn in_a_full_quarantine_the_oldest_that_is_no_state_gives_way() {
+    for full in [Tally { entries: 10_000, bytes: 9 }, Tally { entries: 9, bytes: (128 << 30) - 2 }]
+    {
+        let (fixture, _, runner, lease) = given_up().await;
+        let app = &fixture.app;
+        bring(app, &runner, lease, (Made::State, 1), &state("l", 7)).await.unwrap();
+        bring(app, &runner, lease, (Made::Result, 0), b"result").await.unwrap();
+        bring(app, &runner, lease, (Made::Log, 0), &[b'x'; 512]).await.unwrap();
+        bring(app, &runner, lease, (Made::StateDump, 0), b"dump").await.unwrap();
+        say_full(&fixture, &runner, full).await;
+        bring(app, &runner, lease, (Made::ErroredState, 0), &state("l", 8)).await.unwrap();
+        let mut kinds: Vec<_> =
+            listed(&fixture, None).await.into_iter().map(|view| view.record.kind).collect();
+        kinds.reverse();
+        let kept = [Kind::State, Kind::Result, Kind::StateDump, Kind::ErroredState];
+        assert_eq!(kinds, kept, "{full:?}");
+        assert_eq!(audited(&fixture, "quarantine_gave_way").await, 1);
+        assert_eq!(audited(&fixture, "quarantine_full").await, 0);
+    }
+}
+
+#[tokio::test]
+async fn no_state_is_dropped_for_another_and_the_one_refused_is_told_once() {
+    let (fixture, _, runner, lease) = given_up().await;
+    let app = &fixture.app;
+    bring(app, &runner, lease, (Made::State, 1), &state("l", 7)).await.unwrap();
+    bring(app, &runner, lease, (Made::Log, 0), b"log").await.unwrap();
+    // More than the log takes.
+    say_full(&fixture, &runner, Tally { entries: 9, bytes: 128 << 30 }).await;
+    for _ in 0..3 {
+        let error = bring(app, &runner, lease, (Made::StateDump, 0), &state("l", 8)).await;
+        let error = error.unwrap_err();
+        assert_eq!(error.reason(), Reason::StoreUnavailable, "its runner keeps it");
+        assert!(error.message().contains("latchkey quarantine drop"), "{error}");
+    }
+    assert_eq!(audited(&fixture, "quarantine_full").await, 1);
+    // What would not have been enough did not go either.
+    assert_eq!(listed(&fixture, None).await.len(), 2);
+    let id = only(&fixture, Kind::Log).await.record.id.0;
+    app.drop_quarantined(&fixture.owner, ORGANIZATION, id).await.unwrap();
+    say_full(&fixture, &runner, Tally { entries: 9, bytes: 0 }).await;
+    bring(app, &runner, lease, (Made::StateDump, 0), &state("l", 8)).await.unwrap();
+}
+
 #[tokio::test]
 async fn after_a_restore_a_runners_word_is_taken_within_bounds() {
     let (fixture, _, runner, lease) = given_up().await;
