@@ -56,6 +56,23 @@ const QUEUE: usize = 1024;
 /// How many frames may wait for one runner. A runner that does not read is disconnected.
 pub const RUNNER_QUEUE: usize = 64;
 
+/// How a running phase is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// terraform finishes what it is doing.
+    Gracefully,
+    /// It and all that it started is killed.
+    ByForce,
+}
+
+/// Whether it was decided what an expired lease leaves.
+#[derive(Clone, Copy, Debug)]
+enum Expiry {
+    Settled,
+    /// The store did not answer.
+    Undecided,
+}
+
 /// What a runner's stream is told to send.
 #[derive(Debug)]
 pub enum ToRunner {
@@ -65,7 +82,7 @@ pub enum ToRunner {
     },
     Cancel {
         lease: LeaseRef,
-        force: bool,
+        stop: Stop,
     },
     Revoke {
         lease: LeaseRef,
@@ -119,7 +136,7 @@ enum Message {
     Cancel {
         job: JobId,
         epoch: Epoch,
-        force: bool,
+        stop: Stop,
     },
     Revoke {
         job: JobId,
@@ -172,7 +189,7 @@ enum Message {
     Expired {
         job: JobId,
         epoch: Epoch,
-        settled: bool,
+        expiry: Expiry,
     },
     Standing {
         runner: RunnerId,
@@ -256,9 +273,9 @@ impl Handle {
         self.send(Message::Withdraw { job });
     }
 
-    /// Has the holder of a lease stop terraform; with `force`, kill it.
-    pub fn cancel(&self, job: JobId, epoch: Epoch, force: bool) {
-        self.send(Message::Cancel { job, epoch, force });
+    /// Has the holder of a lease end terraform.
+    pub fn cancel(&self, job: JobId, epoch: Epoch, stop: Stop) {
+        self.send(Message::Cancel { job, epoch, stop });
     }
 
     pub fn revoke(&self, job: JobId, epoch: Epoch, reason: &str) {

@@ -15,7 +15,7 @@ use super::App;
 use super::environments::is_exact;
 use super::transition::{Decision, Guard, Subject, wanted};
 use crate::auth::RunnerIdentity;
-use crate::dispatch::{Leases, Wanted};
+use crate::dispatch::{Leases, Stop, Wanted};
 use crate::error::{Error, Result};
 use crate::job::{JobSpec, LeaseRef};
 use crate::store::BoxFuture;
@@ -30,7 +30,7 @@ pub enum Held {
     /// Keep, and ask terraform to stop, or kill it: a person did so while the runner could not
     /// hear.
     KeepCanceled {
-        force: bool,
+        stop: Stop,
     },
     GiveUp,
 }
@@ -196,7 +196,7 @@ impl App {
             let LeaseRef { job, epoch, .. } = *lease;
             match self.take_up(runner, *lease).await? {
                 Held::Keep => {}
-                Held::KeepCanceled { force } => self.dispatch.cancel(job, epoch, force),
+                Held::KeepCanceled { stop } => self.dispatch.cancel(job, epoch, stop),
                 Held::GiveUp => self.dispatch.revoke(job, epoch, OVER),
             }
         }
@@ -293,7 +293,7 @@ impl App {
         }
         self.dispatch.watch_unknown(job, epoch, lease.runner);
         match Held::of(run) {
-            Held::KeepCanceled { force } => self.dispatch.cancel(job, epoch, force),
+            Held::KeepCanceled { stop } => self.dispatch.cancel(job, epoch, stop),
             Held::Keep | Held::GiveUp => {}
         }
         Ok(())
@@ -304,8 +304,8 @@ impl Held {
     /// Tells what the holder of a run's lease is to do with it.
     fn of(run: &Run) -> Self {
         match (&run.forced_by, &run.cancel_requested_by) {
-            (Some(_), _) => Held::KeepCanceled { force: true },
-            (None, Some(_)) => Held::KeepCanceled { force: false },
+            (Some(_), _) => Held::KeepCanceled { stop: Stop::ByForce },
+            (None, Some(_)) => Held::KeepCanceled { stop: Stop::Gracefully },
             (None, None) => Held::Keep,
         }
     }

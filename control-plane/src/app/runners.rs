@@ -2,19 +2,18 @@
 //!
 //! What an owner decides is durable in the runner's record before anything follows from it, and
 //! a grant is committed only against the record that it was judged by. So a drain that crosses a
-//! grant, and a revocation that crosses anything, are decided by the store.
+//! grant is decided by the store, as is a [`revocation`] that crosses anything.
 
 mod budget;
+mod revocation;
 
 use std::str::FromStr;
-use std::sync::Arc;
 
 use latchkey_domain::id::{Epoch, JobId, OrganizationId, PoolId, RunnerId};
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Event, RunState};
+use latchkey_domain::run::RunState;
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
-use tracing::Instrument;
 
 use super::{App, Page, PageRequest};
 use crate::auth::{Caller, Right, RunnerIdentity};
@@ -25,6 +24,7 @@ use crate::store::record::{Loaded, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, Scan, keys};
 
 pub use self::budget::{Budget, Spending};
+pub(super) use self::revocation::revoked;
 
 /// How often a lost race is run again before the caller is told.
 const ATTEMPTS: usize = 16;
@@ -62,13 +62,6 @@ impl FromStr for Place {
         let (pool, runner) = text.split_once('.').ok_or(latchkey_domain::id::Malformed)?;
         Ok(Self { pool: pool.parse()?, runner: runner.parse()? })
     }
-}
-
-pub(super) fn revoked() -> Error {
-    Error::refused(
-        Reason::IdentityRequired,
-        "the runner was revoked; enroll the host again with a new pool token",
-    )
 }
 
 impl App {
@@ -140,65 +133,6 @@ impl App {
         self.shown_runner(resumed.await?).await
     }
 
-    /// Ends a runner's identity for good, and with it all that it holds.
-    pub async fn revoke_runner(
-        self: &Arc<Self>,
-        caller: &Caller,
-        id: RunnerId,
-    ) -> Result<RunnerView> {
-        let (app, caller) = (Arc::clone(self), caller.clone());
-        // In a task of its own: what is revoked in the store must be cut off here, whether or
-        // not the owner waits for it.
-        let revoking = async move {
-            let revoked = app.steer(&caller, id, "revoke_runner", |runner, now| {
-                let changes = runner.revoked_at.is_none();
-                runner.revoked_at.get_or_insert(now.into());
-                Ok(changes)
-            });
-            let runner = revoked.await?;
-            app.cut_off(id);
-            // No grant to it is committed any more, so what is listed now is all.
-            for run in app.open_runs().await? {
-                for phase in Phase::ALL {
-                    let held = run.job(phase).lease.as_ref().filter(|lease| lease.runner == id);
-                    if let Some(lease) = held {
-                        app.end_lease_of_revoked(run.job_id(phase), id, lease.epoch).await?;
-                    }
-                }
-            }
-            Ok::<_, Error>(runner)
-        };
-        let runner = tokio::spawn(revoking.in_current_span()).await.map_err(Error::internal)??;
-        self.shown_runner(runner).await
-    }
-
-    /// Ends what this process has of a runner whose record says that it is revoked.
-    fn cut_off(&self, id: RunnerId) {
-        self.revocations.revoke(id);
-        self.dispatch.expel(id);
-    }
-
-    pub(super) async fn end_lease_of_revoked(
-        self: &Arc<Self>,
-        job: JobId,
-        runner: RunnerId,
-        epoch: Epoch,
-    ) -> Result<()> {
-        let ended = self
-            .advance(job.run, "system", "end_lease_of_revoked_runner", |_| {
-                Ok(Event::RunnerRevoked { phase: job.phase, runner, epoch })
-            })
-            .await;
-        match ended {
-            Ok(_) => {}
-            // It ended by itself meanwhile.
-            Err(error) if error.reason() == Reason::LeaseLost => {}
-            Err(error) => return Err(error),
-        }
-        self.dispatch.released(job, epoch);
-        Ok(())
-    }
-
     /// Records what a connecting runner says of itself, if that is news, and answers whether it
     /// may have jobs. Where it says something else too often, it is let in all the same, and
     /// shown as it was recorded last.
@@ -258,31 +192,6 @@ impl App {
             return Err(Error::refused(Reason::NotAllowed, "the runner is drained"));
         }
         self.unrevoked(id, found)
-    }
-
-    /// Makes a commit depend on the identity that it is made for: refuses a runner that has been
-    /// revoked since its call was let pass.
-    pub(super) async fn identity_guard(&self, id: RunnerId) -> Result<(Key, Expect)> {
-        let found = self.fetch::<Runner>(keys::runner(id)).await?;
-        self.unrevoked(id, found)
-    }
-
-    fn unrevoked(&self, id: RunnerId, found: Option<Loaded<Runner>>) -> Result<(Key, Expect)> {
-        match found {
-            Some(Loaded { value, .. }) if value.revoked_at.is_some() => {
-                self.cut_off(id);
-                Err(revoked())
-            }
-            Some(Loaded { key, version, .. }) => Ok((key, Expect::At(version))),
-            // Records of runners are never deleted: whoever has none was never enrolled here.
-            None => Err(Error::refused(Reason::IdentityRequired, "no such runner is enrolled")),
-        }
-    }
-
-    /// Tells whether an owner has ended a runner's identity.
-    pub(super) async fn is_revoked(&self, id: RunnerId) -> Result<bool> {
-        let found = self.fetch::<Runner>(keys::runner(id)).await?;
-        Ok(found.is_some_and(|found| found.value.revoked_at.is_some()))
     }
 
     /// Records that two programs fight over one identity.

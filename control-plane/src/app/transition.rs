@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::App;
 use crate::auth::RunnerIdentity;
-use crate::dispatch::{Place, Wanted};
+use crate::dispatch::{Place, Stop, Wanted};
 use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::run::RunRecord;
@@ -277,8 +277,8 @@ impl App {
                 Effect::GiveTurn => self.give_turn_soon(run),
                 Effect::Offer(job) => self.offer(run, job.phase, environment),
                 Effect::Withdraw(job) => self.dispatch.withdraw(job),
-                Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch, false),
-                Effect::Kill(job, epoch) => self.dispatch.cancel(job, epoch, true),
+                Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch, Stop::Gracefully),
+                Effect::Kill(job, epoch) => self.dispatch.cancel(job, epoch, Stop::ByForce),
                 Effect::Revoke(job, epoch) => self.dispatch.revoke(job, epoch, &reason(run)),
                 Effect::DropPlan => self.collect_garbage_soon(),
             }

@@ -3,6 +3,12 @@
 //! Nothing here grows with runners times jobs: who is idle, and how much, is kept up to date as
 //! jobs come and go, and open jobs with the same demands stand in one line, of which only the
 //! oldest is ever tried.
+//!
+//! Leases and their terms are here; who is connected is in [`connections`], who gets what in
+//! [`matching`].
+
+mod connections;
+mod matching;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -13,20 +19,11 @@ use latchkey_domain::id::{Epoch, JobId, PoolId, RunnerId};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Abilities, Introduction, Leases, Message, Place, Seen, Standing, ToRunner, Waiting};
-use crate::auth::RunnerIdentity;
-use crate::job::{JobSpec, LeaseRef};
-
-/// How long before a grant that failed, other than by a lost race, is tried again.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
+use super::{Abilities, Expiry, Leases, Message, Place, Standing, ToRunner};
+use crate::job::LeaseRef;
 
 /// How long a runner that gave a job back is offered nothing.
 const REST: Duration = Duration::from_secs(5);
-
-/// How often streams of one runner may end each other within [`FIGHT`] before it is an alarm: a
-/// host that was copied keeps its original's identity, and both come back as long as they live.
-const MOST_TAKEOVERS: usize = 5;
-const FIGHT: Duration = Duration::from_secs(60);
 
 /// Tells one stream of a runner from the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,24 +71,13 @@ struct Connection {
     listed: Option<u32>,
 }
 
-impl Connection {
-    /// How many more jobs it may have; `None` when it may have none.
-    fn free(&self, taken: usize) -> Option<u32> {
-        if self.standing.drained || self.draining || self.rests_until.is_some() {
-            return None;
-        }
-        let taken = u32::try_from(taken).unwrap_or(u32::MAX);
-        self.abilities.slots.checked_sub(taken).filter(|free| *free > 0)
-    }
-}
-
 /// What is known of a runner whether or not it is connected.
 #[derive(Default)]
 struct Known {
     /// Jobs that it holds or is being granted.
     taken: BTreeSet<JobId>,
     last_seen: Option<latchkey_domain::time::Timestamp>,
-    /// When one of its streams ended another, within [`FIGHT`].
+    /// When one of its streams ended another, within a minute.
     takeovers: VecDeque<Instant>,
     alarmed: Option<Instant>,
 }
@@ -155,28 +141,11 @@ impl Actor {
 
     fn handle(&mut self, message: Message) {
         match message {
-            Message::Open { job, place, epoch } => {
-                let pool = place.pool;
-                let overtaken = self.leases.get(&job).is_some_and(|known| known.epoch > epoch);
-                if overtaken {
-                    return;
-                }
-                if let Some(granting) = self.granting.get_mut(&job) {
-                    // Judged when it is known which lease the grant made.
-                    granting.reopened = Some((place, epoch));
-                    return;
-                }
-                self.forget_lease(job);
-                self.withdraw(job);
-                let place = Arc::new(place);
-                self.place_of.insert(job, Arc::clone(&place));
-                self.pools.entry(pool).or_default().open.entry(place).or_default().insert(job);
-                self.match_pool(pool);
-            }
+            Message::Open { job, place, epoch } => self.open(job, place, epoch),
             Message::Withdraw { job } => self.withdraw(job),
-            Message::Cancel { job, epoch, force } => {
+            Message::Cancel { job, epoch, stop } => {
                 let lease = self.lease_ref(job, epoch);
-                self.tell_holder(job, epoch, ToRunner::Cancel { lease, force });
+                self.tell_holder(job, epoch, ToRunner::Cancel { lease, stop });
             }
             Message::Revoke { job, epoch, reason } => {
                 let lease = self.lease_ref(job, epoch);
@@ -219,10 +188,9 @@ impl Actor {
             Message::Granted { job, pool, runner, lease } => {
                 self.granted(job, pool, runner, lease);
             }
-            Message::Expired { job, epoch, settled } => {
-                if settled {
-                    self.release(job, epoch);
-                } else if let Some(watched) = self.leases.get_mut(&job) {
+            Message::Expired { job, epoch, expiry: Expiry::Settled } => self.release(job, epoch),
+            Message::Expired { job, expiry: Expiry::Undecided, .. } => {
+                if let Some(watched) = self.leases.get_mut(&job) {
                     watched.deadline = Instant::now() + self.term;
                 }
             }
@@ -255,125 +223,6 @@ impl Actor {
         LeaseRef { job, epoch, generation: self.decider.generation() }
     }
 
-    fn withdraw(&mut self, job: JobId) {
-        let Some(place) = self.place_of.remove(&job) else { return };
-        if let Some(pool) = self.pools.get_mut(&place.pool)
-            && let Some(line) = pool.open.get_mut(&place)
-        {
-            line.remove(&job);
-            if line.is_empty() {
-                pool.open.remove(&place);
-            }
-        }
-    }
-
-    fn connect(
-        &mut self,
-        runner: &RunnerIdentity,
-        introduction: Introduction,
-        frames: mpsc::Sender<ToRunner>,
-    ) -> ConnectionId {
-        self.connections += 1;
-        let id = ConnectionId(self.connections);
-        let Introduction { abilities, held, standing, draining } = introduction;
-        let connection = Connection {
-            id,
-            pool: runner.pool,
-            abilities,
-            frames,
-            last_seen: self.decider.now(),
-            standing,
-            draining,
-            rests_until: None,
-            listed: None,
-        };
-        if let Some(earlier) = self.drop_connection(runner.id)
-            && !earlier.frames.is_closed()
-        {
-            tracing::warn!(runner_id = %runner.id, "a second stream of one runner took over");
-            let _ = earlier.frames.try_send(ToRunner::Superseded);
-            self.taken_over(runner.id);
-        }
-        self.runners.insert(runner.id, connection);
-        for lease in held {
-            self.watch(lease.job, lease.epoch, runner.id);
-        }
-        self.relist(runner.id);
-        if standing.drained {
-            self.tell(runner.id, ToRunner::Drain);
-        }
-        id
-    }
-
-    /// Raises an alarm when streams of one runner keep ending each other.
-    fn taken_over(&mut self, runner: RunnerId) {
-        let now = Instant::now();
-        let known = self.known.entry(runner).or_default();
-        known.takeovers.push_back(now);
-        known.takeovers.retain(|at| now.duration_since(*at) < FIGHT);
-        let quiet = known.alarmed.is_none_or(|at| now.duration_since(at) >= FIGHT);
-        if known.takeovers.len() <= MOST_TAKEOVERS || !quiet {
-            return;
-        }
-        known.alarmed = Some(now);
-        known.takeovers.clear();
-        tracing::error!(runner_id = %runner,
-            "two programs use this runner's identity and keep ending each other's streams: a \
-             host was copied; revoke the runner and enroll each host by itself");
-        let decider = Arc::clone(&self.decider);
-        tokio::spawn(async move {
-            if let Err(error) = decider.two_of_one(runner).await {
-                tracing::error!(runner_id = %runner, error = %error, "the alarm is not recorded");
-            }
-        });
-    }
-
-    fn stand(&mut self, runner: RunnerId, standing: Standing) {
-        let Some(connection) = self.runners.get_mut(&runner) else { return };
-        if connection.standing.version > standing.version {
-            return;
-        }
-        let before = std::mem::replace(&mut connection.standing, standing);
-        let pool = connection.pool;
-        match (before.drained, standing.drained) {
-            (false, true) => self.tell(runner, ToRunner::Drain),
-            (true, false) => self.tell(runner, ToRunner::Resume),
-            (true, true) | (false, false) => return,
-        }
-        self.relist(runner);
-        self.match_pool(pool);
-    }
-
-    /// Takes a runner's stream out of dispatch; what it holds stays held until its term is over.
-    fn drop_connection(&mut self, runner: RunnerId) -> Option<Connection> {
-        let connection = self.runners.remove(&runner)?;
-        if let Some(free) = connection.listed
-            && let Some(pool) = self.pools.get_mut(&connection.pool)
-        {
-            pool.idle.remove(&(free, Reverse(runner)));
-        }
-        self.known.entry(runner).or_default().last_seen = Some(connection.last_seen);
-        Some(connection)
-    }
-
-    /// Puts a runner in its place among the idle, after something that decides it has changed.
-    fn relist(&mut self, runner: RunnerId) {
-        let Some(connection) = self.runners.get_mut(&runner) else { return };
-        let taken = self.known.get(&runner).map_or(0, |known| known.taken.len());
-        let free = connection.free(taken);
-        if connection.listed == free {
-            return;
-        }
-        let idle = &mut self.pools.entry(connection.pool).or_default().idle;
-        if let Some(before) = connection.listed {
-            idle.remove(&(before, Reverse(runner)));
-        }
-        if let Some(free) = free {
-            idle.insert((free, Reverse(runner)));
-        }
-        connection.listed = free;
-    }
-
     /// Counts a job against a runner's slots.
     fn take(&mut self, runner: RunnerId, job: JobId) {
         self.known.entry(runner).or_default().taken.insert(job);
@@ -396,21 +245,6 @@ impl Actor {
         let runner = self.leases.remove(&job)?.runner;
         self.give_back(runner, job);
         Some(runner)
-    }
-
-    fn wake_rested(&mut self) {
-        let now = Instant::now();
-        for runner in std::mem::take(&mut self.resting) {
-            let Some(connection) = self.runners.get_mut(&runner) else { continue };
-            match connection.rests_until {
-                Some(until) if until > now => self.resting.push(runner),
-                Some(_) => {
-                    connection.rests_until = None;
-                    self.relist(runner);
-                }
-                None => {}
-            }
-        }
     }
 
     fn watch(&mut self, job: JobId, epoch: Epoch, runner: RunnerId) {
@@ -453,95 +287,6 @@ impl Actor {
         }
     }
 
-    /// Looks at every pool again, for runners that have rested.
-    fn match_all(&mut self) {
-        let pools: Vec<_> = self.pools.keys().copied().collect();
-        for pool in pools {
-            self.match_pool(pool);
-        }
-    }
-
-    /// Offers a pool's open jobs, oldest first, to its idlest runners that can run them.
-    fn match_pool(&mut self, pool: PoolId) {
-        while let Some((job, place, runner)) = self.next_match(pool) {
-            self.withdraw(job);
-            self.granting.insert(job, Granting { runner, reopened: None });
-            self.take(runner, job);
-            let (decider, own) = (Arc::clone(&self.decider), self.own.clone());
-            tokio::spawn(async move {
-                let granted = Arc::clone(&decider).grant(job, runner).await;
-                let failed = granted.is_err();
-                let lease = granted.unwrap_or_else(|error| {
-                    tracing::warn!(%job, runner_id = %runner, error = %error, "not granted");
-                    None
-                });
-                let lease = lease.map(|(lease, spec)| (lease, Box::new(spec)));
-                let pool = place.pool;
-                let _ = own.send(Message::Granted { job, pool, runner, lease }).await;
-                if failed {
-                    tokio::time::sleep(RETRY_PAUSE).await;
-                    if let Err(error) = decider.offer_if_open(job).await {
-                        tracing::warn!(%job, error = %error, "left to the reaper");
-                    }
-                }
-            });
-        }
-    }
-
-    fn next_match(&self, pool: PoolId) -> Option<(JobId, Arc<Place>, RunnerId)> {
-        let pool = self.pools.get(&pool)?;
-        if pool.idle.is_empty() {
-            return None;
-        }
-        let oldest = |(place, line): (&'_ Arc<Place>, &BTreeSet<JobId>)| {
-            line.first().map(|job| (*job, Arc::clone(place)))
-        };
-        let mut lines: Vec<_> = pool.open.iter().filter_map(oldest).collect();
-        lines.sort_unstable_by_key(|(job, _)| *job);
-        lines.into_iter().find_map(|(job, place)| {
-            let runner = self.idlest(pool, &place)?;
-            Some((job, place, runner))
-        })
-    }
-
-    fn idlest(&self, pool: &Pool, place: &Place) -> Option<RunnerId> {
-        let suits = |runner: &RunnerId| {
-            self.runners.get(runner).is_some_and(|connection| {
-                !connection.frames.is_closed()
-                    && place.admits(connection.pool, &connection.abilities)
-            })
-        };
-        pool.idle.iter().rev().map(|(_, Reverse(runner))| *runner).find(suits)
-    }
-
-    fn granted(
-        &mut self,
-        job: JobId,
-        pool: PoolId,
-        runner: RunnerId,
-        lease: Option<(LeaseRef, Box<JobSpec>)>,
-    ) {
-        let granting = self.granting.remove(&job);
-        let made = lease.as_ref().map(|(lease, _)| lease.epoch);
-        // A lease of that epoch was over when the job was opened anew; a later one was not.
-        let reopened = granting
-            .and_then(|granting| granting.reopened)
-            .filter(|(_, epoch)| made.is_none_or(|made| made <= *epoch));
-        if let Some((place, epoch)) = reopened {
-            self.forget_lease(job);
-            self.give_back(runner, job);
-            self.handle(Message::Open { job, place, epoch });
-            return;
-        }
-        let Some((lease, spec)) = lease else {
-            self.give_back(runner, job);
-            self.match_pool(pool);
-            return;
-        };
-        self.watch(job, lease.epoch, runner);
-        self.tell_holder(job, lease.epoch, ToRunner::Offer { lease, spec });
-    }
-
     /// Sends a frame to whoever holds a lease. One that cannot take it is disconnected: it will
     /// be told what is so when it comes back.
     fn tell_holder(&mut self, job: JobId, epoch: Epoch, frame: ToRunner) {
@@ -549,14 +294,6 @@ impl Actor {
             return;
         };
         self.tell(watched.runner, frame);
-    }
-
-    fn tell(&mut self, runner: RunnerId, frame: ToRunner) {
-        let Some(connection) = self.runners.get(&runner) else { return };
-        if connection.frames.try_send(frame).is_err() {
-            tracing::warn!(runner_id = %runner, "a runner does not read its stream; dropped");
-            self.drop_connection(runner);
-        }
     }
 
     /// Moves all deadlines when this process itself stood still: nobody was heard meanwhile, and
@@ -580,51 +317,15 @@ impl Actor {
             let (job, epoch) = (*job, watched.epoch);
             tracing::warn!(%job, epoch = epoch.get(), "a runner was silent for a whole term");
             tokio::spawn(async move {
-                let settled = match decider.expire(job, epoch).await {
-                    Ok(()) => true,
+                let expiry = match decider.expire(job, epoch).await {
+                    Ok(()) => Expiry::Settled,
                     Err(error) => {
                         tracing::error!(%job, error = %error, "a lease did not expire");
-                        false
+                        Expiry::Undecided
                     }
                 };
-                let _ = own.send(Message::Expired { job, epoch, settled }).await;
+                let _ = own.send(Message::Expired { job, epoch, expiry }).await;
             });
-        }
-    }
-
-    fn see(&self, runner: RunnerId) -> Seen {
-        let (connection, known) = (self.runners.get(&runner), self.known.get(&runner));
-        let held = |job: &JobId| {
-            let watched = self.leases.get(job).filter(|watched| watched.runner == runner)?;
-            Some((*job, watched.epoch))
-        };
-        Seen {
-            connected: connection.is_some(),
-            draining: connection.is_some_and(|connection| connection.draining),
-            last_seen: connection
-                .map(|connection| connection.last_seen)
-                .or_else(|| known.and_then(|known| known.last_seen)),
-            held: known.map_or(vec![], |known| known.taken.iter().filter_map(held).collect()),
-        }
-    }
-
-    fn why_waiting(&self, place: &Place) -> Waiting {
-        let of_pool: Vec<&Connection> =
-            self.runners.values().filter(|connection| connection.pool == place.pool).collect();
-        if of_pool.is_empty() {
-            return Waiting::NobodyThere;
-        }
-        let abilities: Vec<&Abilities> =
-            of_pool.iter().map(|connection| &connection.abilities).collect();
-        let mut suited =
-            of_pool.iter().filter(|known| place.admits(place.pool, &known.abilities)).peekable();
-        if suited.peek().is_none() {
-            return Waiting::NobodySuits { lacking: place.lacking(&abilities) };
-        }
-        if suited.any(|connection| connection.listed.is_some()) {
-            Waiting::Soon
-        } else {
-            Waiting::NobodyIdle
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::app::run_output::{Appender, Piece};
 use crate::app::runners::Budget;
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
-use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
+use crate::dispatch::{Introduction, RUNNER_QUEUE, Stop, ToRunner};
 use crate::job::LeaseRef;
 use crate::store::record::runner::Said;
 use crate::store::{Store, keys};
@@ -259,7 +259,7 @@ async fn a_cancel_that_the_runner_could_not_hear_is_told_when_it_returns() {
     fixture.app.cancel_run(&fixture.owner, run.id).await.unwrap();
     assert_eq!(
         fixture.app.take_up(&runner, lease).await.unwrap(),
-        Held::KeepCanceled { force: false }
+        Held::KeepCanceled { stop: Stop::Gracefully }
     );
 }
 
@@ -291,15 +291,15 @@ async fn what_is_decided_while_a_runner_connects_is_told() {
     app.cancel_run(&fixture.owner, run.id).await.unwrap();
     let mut frames = connect(&fixture, &runner, vec![lease]).await;
     app.confirm_held(&runner, &[lease]).await.unwrap();
-    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: false, .. }));
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { stop: Stop::Gracefully, .. }));
     // Told again for as long as it is so.
     app.reconcile().await.unwrap();
-    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: false, .. }));
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { stop: Stop::Gracefully, .. }));
     fixture.clock.advance(std::time::Duration::from_secs(60));
     app.force_cancel_run(&fixture.owner, run.id).await.unwrap();
-    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: true, .. }));
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { stop: Stop::ByForce, .. }));
     app.reconcile().await.unwrap();
-    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: true, .. }));
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { stop: Stop::ByForce, .. }));
 }
 
 #[tokio::test]
@@ -327,7 +327,7 @@ async fn what_was_committed_follows_even_if_its_caller_hangs_up() {
     slow.arm();
     let (canceling, owner, id) = (Arc::clone(&app), fixture.owner.clone(), run.id);
     hang_up(&slow, async move { canceling.cancel_run(&owner, id).await.map(drop) }).await;
-    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { force: false, .. }));
+    assert!(matches!(told(&mut frames).await, ToRunner::Cancel { stop: Stop::Gracefully, .. }));
 
     let revocation = app.revocations.of(runner.id);
     slow.arm();

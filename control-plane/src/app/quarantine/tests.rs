@@ -18,6 +18,7 @@ use crate::app::run_output::Piece;
 use crate::app::start_job::Start;
 use crate::app::{App, PageRequest};
 use crate::auth::{Caller, RunnerIdentity, sha256};
+use crate::dispatch::Stop;
 use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::store::record::people::Role;
@@ -595,7 +596,10 @@ async fn a_forced_cancel_waits_for_the_grace_and_withdraws_the_credentials() {
     assert!(fixture.store.fetch(&session).await.unwrap().is_none());
     assert!(matches!(app.start_again(&runner, lease).await.unwrap(), Start::Forced));
     assert!(matches!(app.start_job(&runner, lease).await.unwrap(), Start::Forced));
-    assert_eq!(app.take_up(&runner, lease).await.unwrap(), Held::KeepCanceled { force: true });
+    assert_eq!(
+        app.take_up(&runner, lease).await.unwrap(),
+        Held::KeepCanceled { stop: Stop::ByForce }
+    );
 
     let killed = JobResult::Failed { kind: FailureKind::Canceled, reason: "signal 9".into() };
     app.finish_job(&runner, lease, 0, killed).await.unwrap();
@@ -614,7 +618,10 @@ async fn a_forced_cancel_of_a_silent_runners_run_ends_nothing_and_is_told_when_i
     assert_eq!(forced.state, RunState::Lost);
     assert!(forced.reason.unwrap().contains("when it comes back"));
     assert!(hold(&fixture).await.frozen.is_some());
-    assert_eq!(app.take_up(&runner, lease).await.unwrap(), Held::KeepCanceled { force: true });
+    assert_eq!(
+        app.take_up(&runner, lease).await.unwrap(),
+        Held::KeepCanceled { stop: Stop::ByForce }
+    );
     assert_eq!(fixture.run(&run).await.state, RunState::Applying);
 }
 

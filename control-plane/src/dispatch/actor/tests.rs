@@ -8,9 +8,14 @@ use latchkey_domain::policy::Phase;
 use latchkey_domain::run::RunKind;
 use latchkey_domain::time::Timestamp;
 
+use super::connections::MOST_TAKEOVERS;
 use super::*;
-use crate::dispatch::{Engine, Handle, RUNNER_QUEUE, Wanted, channel};
+use crate::auth::RunnerIdentity;
+use crate::dispatch::{
+    Abilities, Engine, Handle, Introduction, RUNNER_QUEUE, Waiting, Wanted, channel,
+};
 use crate::error::{Error, Result};
+use crate::job::JobSpec;
 use crate::store::{BoxFuture, Version};
 
 const TERM: Duration = Duration::from_secs(30);

@@ -11,13 +11,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::{Status, Streaming};
 
-use super::wire::{from_dispatch_out, go_out, job_result, mark, mark_out};
+use super::wire::{cancel_out, from_dispatch_out, go_out, job_result, mark, mark_out};
 use crate::app::lease_job::Held;
 use crate::app::runners::Budget;
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
 use crate::auth::revocation::Revocation;
-use crate::dispatch::{ConnectionId, Introduction, RUNNER_QUEUE, ToRunner};
+use crate::dispatch::{ConnectionId, Introduction, RUNNER_QUEUE, Stop, ToRunner};
 use crate::error::Error;
 use crate::grpc::revocable::unless_revoked;
 use crate::grpc::{Service, convert, introduction};
@@ -194,7 +194,7 @@ impl Service {
                 match self.app.start_job(runner, lease).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
-                    Ok(Start::Forced) => cancel(answers, lease, true).await,
+                    Ok(Start::Forced) => send(answers, cancel_out(lease, Stop::ByForce)).await,
                     Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
@@ -203,7 +203,7 @@ impl Service {
                 match self.app.start_again(runner, lease).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
-                    Ok(Start::Forced) => cancel(answers, lease, true).await,
+                    Ok(Start::Forced) => send(answers, cancel_out(lease, Stop::ByForce)).await,
                     Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
@@ -274,11 +274,6 @@ async fn send(answers: &Outgoing, frame: Out) -> Result<(), Status> {
         .send(Ok(v1::LeaseResponse { frame: Some(frame) }))
         .await
         .map_err(|_| Status::cancelled("the runner is gone"))
-}
-
-async fn cancel(answers: &Outgoing, lease: LeaseRef, force: bool) -> Result<(), Status> {
-    let lease = Some(convert::lease_out(lease));
-    send(answers, Out::Cancel(v1::CancelJob { lease, force })).await
 }
 
 async fn revoke(answers: &Outgoing, lease: LeaseRef, reason: String) -> Result<(), Status> {

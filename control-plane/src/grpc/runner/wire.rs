@@ -13,7 +13,7 @@ use crate::app::finish_job::JobResult;
 use crate::app::history::Mark;
 use crate::app::parse_digest;
 use crate::app::start_job::Go;
-use crate::dispatch::ToRunner;
+use crate::dispatch::{Stop, ToRunner};
 use crate::error::Error;
 use crate::grpc::convert;
 use crate::job::LeaseRef;
@@ -26,9 +26,7 @@ pub(super) fn from_dispatch_out(message: ToRunner) -> Option<Out> {
             lease: Some(convert::lease_out(lease)),
             job: Some(convert::job_spec(*spec)),
         })),
-        ToRunner::Cancel { lease, force } => {
-            Some(Out::Cancel(v1::CancelJob { lease: Some(convert::lease_out(lease)), force }))
-        }
+        ToRunner::Cancel { lease, stop } => Some(cancel_out(lease, stop)),
         ToRunner::Revoke { lease, reason } => {
             Some(Out::Revoke(v1::Revoke { lease: Some(convert::lease_out(lease)), reason }))
         }
@@ -36,6 +34,14 @@ pub(super) fn from_dispatch_out(message: ToRunner) -> Option<Out> {
         ToRunner::Resume => Some(Out::Resume(v1::Resume {})),
         ToRunner::Superseded => None,
     }
+}
+
+pub(super) fn cancel_out(lease: LeaseRef, stop: Stop) -> Out {
+    let force = match stop {
+        Stop::Gracefully => false,
+        Stop::ByForce => true,
+    };
+    Out::Cancel(v1::CancelJob { lease: Some(convert::lease_out(lease)), force })
 }
 
 pub(super) fn go_out(lease: LeaseRef, go: Go, history: Option<Mark>) -> Out {
