@@ -1,6 +1,7 @@
 //! The rows, by name.
 
 mod api;
+mod build;
 mod code;
 mod dispatch;
 mod fan_in;
@@ -47,8 +48,13 @@ const ALL: &[Measurement] = &[
         measure: |context| Box::pin(log_out::measure(context)),
     },
     Measurement {
+        name: "build",
+        what: "a clean release build, and the size of each program (not with --quick)",
+        measure: |context| Box::pin(build::measure(context)),
+    },
+    Measurement {
         name: "size",
-        what: "binaries, and idle memory",
+        what: "idle memory",
         measure: |context| Box::pin(size::measure(context)),
     },
     transitions::MEASUREMENT,

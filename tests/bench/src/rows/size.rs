@@ -1,6 +1,5 @@
-//! How big the programs are, on disk and idle in memory.
+//! How big the programs are, idle in memory.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -9,24 +8,13 @@ use crate::observed::resident;
 use crate::row::{Budget, Context, Figure, Row};
 use crate::timed_runs::StubStage;
 
-const PROGRAMS: [(&str, &str); 3] = [
-    ("control plane", "latchkey-control-plane"),
-    ("runner", "latchkey-runner"),
-    ("command line", "latchkey"),
-];
-
 pub(crate) async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
-    let own = std::env::current_exe()?;
-    let mut rows = Vec::new();
-    for (name, file) in PROGRAMS {
-        let built = own.with_file_name(file);
-        rows.push(binary(name, if built.is_file() { &built } else { &own })?);
-    }
     let stage = StubStage::start().await?;
     // Once it has worked, it has what it keeps.
     stage.plans(context.pick(2, 20)).await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
     let stage = &stage.stage;
+    let mut rows = Vec::new();
     let plane = stage.plane.process().context("find the control plane")?.pid();
     let runner = stage.runners.first().and_then(|runner| runner.process());
     let runner = runner.context("find the runner")?.pid();
@@ -43,24 +31,6 @@ pub(crate) async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
          terraform, which is larger by far",
     ));
     Ok(rows)
-}
-
-fn binary(name: &str, path: &Path) -> anyhow::Result<Row> {
-    let bytes = std::fs::metadata(path).context("read the size of a program")?.len();
-    let file = path.file_name().map(PathBuf::from).unwrap_or_default();
-    let whole = path == std::env::current_exe()?;
-    let which =
-        if whole { "holds every program and the bench; the own one is not built" } else { "" };
-    Ok(Row {
-        name: format!("size, {name}, binary"),
-        figure: Figure::mebibytes(bytes as f64),
-        limit: None,
-        budget: Budget::None,
-        note: format!(
-            "The release build of {}, not stripped, with line tables. {which}",
-            file.display()
-        ),
-    })
 }
 
 fn memory(name: &str, bytes: u64, growth: &str) -> Row {
