@@ -18,6 +18,7 @@ mod quarantine;
 mod revocable;
 mod run;
 mod runner;
+mod settings;
 pub mod status;
 mod variable;
 
