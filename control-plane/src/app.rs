@@ -27,6 +27,7 @@ pub mod restore;
 pub mod run_output;
 pub mod runners;
 mod secrets;
+pub mod settings;
 pub mod start_job;
 mod state_file;
 mod transition;
@@ -47,7 +48,7 @@ use uuid::Uuid;
 
 use crate::audit::Draft;
 use crate::auth::revocation::Revocations;
-use crate::auth::{self, Caller, Right, Standing, token_digest};
+use crate::auth::{self, Caller, Position, Right, Standing, token_digest};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::Clock;
@@ -56,7 +57,7 @@ use crate::error::{Error, Result};
 use crate::run_log::RunLogs;
 use crate::seal::MasterKey;
 use crate::store::record::environment::{Environment, EnvironmentRecord};
-use crate::store::record::people::{Bearer, Membership, Organization, Token};
+use crate::store::record::people::{Bearer, Membership, Organization, ServiceToken, Token};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{self, Loaded, Text};
 use crate::store::{Key, Prefix, Scan, Store, Versioned, keys};
@@ -125,22 +126,38 @@ impl App {
         })
     }
 
-    /// Checks a caller's right in the organization of this name.
-    pub(crate) async fn standing(
+    /// Checks that the caller belongs to the organization of this name.
+    pub(crate) async fn member(&self, caller: &Caller, organization: &str) -> Result<Standing> {
+        let organization = self.organization_named(organization).await?;
+        self.standing_in(caller, organization, Right::Belong, None).await
+    }
+
+    /// Checks that the caller is an owner, in person, of the organization of this name.
+    pub(crate) async fn owner(&self, caller: &Caller, organization: &str) -> Result<Standing> {
+        let organization = self.organization_named(organization).await?;
+        self.standing_in(caller, organization, Right::Own, None).await
+    }
+
+    /// Checks a caller's right on an environment. One that the caller may not even read is
+    /// answered as one that does not exist.
+    pub(crate) async fn on(
         &self,
         caller: &Caller,
         organization: &str,
+        environment: &str,
         right: Right,
-    ) -> Result<Standing> {
+    ) -> Result<(Standing, Loaded<Environment>)> {
+        let standing = self.member(caller, organization).await?;
+        let found = self.environment_named(standing.organization, environment).await?;
+        let position = &standing.position;
+        auth::check(caller, Some(position), right, Some(found.value.id))?;
+        Ok((standing, found))
+    }
+
+    async fn organization_named(&self, name: &str) -> Result<OrganizationId> {
         let id: Option<Loaded<Text<OrganizationId>>> =
-            self.fetch(keys::organization_by_name(organization)).await?;
-        match id {
-            Some(id) => self.standing_in(caller, id.value.0, right).await,
-            None => {
-                auth::check(caller, None, right)?;
-                Err(Error::not_found("organization, or you are not a member of it"))
-            }
-        }
+            self.fetch(keys::organization_by_name(name)).await?;
+        id.map(|id| id.value.0).ok_or_else(auth::hidden)
     }
 
     pub(crate) async fn standing_in(
@@ -148,20 +165,34 @@ impl App {
         caller: &Caller,
         organization: OrganizationId,
         right: Right,
+        environment: Option<EnvironmentId>,
     ) -> Result<Standing> {
-        let role = match caller {
+        let position = self.position(caller, organization).await?;
+        auth::check(caller, position.as_ref(), right, environment)?;
+        let position = position.ok_or_else(auth::hidden)?;
+        let name = self.organization(organization).await?.value.name;
+        Ok(Standing { caller: caller.clone(), organization, organization_name: name, position })
+    }
+
+    /// Finds what the caller is in an organization; `None` is nothing.
+    async fn position(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+    ) -> Result<Option<Position>> {
+        Ok(match caller {
             Caller::User { id, .. } => {
                 let membership: Option<Loaded<Membership>> =
                     self.fetch(keys::membership(organization, *id)).await?;
-                membership.map(|membership| membership.value.role)
+                membership.map(|membership| Position::from(membership.value))
             }
-            Caller::Service { organization: own, .. } => {
-                (*own == organization).then_some(record::people::Role::Member)
+            Caller::Service { id, organization: own, .. } if *own == organization => {
+                let token: Option<Loaded<ServiceToken>> =
+                    self.fetch(keys::service_token(organization, *id)).await?;
+                token.map(|token| Position::from(token.value))
             }
-        };
-        auth::check(caller, role, right)?;
-        let name = self.organization(organization).await?.value.name;
-        Ok(Standing { caller: caller.clone(), organization, organization_name: name })
+            Caller::Service { .. } => None,
+        })
     }
 
     pub(crate) async fn organization(&self, id: OrganizationId) -> Result<Loaded<Organization>> {
@@ -206,7 +237,9 @@ impl App {
         right: Right,
     ) -> Result<(Standing, Loaded<Run>)> {
         let run = self.run(id).await?;
-        match self.standing_in(caller, run.value.request.organization, right).await {
+        let request = &run.value.request;
+        let environment = Some(request.environment);
+        match self.standing_in(caller, request.organization, right, environment).await {
             Ok(standing) => Ok((standing, run)),
             Err(error) if error.reason() == Reason::NotFound => Err(Error::not_found("run")),
             Err(error) => Err(error),

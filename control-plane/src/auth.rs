@@ -8,17 +8,22 @@
 pub mod revocation;
 pub mod rules;
 
+use std::collections::BTreeMap;
+
 use aws_lc_rs::digest;
 use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use latchkey_domain::id::{Digest, OrganizationId, PoolId, RunnerId, ServiceTokenId, UserId};
+use latchkey_domain::id::{
+    Digest, EnvironmentId, OrganizationId, PoolId, RunnerId, ServiceTokenId, UserId,
+};
 use latchkey_domain::run::Actor;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::error::{Error, Result};
-use crate::store::record::people::Role;
+use crate::store::record::Text;
+use crate::store::record::people::{Access, Membership, Role, ServiceToken};
 
 /// A person or a program, proved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,17 +49,54 @@ pub struct RunnerIdentity {
     pub pool: PoolId,
 }
 
-/// What a use case demands of its caller within an organization.
+/// What a use case demands of its caller: of the organization the first and the last, of one
+/// environment the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Right {
-    /// See runs, logs, environments, non-sensitive values.
+    /// Be a member in any way: see the organization and its pools, have personal variables.
+    Belong,
+    /// See runs, logs, settings, non-sensitive values.
     Read,
     /// Upload, queue, cancel.
     Operate,
-    /// Submit codes, confirm, discard, set environment variables: persons only.
+    /// Submit codes, confirm, discard: persons only.
     Decide,
+    /// Settings but for the owners', variables, locks, states: persons only.
+    Administer,
     /// Policy, organization variables, people, pools, accounts: owners in person.
     Own,
+}
+
+/// What a caller is in an organization.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub role: Role,
+    access: Access,
+    environments: BTreeMap<Text<EnvironmentId>, Access>,
+}
+
+impl Position {
+    /// Answers what may be done in an environment.
+    pub fn access(&self, environment: EnvironmentId) -> Access {
+        match self.role {
+            Role::Owner => Access::Admin,
+            Role::Member => {
+                self.environments.get(&Text(environment)).copied().unwrap_or(self.access)
+            }
+        }
+    }
+}
+
+impl From<Membership> for Position {
+    fn from(Membership { role, access, environments }: Membership) -> Self {
+        Self { role, access, environments }
+    }
+}
+
+impl From<ServiceToken> for Position {
+    fn from(ServiceToken { access, environments, .. }: ServiceToken) -> Self {
+        Self { role: Role::Member, access, environments }
+    }
 }
 
 /// A caller's standing in an organization, after [`Right`] was checked.
@@ -63,6 +105,7 @@ pub struct Standing {
     pub caller: Caller,
     pub organization: OrganizationId,
     pub organization_name: String,
+    pub position: Position,
 }
 
 impl Caller {
@@ -108,26 +151,50 @@ fn person_required() -> Error {
     )
 }
 
-/// Decides whether a caller with this role has a right. `None` is no member.
-pub fn check(caller: &Caller, role: Option<Role>, right: Right) -> Result<()> {
-    let hidden = || Error::not_found("organization, or you are not a member of it");
-    match (caller, right) {
-        (Caller::Service { .. }, Right::Read | Right::Operate) => role.map(drop).ok_or_else(hidden),
-        (Caller::Service { .. }, Right::Decide | Right::Own) => {
-            role.ok_or_else(hidden)?;
-            Err(person_required())
+/// How an organization is answered to who has no part in it.
+pub fn hidden() -> Error {
+    Error::not_found("organization, or you are not a member of it")
+}
+
+/// Decides whether a caller in this position has a right, on an environment where the right is
+/// about one. No position is no member.
+pub fn check(
+    caller: &Caller,
+    position: Option<&Position>,
+    right: Right,
+    environment: Option<EnvironmentId>,
+) -> Result<()> {
+    let position = position.ok_or_else(hidden)?;
+    let needed = match right {
+        Right::Belong => return Ok(()),
+        Right::Own => {
+            caller.person()?;
+            return match position.role {
+                Role::Owner => Ok(()),
+                Role::Member => Err(Error::refused(
+                    Reason::NotAllowed,
+                    "only an owner of the organization may do this; ask one",
+                )),
+            };
         }
-        (Caller::User { .. }, Right::Read | Right::Operate | Right::Decide) => {
-            role.map(drop).ok_or_else(hidden)
-        }
-        (Caller::User { .. }, Right::Own) => match role.ok_or_else(hidden)? {
-            Role::Owner => Ok(()),
-            Role::Member => Err(Error::refused(
-                Reason::NotAllowed,
-                "only an owner of the organization may do this; ask one",
-            )),
-        },
+        Right::Read => Access::Read,
+        Right::Operate | Right::Decide => Access::Write,
+        Right::Administer => Access::Admin,
+    };
+    let access = environment.map_or(Access::None, |environment| position.access(environment));
+    if access == Access::None {
+        return Err(Error::not_found("environment"));
     }
+    if matches!(right, Right::Decide | Right::Administer) {
+        caller.person()?;
+    }
+    if access >= needed {
+        return Ok(());
+    }
+    let message = format!(
+        "this takes the access `{needed}` to the environment, and yours is `{access}`; ask an owner"
+    );
+    Err(Error::refused(Reason::NotAllowed, message))
 }
 
 /// A token made now, to be shown once.
@@ -169,6 +236,9 @@ pub fn sha256(bytes: &[u8]) -> Digest {
 mod tests {
     use super::*;
 
+    const HERE: EnvironmentId = EnvironmentId::from_bytes([4; 16]);
+    const ELSEWHERE: EnvironmentId = EnvironmentId::from_bytes([5; 16]);
+
     fn user() -> Caller {
         Caller::User { id: UserId::from_bytes([1; 16]), name: "ada".into() }
     }
@@ -181,28 +251,65 @@ mod tests {
         }
     }
 
+    fn position(role: Role, access: Access) -> Position {
+        Position { role, access: Access::None, environments: [(Text(HERE), access)].into() }
+    }
+
+    /// What each right answers, in the order of their list; `None` is granted.
     #[track_caller]
-    fn refused(caller: &Caller, role: Option<Role>, right: Right, reason: Reason) {
-        assert_eq!(check(caller, role, right).unwrap_err().reason(), reason);
+    fn answers(caller: &Caller, position: &Position, expect: [Option<Reason>; 6]) {
+        let rights = [
+            Right::Belong,
+            Right::Read,
+            Right::Operate,
+            Right::Decide,
+            Right::Administer,
+            Right::Own,
+        ];
+        let answer = |right| check(caller, Some(position), right, Some(HERE)).err();
+        assert_eq!(rights.map(|right| answer(right).map(|error| error.reason())), expect);
+    }
+
+    const NO: Option<Reason> = Some(Reason::NotAllowed);
+    const HIDDEN: Option<Reason> = Some(Reason::NotFound);
+    const PERSONS: Option<Reason> = Some(Reason::PersonRequired);
+
+    #[test]
+    fn each_access_holds_what_is_before_it() {
+        let member = |access| position(Role::Member, access);
+        answers(&user(), &member(Access::None), [None, HIDDEN, HIDDEN, HIDDEN, HIDDEN, NO]);
+        answers(&user(), &member(Access::Read), [None, None, NO, NO, NO, NO]);
+        answers(&user(), &member(Access::Write), [None, None, None, None, NO, NO]);
+        answers(&user(), &member(Access::Admin), [None, None, None, None, None, NO]);
+        answers(&user(), &position(Role::Owner, Access::None), [None; 6]);
     }
 
     #[test]
     fn a_service_token_never_decides() {
-        for role in [Role::Member, Role::Owner] {
-            assert!(check(&service(), Some(role), Right::Operate).is_ok());
-            refused(&service(), Some(role), Right::Decide, Reason::PersonRequired);
-            refused(&service(), Some(role), Right::Own, Reason::PersonRequired);
+        for access in [Access::Write, Access::Admin] {
+            let position = position(Role::Member, access);
+            answers(&service(), &position, [None, None, None, PERSONS, PERSONS, PERSONS]);
         }
+        let reader = position(Role::Member, Access::Read);
+        answers(&service(), &reader, [None, None, NO, PERSONS, PERSONS, PERSONS]);
+        // Also where its organization's record of it said more.
+        answers(
+            &service(),
+            &position(Role::Owner, Access::Admin),
+            [None, None, None, PERSONS, PERSONS, PERSONS],
+        );
     }
 
     #[test]
-    fn only_owners_own_and_strangers_see_nothing() {
-        assert!(check(&user(), Some(Role::Owner), Right::Own).is_ok());
-        refused(&user(), Some(Role::Member), Right::Own, Reason::NotAllowed);
-        assert!(check(&user(), Some(Role::Member), Right::Decide).is_ok());
-        for right in [Right::Read, Right::Operate, Right::Decide, Right::Own] {
-            refused(&user(), None, right, Reason::NotFound);
-            refused(&service(), None, right, Reason::NotFound);
+    fn access_ends_at_its_environment_and_strangers_see_nothing() {
+        let position = position(Role::Member, Access::Admin);
+        for right in [Right::Read, Right::Operate, Right::Decide, Right::Administer] {
+            for elsewhere in [Some(ELSEWHERE), None] {
+                let error = check(&user(), Some(&position), right, elsewhere).unwrap_err();
+                assert_eq!(error.reason(), Reason::NotFound);
+            }
+            let error = check(&user(), None, right, Some(HERE)).unwrap_err();
+            assert_eq!(error.reason(), Reason::NotFound);
         }
     }
 

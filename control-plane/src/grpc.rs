@@ -19,6 +19,7 @@ mod quarantine;
 mod revocable;
 mod run;
 mod runner;
+mod settings;
 pub mod status;
 mod variable;
 

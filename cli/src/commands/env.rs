@@ -1,10 +1,13 @@
 //! `env`: environments and their settings.
 
+mod flags;
+
 use clap::{Args, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use latchkey_proto::v1;
 
+use self::flags::{Approval, LimitFlags, RoleFlags};
 use crate::Done;
 use crate::context::Context;
 use crate::exit::Exit;
@@ -83,6 +86,15 @@ pub(crate) struct Settings {
     /// uses what made its plan
     #[arg(long, value_name = "VERSION")]
     engine_version: Option<String>,
+    #[command(flatten)]
+    approval: Approval,
+    #[command(flatten)]
+    roles: RoleFlags,
+    /// The least life that credentials must have when a phase starts, such as 20m
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    session_floor: Option<prost_types::Duration>,
+    #[command(flatten)]
+    limits: LimitFlags,
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -114,6 +126,10 @@ impl From<Policy> for v1::MfaPolicy {
 enum Plain {
     /// A session without MFA, of the organization's keys; AWS refuses IAM calls with it
     Session,
+    /// The phase's role, assumed with the organization's keys
+    Role,
+    /// The organization's long-term keys themselves: they leave the control plane
+    Static,
     /// No credentials
     None,
 }
@@ -122,6 +138,8 @@ impl From<Plain> for v1::PlainCredentials {
     fn from(plain: Plain) -> v1::PlainCredentials {
         match plain {
             Plain::Session => v1::PlainCredentials::Session,
+            Plain::Role => v1::PlainCredentials::Role,
+            Plain::Static => v1::PlainCredentials::Static,
             Plain::None => v1::PlainCredentials::None,
         }
     }
@@ -219,6 +237,12 @@ impl Settings {
                 runner_labels: self.runner_labels.into_iter().collect(),
                 engine: self.engine.unwrap_or_default(),
                 engine_version: self.engine_version.unwrap_or_default(),
+                second_person: self.approval.second_person.unwrap_or_default(),
+                plan_rule: self.approval.rule(),
+                code_credentials: self.roles.code_credentials().unwrap_or_default(),
+                roles: self.roles.roles(),
+                session_floor: self.session_floor,
+                limits: self.limits.limits(),
             }),
             request_id: Uuid::new_v4().to_string(),
         }
@@ -244,6 +268,12 @@ impl Settings {
                 .then(|| v1::RunnerLabels { labels: self.runner_labels.into_iter().collect() }),
             engine: self.engine,
             engine_version: self.engine_version,
+            second_person: self.approval.second_person,
+            plan_rule: self.approval.rule(),
+            code_credentials: self.roles.code_credentials(),
+            roles: self.roles.roles(),
+            session_floor: self.session_floor,
+            limits: self.limits.limits(),
             ..Default::default()
         };
         if request == v1::UpdateEnvironmentRequest::default() {

@@ -1,6 +1,6 @@
 //! `service-token`: tokens for programs, which queue runs and never submit codes.
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use latchkey_proto::v1;
@@ -20,7 +20,30 @@ pub(crate) enum ServiceToken {
         /// How long it is good for, such as 720h; 90 days if absent
         #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
         lifetime: Option<prost_types::Duration>,
+        /// What it may do
+        #[arg(long, value_enum, default_value = "write")]
+        access: TokenAccess,
+        /// Where; may be repeated; everywhere if absent
+        #[arg(long = "env", value_name = "ENV")]
+        environments: Vec<String>,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TokenAccess {
+    /// See runs, logs, settings, non-sensitive values
+    Read,
+    /// Upload, queue, cancel
+    Write,
+}
+
+impl From<TokenAccess> for v1::Access {
+    fn from(access: TokenAccess) -> v1::Access {
+        match access {
+            TokenAccess::Read => v1::Access::Read,
+            TokenAccess::Write => v1::Access::Write,
+        }
+    }
 }
 
 impl ServiceToken {
@@ -28,12 +51,14 @@ impl ServiceToken {
         let session = context.session()?;
         let organization = session.organization()?;
         match self {
-            ServiceToken::Create { name, lifetime } => {
+            ServiceToken::Create { name, lifetime, access, environments } => {
                 let request = v1::CreateServiceTokenRequest {
                     organization,
                     name: name.clone(),
                     lifetime,
                     request_id: Uuid::new_v4().to_string(),
+                    access: v1::Access::from(access).into(),
+                    environments,
                 };
                 let client = &session.client;
                 let answer = client

@@ -19,14 +19,17 @@ pub(crate) enum User {
         /// What they may do in the organization
         #[arg(long, value_enum)]
         role: Role,
+        /// What a member may do in each environment; `write` if absent
+        #[arg(long, value_enum)]
+        access: Option<Access>,
     },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Role {
-    /// Queues, authenticates, confirms, discards, cancels
+    /// May do in each environment what the access there says
     Member,
-    /// Everything, and alone: policy, organization variables, people, pools, accounts
+    /// Everything everywhere, and alone: policy, organization variables, people, pools, accounts
     Owner,
 }
 
@@ -39,17 +42,41 @@ impl From<Role> for v1::Role {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Access {
+    /// The environment is hidden
+    None,
+    /// See runs, logs, settings, non-sensitive values
+    Read,
+    /// Upload, queue, cancel; persons also submit codes, confirm and discard
+    Write,
+    /// Settings but for the owners', variables, locks, states; persons only
+    Admin,
+}
+
+impl From<Access> for v1::Access {
+    fn from(access: Access) -> v1::Access {
+        match access {
+            Access::None => v1::Access::None,
+            Access::Read => v1::Access::Read,
+            Access::Write => v1::Access::Write,
+            Access::Admin => v1::Access::Admin,
+        }
+    }
+}
+
 impl User {
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         let session = context.session()?;
         let organization = session.organization()?;
         match self {
-            User::Create { name, role } => {
+            User::Create { name, role, access } => {
                 let request = v1::CreateUserRequest {
                     organization,
                     user: name.clone(),
                     role: v1::Role::from(role).into(),
                     request_id: Uuid::new_v4().to_string(),
+                    access: access.map_or(v1::Access::Unspecified, v1::Access::from).into(),
                 };
                 let client = &session.client;
                 let answer = client

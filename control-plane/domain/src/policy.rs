@@ -5,6 +5,7 @@
 //! once more, under the stricter of the policy the run carries and the one in force now, and
 //! answers with a [`Permit`] or a [`Denial`] that carries all its enforcement needs.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -56,6 +57,17 @@ impl MfaPolicy {
             | (MfaPolicy::PlansAndApplies, Phase::Plan | Phase::Apply) => true,
         }
     }
+}
+
+/// Demands a code for an apply by what its plan would do. Each part is enough.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlanRule {
+    /// The plan destroys or replaces anything.
+    pub destructive: bool,
+    /// The plan changes a resource of one of these types; `*` at the end stands for anything.
+    pub resource_types: BTreeSet<String>,
+    /// The plan changes more resources than this.
+    pub more_than: Option<u32>,
 }
 
 /// A session that waits, sealed, for its phase to start.

@@ -2,7 +2,7 @@
 
 use super::{App, Page, PageRequest};
 use crate::audit::{self, Record, VerifyError};
-use crate::auth::{Caller, Right};
+use crate::auth::Caller;
 use crate::error::{Error, Result};
 use crate::store::{Scan, keys};
 
@@ -25,7 +25,7 @@ impl App {
         run_id: &str,
         page: PageRequest,
     ) -> Result<Page<Record>> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         let organization = standing.organization;
         let size = page.size()?;
         let mut after = page.after::<u64>()?;
@@ -55,7 +55,7 @@ impl App {
     }
 
     pub async fn verify_audit(&self, caller: &Caller, organization: &str) -> Result<ChainState> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         match audit::verify_stored(&*self.store, standing.organization).await {
             Ok(verified) => {
                 Ok(ChainState::Intact { records: verified.count, head: verified.head.digest })

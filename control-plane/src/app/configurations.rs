@@ -46,8 +46,7 @@ impl App {
         organization: &str,
         environment: &str,
     ) -> Result<ConfigurationUpload> {
-        let standing = self.standing(caller, organization, Right::Operate).await?;
-        self.environment_named(standing.organization, environment).await?;
+        let (standing, _) = self.on(caller, organization, environment, Right::Operate).await?;
         let place = self.uploads.archive().ok_or_else(|| {
             let message = "too many uploads at once; try again in a moment";
             Error::refused(Reason::LimitReached, message).with("limit", MOST_ARCHIVES.to_string())

@@ -1,47 +1,20 @@
 //! Environments: made, shown and set.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use latchkey_domain::environment::Hold;
-use latchkey_domain::id::{EnvironmentId, OrganizationId, PoolId, RunId, UserId};
-use latchkey_domain::policy::MfaPolicy;
+use latchkey_domain::id::{EnvironmentId, RunId, UserId};
 use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
-use serde_json::Value;
 
+use super::settings::{SettingsChange, asks, shown};
 use super::{App, Page, PageRequest, check_name, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
-use crate::job::{ENGINES, is_label};
-use crate::store::record::environment::{
-    Environment, EnvironmentRecord, PlainCredentials, Settings,
-};
+use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
+use crate::store::record::people::Access;
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Scan, keys};
-
-/// How many labels an environment may demand.
-const MOST_LABELS: usize = 16;
-const SHORTEST_SESSION: Duration = Duration::from_secs(15 * 60);
-const LONGEST_SESSION: Duration = Duration::from_secs(36 * 3600);
-
-/// Settings as a caller gives them: what is absent stays as it is.
-#[derive(Clone, Debug, Default)]
-pub struct SettingsChange {
-    pub policy: Option<MfaPolicy>,
-    pub auto_apply: Option<bool>,
-    pub working_directory: Option<String>,
-    /// The pool's name; empty for none.
-    pub pool: Option<String>,
-    pub session_duration: Option<Duration>,
-    pub plain_credentials: Option<PlainCredentials>,
-    pub region: Option<String>,
-    /// All labels, in place of those before.
-    pub runner_labels: Option<BTreeMap<String, String>>,
-    pub engine: Option<String>,
-    pub engine_version: Option<String>,
-}
 
 /// An environment with the names that people know.
 #[derive(Debug)]
@@ -60,7 +33,7 @@ impl App {
         settings: SettingsChange,
         request_id: &str,
     ) -> Result<EnvironmentView> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         check_name("environment", name)?;
         check_request_id(request_id)?;
         let organization = standing.organization;
@@ -106,8 +79,7 @@ impl App {
         organization: &str,
         name: &str,
     ) -> Result<EnvironmentView> {
-        let standing = self.standing(caller, organization, Right::Read).await?;
-        let found = self.environment_named(standing.organization, name).await?;
+        let (standing, found) = self.on(caller, organization, name, Right::Read).await?;
         self.environment_view(found.value, standing.organization_name).await
     }
 
@@ -117,20 +89,23 @@ impl App {
         organization: &str,
         page: PageRequest,
     ) -> Result<Page<EnvironmentView>> {
-        let standing = self.standing(caller, organization, Right::Read).await?;
+        let standing = self.member(caller, organization).await?;
         let (size, organization) = (page.size()?, standing.organization);
         let after =
             page.after::<String>()?.map(|name| keys::environment_by_name(organization, &name));
         let scan = Scan::ascending(keys::environments_by_name(organization), size + 1).after(after);
         let found = self.scan(scan).await?;
-        let mut items = vec![];
-        let mut next = None;
-        for (key, value) in found {
-            if items.len() == size {
-                next = items.last().map(|view: &EnvironmentView| view.environment.name.clone());
+        let (mut items, mut next) = (vec![], None);
+        for (number, (key, value)) in found.iter().enumerate() {
+            if number == size {
+                // Also where the last one is hidden.
+                next = found[number - 1].0.name().map(str::to_owned);
                 break;
             }
-            let id: Text<EnvironmentId> = crate::store::record::decode(&key, &value)?;
+            let id: Text<EnvironmentId> = crate::store::record::decode(key, value)?;
+            if standing.position.access(id.0) == Access::None {
+                continue;
+            }
             let environment = self.environment(organization, id.0).await?.value;
             let view =
                 self.environment_view(environment, standing.organization_name.clone()).await?;
@@ -146,9 +121,9 @@ impl App {
         name: &str,
         change: SettingsChange,
     ) -> Result<EnvironmentView> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
-        let Loaded { key, version, value } =
-            self.environment_named(standing.organization, name).await?;
+        let right = if change.is_for_owners() { Right::Own } else { Right::Administer };
+        let (standing, found) = self.on(caller, organization, name, right).await?;
+        let Loaded { key, version, value } = found;
         let mut next = value.clone();
         next.settings = self.changed(standing.organization, value.settings.clone(), change).await?;
         let draft = self
@@ -179,7 +154,7 @@ impl App {
         name: &str,
         run: RunId,
     ) -> Result<EnvironmentView> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         let found = self.environment_named(standing.organization, name).await?;
         if self.run(run).await?.value.request.environment != found.value.id {
             return Err(Error::not_found("run of this environment"));
@@ -231,62 +206,6 @@ impl App {
         Ok(())
     }
 
-    async fn changed(
-        &self,
-        organization: OrganizationId,
-        mut settings: Settings,
-        change: SettingsChange,
-    ) -> Result<Settings> {
-        let SettingsChange {
-            policy,
-            auto_apply,
-            working_directory,
-            pool,
-            session_duration,
-            plain_credentials,
-            region,
-            runner_labels,
-            engine,
-            engine_version,
-        } = change;
-        settings.policy = policy.unwrap_or(settings.policy);
-        settings.auto_apply = auto_apply.unwrap_or(settings.auto_apply);
-        settings.plain_credentials = plain_credentials.unwrap_or(settings.plain_credentials);
-        if let Some(directory) = working_directory {
-            settings.working_directory = checked_directory(directory)?;
-        }
-        if let Some(duration) = session_duration {
-            if !(SHORTEST_SESSION..=LONGEST_SESSION).contains(&duration) {
-                let message = "a session lasts 15 minutes to 36 hours";
-                return Err(Error::field("session_duration", message));
-            }
-            settings.session_duration = duration;
-        }
-        if let Some(region) = region {
-            let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-            if !(4..=32).contains(&region.len()) || !region.bytes().all(allowed) {
-                return Err(Error::field("region", "give an AWS region, such as eu-central-1"));
-            }
-            settings.region = region;
-        }
-        if let Some(labels) = runner_labels {
-            settings.runner_labels = checked_labels(labels)?;
-        }
-        settings.engine = engine.unwrap_or(settings.engine);
-        settings.engine_version = engine_version.unwrap_or(settings.engine_version);
-        check_engine(&settings.engine, &settings.engine_version)?;
-        if let Some(name) = pool {
-            settings.pool = if name.is_empty() {
-                None
-            } else {
-                let found = self.fetch::<Text<PoolId>>(keys::pool_by_name(organization, &name));
-                let missing = || Error::field("pool", "no such pool; `latchkey pool create` one");
-                Some(found.await?.ok_or_else(missing)?.value.0)
-            };
-        }
-        Ok(settings)
-    }
-
     pub(super) async fn environment_view(
         &self,
         environment: Environment,
@@ -305,140 +224,5 @@ pub(super) fn request_owner(caller: &Caller) -> UserId {
     match caller {
         Caller::User { id, .. } => *id,
         Caller::Service { id, .. } => UserId::from_bytes(*id.as_bytes()),
-    }
-}
-
-fn checked_directory(directory: String) -> Result<String> {
-    let fits = directory.len() <= 256
-        && !directory.starts_with('/')
-        && !directory.chars().any(|c| c.is_control() || c == '\\')
-        && directory.split('/').all(|part| part != "..");
-    if !fits {
-        return Err(Error::field(
-            "working_directory",
-            "give a relative path inside the archive, without `..`, up to 256 bytes",
-        ));
-    }
-    Ok(directory
-        .split('/')
-        .filter(|part| !part.is_empty() && *part != ".")
-        .collect::<Vec<_>>()
-        .join("/"))
-}
-
-/// What of the settings decides who may take a job.
-fn asks(settings: &Settings) -> (Option<PoolId>, &BTreeMap<String, String>, &str, &str) {
-    let Settings { pool, runner_labels, engine, engine_version, .. } = settings;
-    (*pool, runner_labels, engine, engine_version)
-}
-
-fn checked_labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
-    if labels.len() > MOST_LABELS {
-        return Err(Error::field("runner_labels", "an environment demands up to 16 labels"));
-    }
-    if labels.iter().all(|(name, value)| is_label(name, value)) {
-        return Ok(labels);
-    }
-    let message = "a label is NAME=VALUE, each of up to 63 letters, digits, `.`, `_`, `-` and `/`";
-    Err(Error::field("runner_labels", message))
-}
-
-/// Checks that an engine is known, and that its version names exactly one.
-fn check_engine(engine: &str, version: &str) -> Result<()> {
-    if !engine.is_empty() && !ENGINES.contains(&engine) {
-        return Err(Error::field("engine", "it is terraform or tofu, or empty"));
-    }
-    if version.is_empty() {
-        return Ok(());
-    }
-    if engine.is_empty() {
-        let message = "say which engine it is a version of: terraform or tofu";
-        return Err(Error::field("engine", message));
-    }
-    if is_exact(version) {
-        return Ok(());
-    }
-    Err(Error::field("engine_version", "give one exact version, such as 1.9.0 or 1.10.0-rc1"))
-}
-
-/// Tells whether this is one semantic version, without build metadata: two builds of a version
-/// could not be told apart.
-pub(super) fn is_exact(version: &str) -> bool {
-    let (core, pre) = match version.split_once('-') {
-        Some((core, pre)) => (core, Some(pre)),
-        None => (version, None),
-    };
-    let is_number = |part: &str| {
-        (1..=9).contains(&part.len())
-            && part.bytes().all(|b| b.is_ascii_digit())
-            && (part == "0" || !part.starts_with('0'))
-    };
-    let is_identifier = |part: &str| {
-        let digits = part.bytes().all(|b| b.is_ascii_digit());
-        !part.is_empty()
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
-            && (!digits || part == "0" || !part.starts_with('0'))
-    };
-    version.len() <= 64
-        && core.split('.').count() == 3
-        && core.split('.').all(is_number)
-        && pre.is_none_or(|pre| pre.split('.').all(is_identifier))
-}
-
-/// Settings as audit records show them.
-fn shown(settings: &Settings) -> Value {
-    serde_json::json!({
-        "mfa_policy": match settings.policy {
-            MfaPolicy::Never => "never",
-            MfaPolicy::AppliesOnly => "applies only",
-            MfaPolicy::PlansAndApplies => "plans and applies",
-        },
-        "auto_apply": settings.auto_apply,
-        "working_directory": settings.working_directory,
-        "pool": settings.pool.map(|pool| pool.to_string()),
-        "session_seconds": settings.session_duration.as_secs(),
-        "plain_credentials": match settings.plain_credentials {
-            PlainCredentials::Session => "session",
-            PlainCredentials::None => "none",
-        },
-        "region": settings.region,
-        "runner_labels": settings.runner_labels,
-        "engine": settings.engine,
-        "engine_version": settings.engine_version,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_engine_version_is_exact_and_says_of_what() {
-        for version in ["1.9.0", "1.10.0-rc1", "1.10.0-alpha.20241009", "0.12.31"] {
-            assert!(check_engine("tofu", version).is_ok(), "{version}");
-        }
-        for version in
-            ["1.9", "1.9.x", "~> 1.9", "01.9.0", "1.9.0-", "1.9.0-01", "1.9.0+build", "v1.9.0", "*"]
-        {
-            let error = check_engine("terraform", version).unwrap_err();
-            assert_eq!(error.field_name(), Some("engine_version"), "{version}");
-        }
-        assert_eq!(check_engine("", "1.9.0").unwrap_err().field_name(), Some("engine"));
-        assert_eq!(check_engine("pulumi", "").unwrap_err().field_name(), Some("engine"));
-        assert!(check_engine("tofu", "").is_ok());
-    }
-
-    #[test]
-    fn labels_are_few_and_plain() {
-        let one = |name: &str, value: &str| {
-            checked_labels(BTreeMap::from([(name.to_owned(), value.to_owned())]))
-        };
-        assert!(one("gpu", "yes").is_ok());
-        assert!(one("net/zone", "eu-1.a").is_ok());
-        for (name, value) in [("", "x"), ("a b", "x"), ("a", "\u{1b}[2J"), ("a", "")] {
-            assert!(one(name, value).is_err(), "{name:?}={value:?}");
-        }
-        let many = (0..17).map(|n| (format!("l{n}"), "x".to_owned())).collect();
-        assert!(checked_labels(many).is_err());
     }
 }

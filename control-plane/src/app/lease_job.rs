@@ -12,7 +12,7 @@ use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 
 use super::App;
-use super::environments::is_exact;
+use super::settings::is_exact;
 use super::transition::{Decision, Guard, Subject, wanted};
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Leases, Stop, Wanted};

@@ -1,7 +1,7 @@
 //! An organization's settings: the AWS accounts that triples may belong to.
 
 use super::App;
-use crate::auth::{Caller, Right};
+use crate::auth::Caller;
 use crate::error::{Error, Result};
 use crate::store::record::encode;
 use crate::store::record::people::Organization;
@@ -11,7 +11,7 @@ const MOST_ACCOUNTS: usize = 100;
 
 impl App {
     pub async fn show_organization(&self, caller: &Caller, name: &str) -> Result<Organization> {
-        let standing = self.standing(caller, name, Right::Read).await?;
+        let standing = self.member(caller, name).await?;
         Ok(self.organization(standing.organization).await?.value)
     }
 
@@ -22,7 +22,7 @@ impl App {
         name: &str,
         aws_accounts: Vec<String>,
     ) -> Result<Organization> {
-        let standing = self.standing(caller, name, Right::Own).await?;
+        let standing = self.owner(caller, name).await?;
         if aws_accounts.len() > MOST_ACCOUNTS {
             return Err(Error::field("aws_accounts", "at most 100 accounts"));
         }

@@ -3,26 +3,29 @@
 //! The first start prints a one-time secret. Whoever brings it makes the first organization and
 //! owns it; the secret is spent by the same commit.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use latchkey_domain::id::{OrganizationId, ServiceTokenId, UserId};
+use latchkey_domain::id::{EnvironmentId, OrganizationId, ServiceTokenId, UserId};
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
 
 use super::environments::request_owner;
 use super::{App, check_name, check_request_id};
-use crate::auth::{Caller, NewToken, Right, sha256, token_digest};
+use crate::auth::{Caller, NewToken, sha256, token_digest};
 use crate::error::{Error, Result};
 use crate::store::record::people::{
-    Bearer, Bootstrap, Membership, Organization, Role, ServiceToken, Token, User,
+    Access, Bearer, Bootstrap, Membership, Organization, Role, ServiceToken, Token, User,
 };
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Key, keys};
 
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
 const LONGEST_LIFETIME: Duration = Duration::from_secs(366 * 86_400);
+/// How many environments a service token or a membership names.
+pub(super) const MOST_ENVIRONMENTS: usize = 100;
 const BOOTSTRAP: &str = "bootstrap";
 
 /// What a caller learns of itself.
@@ -30,6 +33,14 @@ const BOOTSTRAP: &str = "bootstrap";
 pub struct Who {
     pub caller: Caller,
     pub memberships: Vec<(String, Role)>,
+}
+
+/// What a service token may do, and where.
+#[derive(Clone, Debug, Default)]
+pub struct TokenScope {
+    pub access: Access,
+    /// Names; none is all, also those to come.
+    pub environments: Vec<String>,
 }
 
 impl App {
@@ -85,7 +96,7 @@ impl App {
             created_at: now.into(),
         };
         let token = NewToken::generate("lk_")?;
-        let batch = self.new_user(Batch::new(), id, user, Role::Owner, &token);
+        let batch = self.new_user(Batch::new(), id, user, (Role::Owner, Access::Admin), &token);
         let batch = batch
             .put(stored.key, Expect::At(stored.version), encode(&spent))
             .put(keys::organization(id), Expect::Absent, encode(&record))
@@ -103,14 +114,14 @@ impl App {
         batch: Batch,
         organization: OrganizationId,
         name: &str,
-        role: Role,
+        (role, access): (Role, Access),
         token: &NewToken,
     ) -> Batch {
         let id = UserId::from_uuid(self.new_id());
         let bearer = Bearer::User { id: Text(id), name: name.to_owned() };
         let record = Token { bearer, expires_at: None };
         let user = User { id: Text(id), name: name.to_owned(), created_at: self.now().into() };
-        let membership = encode(&Membership { role });
+        let membership = encode(&Membership { role, access, environments: BTreeMap::new() });
         batch
             .put(keys::user(id), Expect::Absent, encode(&user))
             .put(keys::user_by_name(name), Expect::Absent, encode(&Text(id)))
@@ -153,15 +164,16 @@ impl App {
         organization: &str,
         name: &str,
         role: Role,
+        access: Access,
         request_id: &str,
     ) -> Result<SecretString> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         check_name("user", name)?;
         check_request_id(request_id)?;
         let organization = standing.organization;
         let what = format!("user {name}");
         let token = self.token_for(caller, "lk_", organization, &what, request_id);
-        let batch = self.new_user(Batch::new(), organization, name, role, &token);
+        let batch = self.new_user(Batch::new(), organization, name, (role, access), &token);
         let role = match role {
             Role::Member => "member",
             Role::Owner => "owner",
@@ -173,7 +185,8 @@ impl App {
                 "create_user",
                 format!("user {name}"),
             )
-            .with("role", role),
+            .with("role", role)
+            .with("access", access.as_str()),
         );
         self.commit_token(batch, keys::token(token.digest.as_bytes()), "user").await?;
         Ok(token.secret)
@@ -185,9 +198,11 @@ impl App {
         organization: &str,
         name: &str,
         lifetime: Option<Duration>,
+        scope: TokenScope,
         request_id: &str,
     ) -> Result<(SecretString, Timestamp)> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
+        let (access, environments) = self.token_scope(standing.organization, scope).await?;
         check_name("name", name)?;
         check_request_id(request_id)?;
         let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
@@ -213,6 +228,8 @@ impl App {
             created_by: caller.name().to_owned(),
             created_at: self.now().into(),
             expires_at: expires_at.into(),
+            access,
+            environments,
         };
         let subject = format!("service-token {name}");
         let batch = Batch::new()
@@ -224,6 +241,30 @@ impl App {
         let stored: Option<Loaded<Token>> = self.fetch(stored).await?;
         let expires_at = stored.and_then(|token| token.value.expires_at).map(Timestamp::from);
         Ok((token.secret, expires_at.unwrap_or(self.now() + lifetime)))
+    }
+
+    async fn token_scope(
+        &self,
+        organization: OrganizationId,
+        scope: TokenScope,
+    ) -> Result<(Access, BTreeMap<Text<EnvironmentId>, Access>)> {
+        let access = scope.access;
+        if !matches!(access, Access::Read | Access::Write) {
+            return Err(Error::field("access", "a service token may READ or WRITE"));
+        }
+        if scope.environments.is_empty() {
+            return Ok((access, BTreeMap::new()));
+        }
+        if scope.environments.len() > MOST_ENVIRONMENTS {
+            return Err(Error::field("environments", "name up to 100, or none for all"));
+        }
+        let mut environments = BTreeMap::new();
+        for name in &scope.environments {
+            let missing = |_| Error::field("environments", format!("there is no `{name}`"));
+            let found = self.environment_named(organization, name).await.map_err(missing)?;
+            environments.insert(Text(found.value.id), access);
+        }
+        Ok((Access::None, environments))
     }
 
     /// Commits a batch in which a conflict means that the name is taken.

@@ -10,7 +10,7 @@ use secrecy::{ExposeSecret, SecretString};
 use super::environments::request_owner;
 use super::runners::revoked;
 use super::{App, check_name, check_request_id};
-use crate::auth::{Caller, Right, RunnerIdentity, token_digest};
+use crate::auth::{Caller, RunnerIdentity, token_digest};
 use crate::authority::Issued;
 use crate::error::{Error, Result};
 use crate::store::record::runner::{Pool, PoolToken, Runner};
@@ -46,7 +46,7 @@ impl App {
         name: &str,
         request_id: &str,
     ) -> Result<Pool> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         check_name("pool", name)?;
         check_request_id(request_id)?;
         let organization = standing.organization;
@@ -91,7 +91,7 @@ impl App {
         uses: u32,
         request_id: &str,
     ) -> Result<(SecretString, Timestamp)> {
-        let standing = self.standing(caller, organization, Right::Own).await?;
+        let standing = self.owner(caller, organization).await?;
         check_request_id(request_id)?;
         let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
         if lifetime.is_zero() || lifetime > LONGEST_LIFETIME {

@@ -42,7 +42,8 @@ pub struct NewRun {
 
 impl App {
     pub async fn queue_run(self: &Arc<Self>, caller: &Caller, new: NewRun) -> Result<Run> {
-        let standing = self.standing(caller, &new.organization, Right::Operate).await?;
+        let (standing, _) =
+            self.on(caller, &new.organization, &new.environment, Right::Operate).await?;
         check_request_id(&new.request_id)?;
         let request_key = keys::request(
             request_owner(caller),

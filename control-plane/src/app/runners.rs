@@ -71,7 +71,7 @@ impl App {
         organization: &str,
         page: PageRequest,
     ) -> Result<Page<RunnerView>> {
-        let organization = self.standing(caller, organization, Right::Read).await?.organization;
+        let organization = self.member(caller, organization).await?.organization;
         let (size, after) = (page.size()?, page.after::<Place>()?);
         let mut found: Vec<(RunnerId, Pool)> = vec![];
         for (key, stored) in self.list(keys::pools_of(organization)).await? {
@@ -104,7 +104,7 @@ impl App {
     }
 
     pub async fn show_runner(&self, caller: &Caller, id: RunnerId) -> Result<RunnerView> {
-        let runner = self.runner_for(caller, id, Right::Read).await?;
+        let runner = self.runner_for(caller, id, Right::Belong).await?;
         self.shown_runner(runner.value).await
     }
 
@@ -257,7 +257,7 @@ impl App {
         right: Right,
     ) -> Result<Loaded<Runner>> {
         let runner = self.runner_record(id).await?;
-        match self.standing_in(caller, runner.value.organization.0, right).await {
+        match self.standing_in(caller, runner.value.organization.0, right, None).await {
             Ok(_) => Ok(runner),
             Err(error) if error.reason() == Reason::NotFound => Err(Error::not_found("runner")),
             Err(error) => Err(error),

@@ -169,6 +169,9 @@ impl App {
         match settings.plain_credentials {
             PlainCredentials::None => return Ok(None),
             PlainCredentials::Session => {}
+            PlainCredentials::Role | PlainCredentials::Static => {
+                return Err("this mode of credentials without a code is not built yet".into());
+            }
         }
         let keys = self
             .organization_keys(run.request.organization)

@@ -165,23 +165,30 @@ impl App {
         scope: &Scope,
         access: Access,
     ) -> Result<(Standing, VariableScope)> {
-        let right = match (scope, access) {
-            (Scope::Environment(_) | Scope::Organization, Access::Read) => Right::Read,
-            (Scope::Personal, Access::Read | Access::Change)
-            | (Scope::Environment(_), Access::Change) => Right::Decide,
-            (Scope::Organization, Access::Change) => Right::Own,
-        };
-        let standing = self.standing(caller, organization, right).await?;
-        let organization = standing.organization;
-        let scope = match scope {
+        match scope {
             Scope::Environment(name) => {
-                let id = self.environment_named(organization, name).await?.value.id;
-                VariableScope::Environment(organization, id)
+                let right = match access {
+                    Access::Read => Right::Read,
+                    Access::Change => Right::Administer,
+                };
+                let (standing, found) = self.on(caller, organization, name, right).await?;
+                let scope = VariableScope::Environment(standing.organization, found.value.id);
+                Ok((standing, scope))
             }
-            Scope::Organization => VariableScope::Organization(organization),
-            Scope::Personal => VariableScope::Personal(organization, caller.person()?.0),
-        };
-        Ok((standing, scope))
+            Scope::Organization => {
+                let standing = match access {
+                    Access::Read => self.member(caller, organization).await?,
+                    Access::Change => self.owner(caller, organization).await?,
+                };
+                let scope = VariableScope::Organization(standing.organization);
+                Ok((standing, scope))
+            }
+            Scope::Personal => {
+                let standing = self.member(caller, organization).await?;
+                let scope = VariableScope::Personal(standing.organization, caller.person()?.0);
+                Ok((standing, scope))
+            }
+        }
     }
 
     async fn check_budget(

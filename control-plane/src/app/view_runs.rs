@@ -175,8 +175,9 @@ impl App {
         environment: &str,
         page: PageRequest,
     ) -> Result<Page<RunView>> {
-        let standing = self.standing(caller, organization, Right::Read).await?;
-        let environment = self.environment_named(standing.organization, environment).await?.value;
+        let (standing, environment) =
+            self.on(caller, organization, environment, Right::Read).await?;
+        let environment = environment.value;
         let size = page.size()?;
         let after = page.after::<RunId>()?.map(|run| keys::run_by_environment(environment.id, run));
         let scan =

@@ -6,9 +6,10 @@ use secrecy::ExposeSecret;
 use tonic::{Request, Response, Status};
 
 use super::{Service, caller, convert};
+use crate::app::people::TokenScope;
 use crate::auth::Caller;
 use crate::error::Error;
-use crate::store::record::people::Role;
+use crate::store::record::people::{Access, Role};
 
 #[tonic::async_trait]
 impl AccountService for Service {
@@ -52,10 +53,10 @@ impl AccountService for Service {
                 return Err(Error::field("role", "say MEMBER or OWNER").into());
             }
         };
-        let token = self
-            .app
-            .create_user(&caller, &request.organization, &request.user, role, &request.request_id)
-            .await?;
+        let access = access(request.access)?.unwrap_or_default();
+        let v1::CreateUserRequest { organization, user, request_id, .. } = request;
+        let token =
+            self.app.create_user(&caller, &organization, &user, role, access, &request_id).await?;
         Ok(Response::new(v1::CreateUserResponse { token: token.expose_secret().to_owned() }))
     }
 
@@ -66,6 +67,8 @@ impl AccountService for Service {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let lifetime = convert::duration("lifetime", request.lifetime)?;
+        let access = access(request.access)?.unwrap_or_default();
+        let scope = TokenScope { access, environments: request.environments };
         let (token, expires_at) = self
             .app
             .create_service_token(
@@ -73,6 +76,7 @@ impl AccountService for Service {
                 &request.organization,
                 &request.name,
                 lifetime,
+                scope,
                 &request.request_id,
             )
             .await?;
@@ -80,6 +84,18 @@ impl AccountService for Service {
             token: token.expose_secret().to_owned(),
             expire_time: Some(convert::timestamp(expires_at)),
         }))
+    }
+}
+
+/// Reads an access; unspecified is absent.
+pub(super) fn access(value: i32) -> Result<Option<Access>, Error> {
+    match v1::Access::try_from(value) {
+        Ok(v1::Access::Unspecified) => Ok(None),
+        Ok(v1::Access::None) => Ok(Some(Access::None)),
+        Ok(v1::Access::Read) => Ok(Some(Access::Read)),
+        Ok(v1::Access::Write) => Ok(Some(Access::Write)),
+        Ok(v1::Access::Admin) => Ok(Some(Access::Admin)),
+        Err(_) => Err(Error::field("access", "say NONE, READ, WRITE or ADMIN")),
     }
 }
 

@@ -9,13 +9,13 @@ use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1;
 use serde_json::Value;
 
+use super::settings::settings_out;
 use crate::app::PageRequest;
 use crate::app::environments::EnvironmentView;
 use crate::app::quarantine::next_steps;
 use crate::app::view_runs::{Detail, JobFacts, Lock, RunView};
 use crate::error::{Error, Result};
 use crate::job::{JobSpec, LeaseRef};
-use crate::store::record::environment::PlainCredentials;
 
 /// The most changes that one answer lists, and the most bytes that they take.
 const MOST_CHANGES: usize = 1000;
@@ -79,21 +79,11 @@ pub(super) fn policy(value: i32) -> Result<Option<MfaPolicy>> {
     }
 }
 
-const fn policy_out(policy: MfaPolicy) -> v1::MfaPolicy {
+pub(super) const fn policy_out(policy: MfaPolicy) -> v1::MfaPolicy {
     match policy {
         MfaPolicy::Never => v1::MfaPolicy::Never,
         MfaPolicy::AppliesOnly => v1::MfaPolicy::AppliesOnly,
         MfaPolicy::PlansAndApplies => v1::MfaPolicy::PlansAndApplies,
-    }
-}
-
-/// Reads a mode; unspecified is absent.
-pub(super) fn plain_credentials(value: i32) -> Result<Option<PlainCredentials>> {
-    match v1::PlainCredentials::try_from(value) {
-        Ok(v1::PlainCredentials::Unspecified) => Ok(None),
-        Ok(v1::PlainCredentials::Session) => Ok(Some(PlainCredentials::Session)),
-        Ok(v1::PlainCredentials::None) => Ok(Some(PlainCredentials::None)),
-        Err(_) => Err(Error::field("plain_credentials", "say SESSION or NONE")),
     }
 }
 
@@ -274,27 +264,11 @@ pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
         run_id: frozen.run.to_string(),
         reason: next_steps(&environment.name, frozen),
     });
-    let settings = environment.settings;
     v1::Environment {
         environment_id: environment.id.to_string(),
         organization: organization_name,
         environment: environment.name,
-        settings: Some(v1::EnvironmentSettings {
-            mfa_policy: policy_out(settings.policy).into(),
-            auto_apply: settings.auto_apply,
-            working_directory: settings.working_directory,
-            pool: pool_name,
-            session_duration: prost_types::Duration::try_from(settings.session_duration).ok(),
-            plain_credentials: match settings.plain_credentials {
-                PlainCredentials::Session => v1::PlainCredentials::Session,
-                PlainCredentials::None => v1::PlainCredentials::None,
-            }
-            .into(),
-            region: settings.region,
-            runner_labels: settings.runner_labels.into_iter().collect(),
-            engine: settings.engine,
-            engine_version: settings.engine_version,
-        }),
+        settings: Some(settings_out(environment.settings, pool_name)),
         create_time: Some(timestamp(environment.created_at)),
         active_run_id: environment.hold.holder.map(|run| run.to_string()).unwrap_or_default(),
         frozen,

@@ -4,9 +4,9 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::environment_service_server::EnvironmentService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller, convert};
-use crate::app::environments::SettingsChange;
+use super::{Service, caller, convert, settings};
 use crate::app::parse_run_id;
+use crate::app::settings::SettingsChange;
 use crate::error::Error;
 
 #[tonic::async_trait]
@@ -73,12 +73,22 @@ impl EnvironmentService for Service {
             plain_credentials: specified(
                 "plain_credentials",
                 request.plain_credentials,
-                convert::plain_credentials,
+                settings::plain_credentials,
             )?,
             region: request.region,
             runner_labels: request.runner_labels.map(|given| given.labels.into_iter().collect()),
             engine: request.engine,
             engine_version: request.engine_version,
+            second_person: request.second_person,
+            plan_rule: request.plan_rule.map(settings::plan_rule),
+            code_credentials: specified(
+                "code_credentials",
+                request.code_credentials,
+                settings::code_credentials,
+            )?,
+            roles: request.roles.map(settings::roles),
+            session_floor: convert::duration("session_floor", request.session_floor)?,
+            limits: request.limits.map(settings::limits).transpose()?,
         };
         let view = self
             .app
@@ -116,17 +126,23 @@ fn specified<T>(
 }
 
 /// Settings of a new environment: what is empty or unspecified takes its default.
-fn given(settings: v1::EnvironmentSettings) -> Result<SettingsChange, Error> {
+fn given(given: v1::EnvironmentSettings) -> Result<SettingsChange, Error> {
     Ok(SettingsChange {
-        policy: convert::policy(settings.mfa_policy)?,
-        auto_apply: Some(settings.auto_apply),
-        working_directory: Some(settings.working_directory),
-        pool: Some(settings.pool),
-        session_duration: convert::duration("session_duration", settings.session_duration)?,
-        plain_credentials: convert::plain_credentials(settings.plain_credentials)?,
-        region: Some(settings.region).filter(|region| !region.is_empty()),
-        runner_labels: Some(settings.runner_labels.into_iter().collect()),
-        engine: Some(settings.engine),
-        engine_version: Some(settings.engine_version),
+        policy: convert::policy(given.mfa_policy)?,
+        auto_apply: Some(given.auto_apply),
+        working_directory: Some(given.working_directory),
+        pool: Some(given.pool),
+        session_duration: convert::duration("session_duration", given.session_duration)?,
+        plain_credentials: settings::plain_credentials(given.plain_credentials)?,
+        region: Some(given.region).filter(|region| !region.is_empty()),
+        runner_labels: Some(given.runner_labels.into_iter().collect()),
+        engine: Some(given.engine),
+        engine_version: Some(given.engine_version),
+        second_person: Some(given.second_person),
+        plan_rule: given.plan_rule.map(settings::plan_rule),
+        code_credentials: settings::code_credentials(given.code_credentials)?,
+        roles: given.roles.map(settings::roles),
+        session_floor: convert::duration("session_floor", given.session_floor)?,
+        limits: given.limits.map(settings::limits).transpose()?,
     })
 }

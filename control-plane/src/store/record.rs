@@ -55,7 +55,7 @@ where
 }
 
 /// A value that is stored as its text: ids and digests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Text<T>(pub T);
 
 impl<T: fmt::Display> Serialize for Text<T> {

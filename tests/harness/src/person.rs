@@ -148,6 +148,7 @@ impl Person {
             user: user.to_owned(),
             role: role.into(),
             request_id: unique(),
+            ..Default::default()
         };
         let token = self.accounts().create_user(request).await?.into_inner().token;
         Self::with_token(plane, &self.organization, user, &token)
@@ -162,8 +163,8 @@ impl Person {
         let request = v1::CreateServiceTokenRequest {
             organization: self.organization.clone(),
             name: name.to_owned(),
-            lifetime: None,
             request_id: unique(),
+            ..Default::default()
         };
         let token = self.accounts().create_service_token(request).await?.into_inner().token;
         Self::with_token(plane, &self.organization, name, &token)

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_control_plane::app::App;
-use latchkey_control_plane::app::environments::SettingsChange;
 use latchkey_control_plane::app::history::History;
 use latchkey_control_plane::app::lease_job::SESSION_FLOOR;
 use latchkey_control_plane::app::run_output::Gates;
+use latchkey_control_plane::app::settings::SettingsChange;
 use latchkey_control_plane::app::uploads::Uploads;
 use latchkey_control_plane::app::variables::{NewVariable, Scope};
 use latchkey_control_plane::auth::revocation::Revocations;

@@ -8,10 +8,11 @@ use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
 
 use crate::app::fixture::{Fixture, ORGANIZATION};
+use crate::app::people::TokenScope;
 use crate::app::start_job::Start;
 use crate::app::variables::{NewVariable, Scope};
 use crate::app::view_runs::Lock;
-use crate::store::record::people::Role;
+use crate::store::record::people::{Access, Role};
 use crate::store::record::variable::Category;
 
 async fn waiting() -> (Fixture, latchkey_domain::run::Run) {
@@ -246,8 +247,10 @@ async fn a_code_for_a_run_that_does_not_wait_is_refused_unspent() {
 async fn a_service_token_queues_but_never_decides() {
     let (fixture, _) = waiting().await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (token, _) =
-        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
+    let (token, _) = app
+        .create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "make-ci")
+        .await
+        .unwrap();
     let ci = app.caller(&token).await.unwrap();
     let run = fixture.try_queue(&ci, "by-ci").await.unwrap();
     let error = fixture.submit_as(&ci, &run, &fixture.code(), "one").await.unwrap_err();
@@ -263,7 +266,7 @@ async fn a_stranger_is_told_that_the_run_does_not_exist() {
     let (fixture, run) = waiting().await;
     let app = &fixture.app;
     let token = app
-        .create_user(&fixture.owner, ORGANIZATION, "bob", Role::Member, "make-bob")
+        .create_user(&fixture.owner, ORGANIZATION, "bob", Role::Member, Access::Write, "make-bob")
         .await
         .unwrap();
     let bob = app.caller(&token).await.unwrap();

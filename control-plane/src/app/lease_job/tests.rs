@@ -11,11 +11,12 @@ use tokio::sync::mpsc;
 use self::slow::Slow;
 use super::Held;
 use crate::app::artifacts::{Made, Needed};
-use crate::app::environments::SettingsChange;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::people::TokenScope;
 use crate::app::run_output::{Appender, Piece};
 use crate::app::runners::Budget;
+use crate::app::settings::SettingsChange;
 use crate::app::start_job::Start;
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, Stop, ToRunner};
@@ -460,8 +461,10 @@ async fn a_workspace_is_deleted_when_its_run_has_ended() {
 async fn a_service_token_cannot_ask_for_an_apply_that_no_owner_set() {
     let (fixture, _) = queued().await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (token, _) =
-        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
+    let (token, _) = app
+        .create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "make-ci")
+        .await
+        .unwrap();
     let ci = app.caller(&token).await.unwrap();
     assert!(!fixture.queue_automatic(&ci, "a").await.unwrap().request.auto_apply);
     assert!(fixture.queue_automatic(owner, "b").await.unwrap().request.auto_apply);
@@ -487,8 +490,10 @@ async fn an_owner_unfreezes_an_environment_once_its_lost_run_is_given_up() {
 async fn only_an_owner_who_says_so_gives_a_lost_apply_up() {
     let (fixture, run, runner, lease) = applying().await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (token, _) =
-        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
+    let (token, _) = app
+        .create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "make-ci")
+        .await
+        .unwrap();
     let ci = app.caller(&token).await.unwrap();
     app.cancel_run(owner, run.id).await.unwrap();
     app.expire(lease.job, lease.epoch).await.unwrap();

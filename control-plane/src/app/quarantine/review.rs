@@ -14,7 +14,7 @@ use crate::app::artifacts::{LARGEST_STATE, Made};
 use crate::app::claims::Claim;
 use crate::app::configurations::blob_error;
 use crate::app::{App, Page, PageRequest};
-use crate::auth::{Caller, Right};
+use crate::auth::{self, Caller, Right};
 use crate::blobs::BlobReader;
 use crate::error::{Error, Result};
 use crate::store::keys::{BlobUser, QuarantineSlot};
@@ -39,7 +39,15 @@ impl App {
         run: Option<RunId>,
         page: PageRequest,
     ) -> Result<Page<QuarantinedView>> {
-        let organization = self.standing(caller, organization, Right::Read).await?.organization;
+        let standing = self.member(caller, organization).await?;
+        let organization = standing.organization;
+        let environment = match run {
+            Some(run) => self.run(run).await.ok().map(|run| run.value.request.environment),
+            None => None,
+        };
+        // What is of no known environment, owners alone may see: a run that a restore forgot.
+        let right = if environment.is_some() { Right::Read } else { Right::Own };
+        auth::check(caller, Some(&standing.position), right, environment)?;
         let size = page.size()?;
         let after = page.after::<QuarantinedId>()?;
         let mut records: Vec<Quarantined> = match run {
@@ -91,7 +99,7 @@ impl App {
         organization: &str,
         id: QuarantinedId,
     ) -> Result<BlobReader> {
-        let organization = self.standing(caller, organization, Right::Own).await?.organization;
+        let organization = self.owner(caller, organization).await?.organization;
         let record = self.quarantined(organization, id).await?.value;
         let reader = self.blobs.read(organization, record.digest.0).await.map_err(blob_error)?;
         let draft = self
@@ -118,7 +126,7 @@ impl App {
         confirmation: &str,
         older: bool,
     ) -> Result<StateFacts> {
-        let organization = self.standing(caller, organization, Right::Own).await?.organization;
+        let organization = self.owner(caller, organization).await?.organization;
         for _ in 0..ATTEMPTS {
             let found = self.quarantined(organization, id).await?;
             let record = &found.value;
@@ -245,7 +253,7 @@ impl App {
         organization: &str,
         id: QuarantinedId,
     ) -> Result<()> {
-        let organization = self.standing(caller, organization, Right::Own).await?.organization;
+        let organization = self.owner(caller, organization).await?.organization;
         self.take_out(organization, id, (&caller.audit_name(), "drop_quarantined")).await?;
         self.collect_garbage_soon();
         Ok(())

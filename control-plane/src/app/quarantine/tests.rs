@@ -13,6 +13,7 @@ use crate::app::artifacts::{ArtifactHeader, Destination, Made, Needed};
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::lease_job::Held;
+use crate::app::people::TokenScope;
 use crate::app::queue_run::NewRun;
 use crate::app::run_output::Piece;
 use crate::app::start_job::Start;
@@ -21,7 +22,7 @@ use crate::auth::{Caller, RunnerIdentity, sha256};
 use crate::dispatch::Stop;
 use crate::error::Result;
 use crate::job::LeaseRef;
-use crate::store::record::people::Role;
+use crate::store::record::people::{Access, Role};
 use crate::store::record::quarantine::{Kind, StateFacts, Tally};
 use crate::store::{Batch, Expect, keys};
 
@@ -101,7 +102,8 @@ async fn current_state(fixture: &Fixture) -> Vec<u8> {
 
 async fn member(fixture: &Fixture) -> Caller {
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let made = app.create_user(owner, ORGANIZATION, "bob", Role::Member, "make-bob").await;
+    let made =
+        app.create_user(owner, ORGANIZATION, "bob", Role::Member, Access::Write, "make-bob").await;
     app.caller(&made.unwrap()).await.unwrap()
 }
 
@@ -431,13 +433,16 @@ async fn only_owners_in_person_read_accept_and_drop_and_every_one_is_recorded() 
     let (app, owner) = (&fixture.app, &fixture.owner);
     bring(app, &runner, lease, (Made::State, 1), &state("l", 7)).await.unwrap();
     let id = only(&fixture, Kind::State).await.record.id.0;
-    let token = app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await;
+    let token = app
+        .create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "make-ci")
+        .await;
     let service = app.caller(&token.unwrap().0).await.unwrap();
     for (caller, reason) in
         [(member(&fixture).await, Reason::NotAllowed), (service, Reason::PersonRequired)]
     {
-        let listing = app.list_quarantined(&caller, ORGANIZATION, None, PageRequest::default());
-        assert_eq!(listing.await.unwrap().items.len(), 1);
+        let list = |run| app.list_quarantined(&caller, ORGANIZATION, run, PageRequest::default());
+        assert_eq!(list(Some(lease.job.run)).await.unwrap().items.len(), 1);
+        assert_eq!(list(None).await.unwrap_err().reason(), reason);
         let read = app.read_quarantined(&caller, ORGANIZATION, id).await;
         assert_eq!(read.map(drop).unwrap_err().reason(), reason);
         let accepted = app.accept_state(&caller, ORGANIZATION, id, ENVIRONMENT, false).await;

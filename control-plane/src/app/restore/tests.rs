@@ -9,10 +9,11 @@ use latchkey_proto::v1::Reason;
 
 use crate::app::App;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::people::TokenScope;
 use crate::app::start_job::Start;
 use crate::backup::{self, Named, Restored, Source};
 use crate::clock::Clock;
-use crate::store::record::people::Role;
+use crate::store::record::people::{Access, Role};
 use crate::store::record::runner::{Pool, Runner};
 use crate::store::record::{Text, encode};
 use crate::store::sled::{Options, Sled};
@@ -118,9 +119,14 @@ async fn what_had_not_ended_is_ended_and_no_authority_comes_back() {
 async fn nobody_who_was_revoked_since_the_backup_gets_a_job_or_acts_for_a_program() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (secret, _) =
-        app.create_service_token(owner, ORGANIZATION, "ci", None, "ci").await.unwrap();
-    let login = app.create_user(owner, ORGANIZATION, "bob", Role::Member, "bob").await.unwrap();
+    let (secret, _) = app
+        .create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "ci")
+        .await
+        .unwrap();
+    let login = app
+        .create_user(owner, ORGANIZATION, "bob", Role::Member, Access::Write, "bob")
+        .await
+        .unwrap();
     let runner = fixture.runner().await;
     let key = keys::runner(runner.id);
     let pool = Pool {
@@ -154,7 +160,9 @@ async fn nobody_who_was_revoked_since_the_backup_gets_a_job_or_acts_for_a_progra
     assert_eq!(count(&app, keys::Kind::ServiceToken).await, 0);
     // People can act, or nobody could mend anything; also make the token anew.
     app.caller(&login).await.unwrap();
-    app.create_service_token(owner, ORGANIZATION, "ci", None, "new").await.unwrap();
+    app.create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "new")
+        .await
+        .unwrap();
     let found = app.fetch::<Runner>(key).await.unwrap().unwrap().value;
     assert!(found.drained_at.is_some());
     let run = fixture.queue_at(&app, "after").await;

@@ -6,9 +6,10 @@ use latchkey_domain::run::Run;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::app::environments::SettingsChange;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::people::TokenScope;
+use crate::app::settings::SettingsChange;
 use crate::app::start_job::Start;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
 use crate::job::LeaseRef;
@@ -371,8 +372,10 @@ async fn members_look_and_owners_steer() {
     fixture.dispatch();
     let runner = enrolled(&fixture).await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let (token, _) =
-        app.create_service_token(owner, ORGANIZATION, "ci", None, "make-ci").await.unwrap();
+    let (token, _) = app
+        .create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "make-ci")
+        .await
+        .unwrap();
     let ci = app.caller(&token).await.unwrap();
     app.show_runner(&ci, runner.id).await.unwrap();
     let refused = app.revoke_runner(&ci, runner.id).await.unwrap_err();

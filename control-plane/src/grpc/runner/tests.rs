@@ -14,8 +14,8 @@ use tonic::Code;
 use tonic::transport::{Channel, Server};
 
 use super::*;
-use crate::app::environments::SettingsChange;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::settings::SettingsChange;
 use crate::store::record::runner::Runner;
 use crate::store::record::{Text, encode};
 use crate::store::{Batch, Expect, keys};

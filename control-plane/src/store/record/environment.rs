@@ -1,11 +1,11 @@
 //! Environments, configurations and state versions as they are stored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use latchkey_domain::environment::{Frozen, Hold};
 use latchkey_domain::id::{Digest, EnvironmentId, OrganizationId, PoolId, RunId};
-use latchkey_domain::policy::MfaPolicy;
+use latchkey_domain::policy::{MfaPolicy, Phase, PlanRule};
 use latchkey_domain::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,91 @@ pub struct Settings {
     pub engine: String,
     /// Exact; empty is the runner's own.
     pub engine_version: String,
+    /// Who approves must not be who queued.
+    pub second_person: bool,
+    pub plan_rule: PlanRule,
+    pub code_credentials: CodeCredentials,
+    pub roles: Roles,
+    /// The least life of credentials at a start; the control plane's where that is longer.
+    pub session_floor: Duration,
+    pub limits: Limits,
+}
+
+/// The roles of the credential modes `role`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roles {
+    pub plan: RoleSettings,
+    pub apply: RoleSettings,
+}
+
+impl Roles {
+    pub const fn of(&self, phase: Phase) -> &RoleSettings {
+        match phase {
+            Phase::Plan => &self.plan,
+            Phase::Apply => &self.apply,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoleSettings {
+    /// Empty: none.
+    pub arn: String,
+    /// Session policy as JSON; empty: none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub policy: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub policy_arns: Vec<String>,
+}
+
+/// Limits of time in seconds; what is absent has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Waiting for a person.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub person: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub apply: Option<u64>,
+}
+
+/// What a code buys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CodeCredentials {
+    #[default]
+    Session,
+    Role,
+}
+
+/// [`PlanRule`] as it is stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanRuleRecord {
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    destructive: bool,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    resource_types: BTreeSet<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    more_than: Option<u32>,
+}
+
+impl From<&PlanRule> for PlanRuleRecord {
+    fn from(rule: &PlanRule) -> Self {
+        let PlanRule { destructive, resource_types, more_than } = rule.clone();
+        Self { destructive, resource_types, more_than }
+    }
+}
+
+impl From<PlanRuleRecord> for PlanRule {
+    fn from(record: PlanRuleRecord) -> Self {
+        let PlanRuleRecord { destructive, resource_types, more_than } = record;
+        Self { destructive, resource_types, more_than }
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What a phase that demands no code gets.
@@ -48,6 +133,9 @@ pub struct Settings {
 pub enum PlainCredentials {
     Session,
     None,
+    Role,
+    /// The long-term keys themselves.
+    Static,
 }
 
 impl Default for Settings {
@@ -63,6 +151,12 @@ impl Default for Settings {
             runner_labels: BTreeMap::new(),
             engine: String::new(),
             engine_version: String::new(),
+            second_person: false,
+            plan_rule: PlanRule::default(),
+            code_credentials: CodeCredentials::default(),
+            roles: Roles::default(),
+            session_floor: Duration::ZERO,
+            limits: Limits::default(),
         }
     }
 }
@@ -113,6 +207,18 @@ pub struct EnvironmentRecord {
     engine: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     engine_version: String,
+    #[serde(default, skip_serializing_if = "is_default")]
+    second_person: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    plan_rule: PlanRuleRecord,
+    #[serde(default, skip_serializing_if = "is_default")]
+    code_credentials: CodeCredentials,
+    #[serde(default, skip_serializing_if = "is_default")]
+    roles: Roles,
+    #[serde(default, skip_serializing_if = "is_default")]
+    floor_seconds: u64,
+    #[serde(default, skip_serializing_if = "is_default")]
+    limits: Limits,
     holder: Option<Text<RunId>>,
     frozen: Option<FrozenRecord>,
     state: Option<StateHead>,
@@ -142,6 +248,12 @@ impl From<&Environment> for EnvironmentRecord {
             runner_labels: settings.runner_labels,
             engine: settings.engine,
             engine_version: settings.engine_version,
+            second_person: settings.second_person,
+            plan_rule: PlanRuleRecord::from(&settings.plan_rule),
+            code_credentials: settings.code_credentials,
+            roles: settings.roles,
+            floor_seconds: settings.session_floor.as_secs(),
+            limits: settings.limits,
             holder: environment.hold.holder.map(Text),
             frozen: environment.hold.frozen.as_ref().map(|frozen| FrozenRecord {
                 run: Text(frozen.run),
@@ -170,6 +282,12 @@ impl From<EnvironmentRecord> for Environment {
                 runner_labels: record.runner_labels,
                 engine: record.engine,
                 engine_version: record.engine_version,
+                second_person: record.second_person,
+                plan_rule: record.plan_rule.into(),
+                code_credentials: record.code_credentials,
+                roles: record.roles,
+                session_floor: Duration::from_secs(record.floor_seconds),
+                limits: record.limits,
             },
             hold: Hold {
                 holder: record.holder.map(|run| run.0),

@@ -1,6 +1,9 @@
 //! Users, organizations and tokens as they are stored.
 
-use latchkey_domain::id::{OrganizationId, ServiceTokenId, UserId};
+use std::collections::BTreeMap;
+use std::fmt;
+
+use latchkey_domain::id::{EnvironmentId, OrganizationId, ServiceTokenId, UserId};
 use serde::{Deserialize, Serialize};
 
 use super::{Millis, Text};
@@ -28,9 +31,45 @@ pub enum Role {
     Owner,
 }
 
+/// What a member may do in an environment; each holds what is before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// The environment is hidden.
+    None,
+    Read,
+    /// Upload, queue, cancel; for persons also: submit codes, confirm, discard.
+    #[default]
+    Write,
+    /// Settings but for the owners', variables, locks.
+    Admin,
+}
+
+impl Access {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Access::None => "none",
+            Access::Read => "read",
+            Access::Write => "write",
+            Access::Admin => "admin",
+        }
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Membership {
     pub role: Role,
+    /// In environments that `environments` does not name.
+    #[serde(default)]
+    pub access: Access,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environments: BTreeMap<Text<EnvironmentId>, Access>,
 }
 
 /// Found by the SHA-256 of a token: whom it speaks for.
@@ -54,6 +93,11 @@ pub struct ServiceToken {
     pub created_by: String,
     pub created_at: Millis,
     pub expires_at: Millis,
+    /// At most [`Access::Write`], in environments that `environments` does not name.
+    #[serde(default)]
+    pub access: Access,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environments: BTreeMap<Text<EnvironmentId>, Access>,
 }
 
 /// The one-time secret of the first start: its digest, and whether it was spent.

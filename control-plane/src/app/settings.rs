@@ -1,0 +1,399 @@
+//! The settings of an environment: what may be said, and by whom.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use latchkey_domain::id::{OrganizationId, PoolId};
+use latchkey_domain::policy::{MfaPolicy, Phase, PlanRule};
+use serde_json::Value;
+
+use super::App;
+use crate::error::{Error, Result};
+use crate::job::{ENGINES, is_label};
+use crate::store::keys;
+use crate::store::record::Text;
+use crate::store::record::environment::{
+    CodeCredentials, Limits, PlainCredentials, PlanRuleRecord, RoleSettings, Roles, Settings,
+};
+
+/// How many labels an environment may demand.
+const MOST_LABELS: usize = 16;
+const SHORTEST_SESSION: Duration = Duration::from_secs(15 * 60);
+const LONGEST_SESSION: Duration = Duration::from_secs(36 * 3600);
+const LONGEST_FLOOR: Duration = Duration::from_secs(12 * 3600);
+const MOST_RESOURCE_TYPES: usize = 64;
+/// Of a session policy and the ARNs beside it, in characters (AWS STS, `AssumeRole`).
+const LARGEST_POLICY: usize = 2048;
+const MOST_POLICY_ARNS: usize = 10;
+const DAY: u64 = 86_400;
+
+/// Settings as a caller gives them: what is absent stays as it is.
+#[derive(Clone, Debug, Default)]
+pub struct SettingsChange {
+    pub policy: Option<MfaPolicy>,
+    pub auto_apply: Option<bool>,
+    pub working_directory: Option<String>,
+    /// The pool's name; empty for none.
+    pub pool: Option<String>,
+    pub session_duration: Option<Duration>,
+    pub plain_credentials: Option<PlainCredentials>,
+    pub region: Option<String>,
+    /// All labels, in place of those before.
+    pub runner_labels: Option<BTreeMap<String, String>>,
+    pub engine: Option<String>,
+    pub engine_version: Option<String>,
+    pub second_person: Option<bool>,
+    /// The whole rule, in place of the one before.
+    pub plan_rule: Option<PlanRule>,
+    pub code_credentials: Option<CodeCredentials>,
+    /// Both, in place of those before.
+    pub roles: Option<Roles>,
+    pub session_floor: Option<Duration>,
+    /// All, in place of those before.
+    pub limits: Option<Limits>,
+}
+
+impl SettingsChange {
+    /// Tells whether it names a setting that only owners change: what a phase must be approved
+    /// by, and what it gets.
+    pub fn is_for_owners(&self) -> bool {
+        let Self {
+            policy,
+            auto_apply,
+            plain_credentials,
+            second_person,
+            plan_rule,
+            code_credentials,
+            roles,
+            working_directory: _,
+            pool: _,
+            session_duration: _,
+            region: _,
+            runner_labels: _,
+            engine: _,
+            engine_version: _,
+            session_floor: _,
+            limits: _,
+        } = self;
+        policy.is_some()
+            || auto_apply.is_some()
+            || plain_credentials.is_some()
+            || second_person.is_some()
+            || plan_rule.is_some()
+            || code_credentials.is_some()
+            || roles.is_some()
+    }
+}
+
+impl App {
+    pub(super) async fn changed(
+        &self,
+        organization: OrganizationId,
+        mut settings: Settings,
+        change: SettingsChange,
+    ) -> Result<Settings> {
+        let SettingsChange {
+            policy,
+            auto_apply,
+            working_directory,
+            pool,
+            session_duration,
+            plain_credentials,
+            region,
+            runner_labels,
+            engine,
+            engine_version,
+            second_person,
+            plan_rule,
+            code_credentials,
+            roles,
+            session_floor,
+            limits,
+        } = change;
+        settings.policy = policy.unwrap_or(settings.policy);
+        settings.auto_apply = auto_apply.unwrap_or(settings.auto_apply);
+        settings.plain_credentials = plain_credentials.unwrap_or(settings.plain_credentials);
+        if let Some(directory) = working_directory {
+            settings.working_directory = checked_directory(directory)?;
+        }
+        if let Some(duration) = session_duration {
+            if !(SHORTEST_SESSION..=LONGEST_SESSION).contains(&duration) {
+                let message = "a session lasts 15 minutes to 36 hours";
+                return Err(Error::field("session_duration", message));
+            }
+            settings.session_duration = duration;
+        }
+        if let Some(region) = region {
+            let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            if !(4..=32).contains(&region.len()) || !region.bytes().all(allowed) {
+                return Err(Error::field("region", "give an AWS region, such as eu-central-1"));
+            }
+            settings.region = region;
+        }
+        if let Some(labels) = runner_labels {
+            settings.runner_labels = checked_labels(labels)?;
+        }
+        settings.engine = engine.unwrap_or(settings.engine);
+        settings.engine_version = engine_version.unwrap_or(settings.engine_version);
+        check_engine(&settings.engine, &settings.engine_version)?;
+        settings.second_person = second_person.unwrap_or(settings.second_person);
+        settings.code_credentials = code_credentials.unwrap_or(settings.code_credentials);
+        if let Some(rule) = plan_rule {
+            settings.plan_rule = checked_rule(rule)?;
+        }
+        if let Some(roles) = roles {
+            check_role("roles.plan", &roles.plan)?;
+            check_role("roles.apply", &roles.apply)?;
+            settings.roles = roles;
+        }
+        check_modes(&settings)?;
+        if let Some(floor) = session_floor {
+            if floor > LONGEST_FLOOR {
+                return Err(Error::field("session_floor", "a floor is up to 12 hours"));
+            }
+            settings.session_floor = floor;
+        }
+        if let Some(limits) = limits {
+            settings.limits = checked_limits(limits)?;
+        }
+        if settings.session_floor > settings.session_duration {
+            let message = "no session would live long enough: let it be shorter than the session's \
+                           duration";
+            return Err(Error::field("session_floor", message));
+        }
+        if let Some(name) = pool {
+            settings.pool = if name.is_empty() {
+                None
+            } else {
+                let found = self.fetch::<Text<PoolId>>(keys::pool_by_name(organization, &name));
+                let missing = || Error::field("pool", "no such pool; `latchkey pool create` one");
+                Some(found.await?.ok_or_else(missing)?.value.0)
+            };
+        }
+        Ok(settings)
+    }
+}
+
+fn checked_directory(directory: String) -> Result<String> {
+    let fits = directory.len() <= 256
+        && !directory.starts_with('/')
+        && !directory.chars().any(|c| c.is_control() || c == '\\')
+        && directory.split('/').all(|part| part != "..");
+    if !fits {
+        return Err(Error::field(
+            "working_directory",
+            "give a relative path inside the archive, without `..`, up to 256 bytes",
+        ));
+    }
+    Ok(directory
+        .split('/')
+        .filter(|part| !part.is_empty() && *part != ".")
+        .collect::<Vec<_>>()
+        .join("/"))
+}
+
+/// What of the settings decides who may take a job.
+pub(super) fn asks(settings: &Settings) -> (Option<PoolId>, &BTreeMap<String, String>, &str, &str) {
+    let Settings { pool, runner_labels, engine, engine_version, .. } = settings;
+    (*pool, runner_labels, engine, engine_version)
+}
+
+fn checked_labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
+    if labels.len() > MOST_LABELS {
+        return Err(Error::field("runner_labels", "an environment demands up to 16 labels"));
+    }
+    if labels.iter().all(|(name, value)| is_label(name, value)) {
+        return Ok(labels);
+    }
+    let message = "a label is NAME=VALUE, each of up to 63 letters, digits, `.`, `_`, `-` and `/`";
+    Err(Error::field("runner_labels", message))
+}
+
+/// Checks that an engine is known, and that its version names exactly one.
+fn check_engine(engine: &str, version: &str) -> Result<()> {
+    if !engine.is_empty() && !ENGINES.contains(&engine) {
+        return Err(Error::field("engine", "it is terraform or tofu, or empty"));
+    }
+    if version.is_empty() {
+        return Ok(());
+    }
+    if engine.is_empty() {
+        let message = "say which engine it is a version of: terraform or tofu";
+        return Err(Error::field("engine", message));
+    }
+    if is_exact(version) {
+        return Ok(());
+    }
+    Err(Error::field("engine_version", "give one exact version, such as 1.9.0 or 1.10.0-rc1"))
+}
+
+/// Tells whether this is one semantic version, without build metadata: two builds of a version
+/// could not be told apart.
+pub(super) fn is_exact(version: &str) -> bool {
+    let (core, pre) = match version.split_once('-') {
+        Some((core, pre)) => (core, Some(pre)),
+        None => (version, None),
+    };
+    let is_number = |part: &str| {
+        (1..=9).contains(&part.len())
+            && part.bytes().all(|b| b.is_ascii_digit())
+            && (part == "0" || !part.starts_with('0'))
+    };
+    let is_identifier = |part: &str| {
+        let digits = part.bytes().all(|b| b.is_ascii_digit());
+        !part.is_empty()
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && (!digits || part == "0" || !part.starts_with('0'))
+    };
+    version.len() <= 64
+        && core.split('.').count() == 3
+        && core.split('.').all(is_number)
+        && pre.is_none_or(|pre| pre.split('.').all(is_identifier))
+}
+
+fn checked_rule(rule: PlanRule) -> Result<PlanRule> {
+    let is_type = |name: &String| {
+        let stem = name.strip_suffix('*').unwrap_or(name);
+        (1..=128).contains(&name.len())
+            && stem.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+    };
+    if rule.resource_types.len() <= MOST_RESOURCE_TYPES && rule.resource_types.iter().all(is_type) {
+        return Ok(rule);
+    }
+    let message = "name up to 64 resource types, such as aws_iam_role or aws_iam_*";
+    Err(Error::field("plan_rule.resource_types", message))
+}
+
+/// Checks a role against what AWS takes (`AssumeRole`); an empty one is none.
+fn check_role(field: &'static str, role: &RoleSettings) -> Result<()> {
+    let RoleSettings { arn, policy, policy_arns } = role;
+    if arn.is_empty() {
+        if policy.is_empty() && policy_arns.is_empty() {
+            return Ok(());
+        }
+        return Err(Error::field(field, "policies without a role's ARN narrow nothing"));
+    }
+    let parts: Vec<&str> = arn.splitn(6, ':').collect();
+    let is_role = matches!(
+        parts.as_slice(),
+        ["arn", partition, "iam", "", account, resource]
+            if partition.starts_with("aws")
+                && account.len() == 12
+                && account.bytes().all(|b| b.is_ascii_digit())
+                && resource.strip_prefix("role/").is_some_and(|name| !name.is_empty())
+    );
+    if !is_role || arn.len() > 2048 || !arn.bytes().all(|b| b.is_ascii_graphic()) {
+        let message = "give a role's ARN, such as arn:aws:iam::123456789012:role/terraform";
+        return Err(Error::field(field, message));
+    }
+    let size = policy.chars().count() + policy_arns.iter().map(String::len).sum::<usize>();
+    if size > LARGEST_POLICY || policy_arns.len() > MOST_POLICY_ARNS {
+        let message = "a session policy and up to 10 managed ones have 2,048 characters together";
+        return Err(Error::field(field, message));
+    }
+    if !policy.is_empty() && !serde_json::from_str::<Value>(policy).is_ok_and(|p| p.is_object()) {
+        return Err(Error::field(field, "the session policy is not a JSON object"));
+    }
+    let is_policy = |arn: &String| {
+        arn.starts_with("arn:aws")
+            && arn.contains(":policy/")
+            && arn.bytes().all(|b| b.is_ascii_graphic())
+    };
+    if !policy_arns.iter().all(is_policy) {
+        let message =
+            "give ARNs of managed policies, such as arn:aws:iam::aws:policy/ReadOnlyAccess";
+        return Err(Error::field(field, message));
+    }
+    Ok(())
+}
+
+/// Checks that each credential mode has what it needs.
+fn check_modes(settings: &Settings) -> Result<()> {
+    let by_code = settings.code_credentials == CodeCredentials::Role;
+    let plain = settings.plain_credentials == PlainCredentials::Role;
+    let missing = Phase::ALL.into_iter().find(|phase| settings.roles.of(*phase).arn.is_empty());
+    match missing {
+        Some(phase) if by_code || plain => {
+            let message = format!("the mode `role` needs a role for the {phase}: name its ARN");
+            Err(Error::field("roles", message))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn checked_limits(limits: Limits) -> Result<Limits> {
+    let Limits { person, plan, apply } = limits;
+    if person.is_some_and(|seconds| !(60..=366 * DAY).contains(&seconds)) {
+        return Err(Error::field("limits.person", "a limit is 1 minute to 366 days"));
+    }
+    if [plan, apply].into_iter().flatten().any(|seconds| !(60..=36 * 3600).contains(&seconds)) {
+        return Err(Error::field("limits", "a phase's limit is 1 minute to 36 hours"));
+    }
+    Ok(limits)
+}
+
+/// Settings as audit records show them.
+pub(super) fn shown(settings: &Settings) -> Value {
+    serde_json::json!({
+        "mfa_policy": match settings.policy {
+            MfaPolicy::Never => "never",
+            MfaPolicy::AppliesOnly => "applies only",
+            MfaPolicy::PlansAndApplies => "plans and applies",
+        },
+        "auto_apply": settings.auto_apply,
+        "working_directory": settings.working_directory,
+        "pool": settings.pool.map(|pool| pool.to_string()),
+        "session_seconds": settings.session_duration.as_secs(),
+        "plain_credentials": match settings.plain_credentials {
+            PlainCredentials::Session => "session",
+            PlainCredentials::None => "none",
+            PlainCredentials::Role => "role",
+            PlainCredentials::Static => "static",
+        },
+        "region": settings.region,
+        "runner_labels": settings.runner_labels,
+        "engine": settings.engine,
+        "engine_version": settings.engine_version,
+        "second_person": settings.second_person,
+        "plan_rule": PlanRuleRecord::from(&settings.plan_rule),
+        "code_credentials": settings.code_credentials,
+        "roles": settings.roles,
+        "floor_seconds": settings.session_floor.as_secs(),
+        "limits": settings.limits,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_version_is_exact_and_says_of_what() {
+        for version in ["1.9.0", "1.10.0-rc1", "1.10.0-alpha.20241009", "0.12.31"] {
+            assert!(check_engine("tofu", version).is_ok(), "{version}");
+        }
+        for version in
+            ["1.9", "1.9.x", "~> 1.9", "01.9.0", "1.9.0-", "1.9.0-01", "1.9.0+build", "v1.9.0", "*"]
+        {
+            let error = check_engine("terraform", version).unwrap_err();
+            assert_eq!(error.field_name(), Some("engine_version"), "{version}");
+        }
+        assert_eq!(check_engine("", "1.9.0").unwrap_err().field_name(), Some("engine"));
+        assert_eq!(check_engine("pulumi", "").unwrap_err().field_name(), Some("engine"));
+        assert!(check_engine("tofu", "").is_ok());
+    }
+
+    #[test]
+    fn labels_are_few_and_plain() {
+        let one = |name: &str, value: &str| {
+            checked_labels(BTreeMap::from([(name.to_owned(), value.to_owned())]))
+        };
+        assert!(one("gpu", "yes").is_ok());
+        assert!(one("net/zone", "eu-1.a").is_ok());
+        for (name, value) in [("", "x"), ("a b", "x"), ("a", "\u{1b}[2J"), ("a", "")] {
+            assert!(one(name, value).is_err(), "{name:?}={value:?}");
+        }
+        let many = (0..17).map(|n| (format!("l{n}"), "x".to_owned())).collect();
+        assert!(checked_labels(many).is_err());
+    }
+}
