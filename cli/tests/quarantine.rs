@@ -67,6 +67,29 @@ impl QuarantineService for Fake {
         Ok(Response::new(tokio_stream::iter(parts)))
     }
 
+    async fn compare_quarantined(
+        &self,
+        request: Request<v1::CompareQuarantinedRequest>,
+    ) -> Result<Response<v1::CompareQuarantinedResponse>, Status> {
+        if request.into_inner().quarantined_id != "q-1" {
+            return Err(Status::permission_denied("only an owner may"));
+        }
+        let attribute = v1::AttributeChange {
+            path: "input".into(),
+            before_json: "1".into(),
+            after_json: "2".into(),
+            sensitive: false,
+        };
+        let change = v1::StateChange {
+            address: "terraform_data.one".into(),
+            action: v1::StateChangeAction::Changed.into(),
+            attributes: vec![attribute],
+            truncated: false,
+        };
+        let diff = v1::StateDiff { changes: vec![change], changed: 1, ..Default::default() };
+        Ok(Response::new(v1::CompareQuarantinedResponse { diff: Some(diff) }))
+    }
+
     async fn accept_state(
         &self,
         request: Request<v1::AcceptStateRequest>,
