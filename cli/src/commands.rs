@@ -14,6 +14,7 @@ mod org;
 mod pool;
 mod quarantine;
 mod queue;
+mod retry;
 mod run;
 mod runner;
 mod service_token;
@@ -31,7 +32,8 @@ pub(crate) enum Command {
     Login(login::Login),
     Logout(logout::Logout),
     Whoami(whoami::WhoAmI),
-    Queue(queue::Queue),
+    Queue(Box<queue::Queue>),
+    Retry(Box<retry::Retry>),
     Authenticate(authenticate::Authenticate),
     Confirm(confirm::Confirm),
     Discard(discard::Discard),
@@ -75,6 +77,7 @@ impl Command {
     pub(crate) fn follows(&self) -> bool {
         match self {
             Command::Queue(command) => command.follows(),
+            Command::Retry(command) => command.follows(),
             Command::Logs(command) => command.follows(),
             Command::Run(command) => command.follows(),
             Command::Login(_)
@@ -103,6 +106,7 @@ impl Command {
             Command::Logout(command) => command.run(context),
             Command::Whoami(command) => command.run(context).await,
             Command::Queue(command) => command.run(context).await,
+            Command::Retry(command) => command.run(context).await,
             Command::Authenticate(command) => command.run(context).await,
             Command::Confirm(command) => command.run(context).await,
             Command::Discard(command) => command.run(context).await,

@@ -13,6 +13,7 @@ mod context;
 mod exit;
 mod failure;
 mod follow;
+mod given;
 mod input;
 mod log_view;
 mod output;

@@ -8,7 +8,7 @@ use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
     Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
-    VariableCategory,
+    VariableCategory, VariableOrigin,
 };
 
 use crate::exit::Exit;
@@ -61,6 +61,7 @@ words! {
     RunKind: "RUN_KIND_",
     RunState: "RUN_STATE_",
     VariableCategory: "VARIABLE_CATEGORY_",
+    VariableOrigin: "VARIABLE_ORIGIN_",
 }
 
 /// Says what a state means to whoever waits.

@@ -204,3 +204,54 @@ impl VariableListView {
         table(&["NAME", "CATEGORY", "KIND", "VALUE"], rows, "no variables")
     }
 }
+
+#[derive(Debug, Serialize)]
+struct EffectiveView {
+    name: String,
+    category: String,
+    sensitive: bool,
+    hcl: bool,
+    origin: String,
+    shadowed: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EffectiveListView {
+    variables: Vec<EffectiveView>,
+}
+
+impl EffectiveListView {
+    pub(crate) fn new(variables: &[v1::EffectiveVariable]) -> EffectiveListView {
+        let view = |variable: &v1::EffectiveVariable| EffectiveView {
+            name: variable.name.clone(),
+            category: variable.category().snake(),
+            sensitive: variable.sensitive,
+            hcl: variable.hcl,
+            origin: variable.origin().snake(),
+            shadowed: variable.shadowed,
+        };
+        EffectiveListView { variables: variables.iter().map(view).collect() }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let rows = self
+            .variables
+            .iter()
+            .map(|variable| {
+                let marks = [
+                    (variable.shadowed, "shadowed"),
+                    (variable.sensitive, "sensitive"),
+                    (variable.hcl, "hcl"),
+                ];
+                let marks = marks.iter().filter(|(is, _)| *is).map(|(_, mark)| *mark);
+                vec![
+                    variable.name.clone(),
+                    variable.category.clone(),
+                    variable.origin.clone(),
+                    marks.collect::<Vec<_>>().join(", "),
+                ]
+            })
+            .collect();
+        table(&["NAME", "CATEGORY", "FROM", ""], rows, "no variables")
+    }
+}
