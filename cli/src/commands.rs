@@ -18,6 +18,7 @@ mod retry;
 mod run;
 mod runner;
 mod service_token;
+mod state;
 mod user;
 mod var;
 mod whoami;
@@ -44,7 +45,7 @@ pub(crate) enum Command {
     Run(run::Run),
     /// Environments and their settings
     #[command(subcommand)]
-    Env(env::Env),
+    Env(Box<env::Env>),
     /// Variables of environments, of the organization and your own
     #[command(subcommand)]
     Var(var::Var),
@@ -66,6 +67,9 @@ pub(crate) enum Command {
     /// What runners brought that is not current, kept for a person
     #[command(subcommand)]
     Quarantine(quarantine::Quarantine),
+    /// Versions of an environment's state, its lock, and how a workstation uses it
+    #[command(subcommand)]
+    State(state::State),
     /// The chained record of who did what
     #[command(subcommand)]
     Audit(audit::Audit),
@@ -95,6 +99,7 @@ impl Command {
             | Command::Runner(_)
             | Command::Pool(_)
             | Command::Quarantine(_)
+            | Command::State(_)
             | Command::Audit(_)
             | Command::Completions(_) => false,
         }
@@ -121,6 +126,7 @@ impl Command {
             Command::Runner(command) => command.run(context).await,
             Command::Pool(command) => command.run(context).await,
             Command::Quarantine(command) => command.run(context).await,
+            Command::State(command) => command.run(context).await,
             Command::Audit(command) => command.run(context).await,
             Command::Completions(command) => command.run(context),
         }
