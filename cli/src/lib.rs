@@ -10,6 +10,7 @@ mod code;
 mod commands;
 mod config;
 mod context;
+mod download;
 mod exit;
 mod failure;
 mod follow;

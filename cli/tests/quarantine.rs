@@ -188,6 +188,21 @@ async fn what_is_downloaded_is_ones_own_and_overwrites_nothing() {
 }
 
 #[tokio::test]
+async fn what_is_shown_of_a_state_is_how_it_differs_from_the_current() {
+    let plane = Plane::start().await;
+    let (exit, out, err) = plane.run(&["show", "q-1"], "").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    let expect = "From the current state to this one:\n~ terraform_data.one\n    input: 1 -> 2\n\
+                  0 added, 1 changed, 0 removed\n";
+    assert!(out.ends_with(expect), "{out}");
+    // Who may not see the content is shown the rest.
+    let (exit, out, err) = plane.run(&["show", "q-2"], "").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    assert!(out.contains("serial 7 continues") && !out.contains("input"), "{out}");
+    assert!(err.contains("only an owner may"), "{err}");
+}
+
+#[tokio::test]
 async fn a_download_that_breaks_off_leaves_nothing() {
     let plane = Plane::start().await;
     let file = plane.path("saved.tfstate");
