@@ -180,7 +180,7 @@ impl State {
                 context.output.data(&view, StateVersionView::human)?;
             }
             State::Unlock { environment } => {
-                unlock(context, client, organization, environment).await?
+                unlock(context, client, organization, environment).await?;
             }
             State::BackendConfig { environment, with_token } => {
                 // Whether it is there is better said now than by terraform.

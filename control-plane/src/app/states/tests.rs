@@ -352,3 +352,44 @@ async fn a_lock_taken_away_while_a_state_comes_lets_it_in_no_more() {
     refused(upload.finish().await, Reason::WrongState, "not locked");
     assert!(listed(&fixture, PageRequest::default()).await.0.is_empty());
 }
+
+#[tokio::test]
+async fn a_kept_state_is_compared_with_the_current_one_and_not_accepted_under_a_lock() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let run = applying(&fixture).await;
+    let (runner, lease, _) = fixture.start(&run, Phase::Apply).await;
+    fixture.upload(&runner, lease, Made::State, &marked("l", 6, "old")).await.unwrap();
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    app.discard_run(owner, run.id).await.unwrap();
+    fixture.upload(&runner, lease, Made::State, &marked("l", 7, "new")).await.unwrap();
+    let page = PageRequest::default();
+    let kept = app.list_quarantined(owner, ORGANIZATION, None, page).await.unwrap().items.remove(0);
+    let id = kept.record.id.0;
+
+    let diff = app.compare_quarantined(owner, ORGANIZATION, id).await.unwrap();
+    assert_eq!(diff.changes.len(), 1);
+    let change = &diff.changes[0];
+    assert_eq!(change.address, "output.n");
+    let side = |side: &Option<String>| side.clone().unwrap();
+    let (before, after) = (&change.attributes[0].before, &change.attributes[0].after);
+    assert_eq!((side(before).as_str(), side(after).as_str()), ("\"old\"", "\"new\""));
+    assert_eq!(audited(&fixture, "compare_quarantined").await, 1);
+    let admin = member(&fixture, "ann", Access::Admin).await;
+    let by_admin = app.compare_quarantined(&admin, ORGANIZATION, id).await;
+    refused(by_admin, Reason::NotAllowed, "only an owner");
+
+    // A person went on at a workstation before anybody looked at what was kept.
+    app.unfreeze_environment(owner, ORGANIZATION, ENVIRONMENT, run.id).await.unwrap();
+    assert_eq!(lock(&fixture, owner, "id").await.unwrap(), LockAnswer::Done);
+    let accepted = app.accept_state(owner, ORGANIZATION, id, ENVIRONMENT, false).await;
+    refused(accepted, Reason::WrongState, "locked");
+    unlock(&fixture, "id").await;
+    app.accept_state(owner, ORGANIZATION, id, ENVIRONMENT, false).await.unwrap();
+    let (all, _) = listed(&fixture, PageRequest::default()).await;
+    let newest = &all[0].version;
+    assert_eq!((newest.origin, newest.user.as_str()), (StateOrigin::Accepted, "ada"));
+    assert_eq!(newest.run.map(|run| run.0), Some(run.id));
+    let none = app.compare_quarantined(owner, ORGANIZATION, id).await.unwrap();
+    assert_eq!(none.changes, []);
+}
