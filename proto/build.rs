@@ -17,6 +17,7 @@ const FILES: &[&str] = &[
     "latchkey/v1/run.proto",
     "latchkey/v1/run_service.proto",
     "latchkey/v1/runner.proto",
+    "latchkey/v1/state.proto",
     "latchkey/v1/variable.proto",
 ];
 
@@ -30,8 +31,11 @@ const SECRET_MESSAGES: &[&str] = &[
     "CreateUserResponse",
     "EnrollRequest",
     "FetchArtifactResponse",
+    "ImportStateRequest",
     "JobVariable",
     "ReadQuarantinedResponse",
+    "ReadStateVersionResponse",
+    "RunVariable",
     "SessionCredentials",
     "SetVariableRequest",
     "UploadArtifactRequest",

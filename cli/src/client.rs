@@ -21,6 +21,7 @@ use latchkey_proto::v1::organization_service_client::OrganizationServiceClient;
 use latchkey_proto::v1::pool_service_client::PoolServiceClient;
 use latchkey_proto::v1::quarantine_service_client::QuarantineServiceClient;
 use latchkey_proto::v1::run_service_client::RunServiceClient;
+use latchkey_proto::v1::state_service_client::StateServiceClient;
 use latchkey_proto::v1::variable_service_client::VariableServiceClient;
 
 use crate::failure::{Failure, is_worth_repeating};
@@ -109,6 +110,7 @@ impl Client {
         pools: PoolServiceClient,
         quarantine: QuarantineServiceClient,
         runs: RunServiceClient,
+        states: StateServiceClient,
         variables: VariableServiceClient,
     }
 

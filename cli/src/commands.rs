@@ -14,9 +14,11 @@ mod org;
 mod pool;
 mod quarantine;
 mod queue;
+mod retry;
 mod run;
 mod runner;
 mod service_token;
+mod state;
 mod user;
 mod var;
 mod whoami;
@@ -31,7 +33,8 @@ pub(crate) enum Command {
     Login(login::Login),
     Logout(logout::Logout),
     Whoami(whoami::WhoAmI),
-    Queue(queue::Queue),
+    Queue(Box<queue::Queue>),
+    Retry(Box<retry::Retry>),
     Authenticate(authenticate::Authenticate),
     Confirm(confirm::Confirm),
     Discard(discard::Discard),
@@ -42,7 +45,7 @@ pub(crate) enum Command {
     Run(run::Run),
     /// Environments and their settings
     #[command(subcommand)]
-    Env(env::Env),
+    Env(Box<env::Env>),
     /// Variables of environments, of the organization and your own
     #[command(subcommand)]
     Var(var::Var),
@@ -69,6 +72,9 @@ pub(crate) enum Command {
     /// keep what they have until there is room, and the audit trail says `quarantine_full`.
     #[command(subcommand)]
     Quarantine(quarantine::Quarantine),
+    /// Versions of an environment's state, its lock, and how a workstation uses it
+    #[command(subcommand)]
+    State(state::State),
     /// The chained record of who did what
     #[command(subcommand)]
     Audit(audit::Audit),
@@ -80,6 +86,7 @@ impl Command {
     pub(crate) fn follows(&self) -> bool {
         match self {
             Command::Queue(command) => command.follows(),
+            Command::Retry(command) => command.follows(),
             Command::Logs(command) => command.follows(),
             Command::Run(command) => command.follows(),
             Command::Login(_)
@@ -97,6 +104,7 @@ impl Command {
             | Command::Runner(_)
             | Command::Pool(_)
             | Command::Quarantine(_)
+            | Command::State(_)
             | Command::Audit(_)
             | Command::Completions(_) => false,
         }
@@ -108,6 +116,7 @@ impl Command {
             Command::Logout(command) => command.run(context),
             Command::Whoami(command) => command.run(context).await,
             Command::Queue(command) => command.run(context).await,
+            Command::Retry(command) => command.run(context).await,
             Command::Authenticate(command) => command.run(context).await,
             Command::Confirm(command) => command.run(context).await,
             Command::Discard(command) => command.run(context).await,
@@ -122,6 +131,7 @@ impl Command {
             Command::Runner(command) => command.run(context).await,
             Command::Pool(command) => command.run(context).await,
             Command::Quarantine(command) => command.run(context).await,
+            Command::State(command) => command.run(context).await,
             Command::Audit(command) => command.run(context).await,
             Command::Completions(command) => command.run(context),
         }

@@ -6,3 +6,4 @@ pub(crate) mod environment;
 pub(crate) mod pool;
 pub(crate) mod quarantine;
 pub(crate) mod run;
+pub(crate) mod state;

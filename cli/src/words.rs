@@ -8,7 +8,7 @@ use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
     Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
-    VariableCategory,
+    StateChangeAction, StateOrigin, VariableCategory, VariableOrigin,
 };
 
 use crate::exit::Exit;
@@ -60,7 +60,10 @@ words! {
     Role: "ROLE_",
     RunKind: "RUN_KIND_",
     RunState: "RUN_STATE_",
+    StateChangeAction: "STATE_CHANGE_ACTION_",
+    StateOrigin: "STATE_ORIGIN_",
     VariableCategory: "VARIABLE_CATEGORY_",
+    VariableOrigin: "VARIABLE_ORIGIN_",
 }
 
 /// Says what a state means to whoever waits.

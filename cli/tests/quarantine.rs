@@ -67,6 +67,29 @@ impl QuarantineService for Fake {
         Ok(Response::new(tokio_stream::iter(parts)))
     }
 
+    async fn compare_quarantined(
+        &self,
+        request: Request<v1::CompareQuarantinedRequest>,
+    ) -> Result<Response<v1::CompareQuarantinedResponse>, Status> {
+        if request.into_inner().quarantined_id != "q-1" {
+            return Err(Status::permission_denied("only an owner may"));
+        }
+        let attribute = v1::AttributeChange {
+            path: "input".into(),
+            before_json: "1".into(),
+            after_json: "2".into(),
+            sensitive: false,
+        };
+        let change = v1::StateChange {
+            address: "terraform_data.one".into(),
+            action: v1::StateChangeAction::Changed.into(),
+            attributes: vec![attribute],
+            truncated: false,
+        };
+        let diff = v1::StateDiff { changes: vec![change], changed: 1, ..Default::default() };
+        Ok(Response::new(v1::CompareQuarantinedResponse { diff: Some(diff) }))
+    }
+
     async fn accept_state(
         &self,
         request: Request<v1::AcceptStateRequest>,
@@ -162,6 +185,21 @@ async fn what_is_downloaded_is_ones_own_and_overwrites_nothing() {
     let link = plane.path("link");
     std::os::unix::fs::symlink("nowhere", &link).unwrap();
     assert_eq!(plane.run(&["download", "q-1", &link], "").await.0, Exit::Usage);
+}
+
+#[tokio::test]
+async fn what_is_shown_of_a_state_is_how_it_differs_from_the_current() {
+    let plane = Plane::start().await;
+    let (exit, out, err) = plane.run(&["show", "q-1"], "").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    let expect = "From the current state to this one:\n~ terraform_data.one\n    input: 1 -> 2\n\
+                  0 added, 1 changed, 0 removed\n";
+    assert!(out.ends_with(expect), "{out}");
+    // Who may not see the content is shown the rest.
+    let (exit, out, err) = plane.run(&["show", "q-2"], "").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    assert!(out.contains("serial 7 continues") && !out.contains("input"), "{out}");
+    assert!(err.contains("only an owner may"), "{err}");
 }
 
 #[tokio::test]

@@ -231,6 +231,13 @@ impl RunService for Service {
         Ok(Response::new(Box::pin(tokio_stream::iter(rest))))
     }
 
+    async fn retry_run(
+        &self,
+        _: Request<v1::RetryRunRequest>,
+    ) -> Result<Response<v1::RetryRunResponse>, Status> {
+        Err(Status::unimplemented("not in this story"))
+    }
+
     async fn get_run(
         &self,
         _: Request<v1::GetRunRequest>,

@@ -71,6 +71,19 @@ impl Error {
         &self.metadata
     }
 
+    /// Logs what must not be told. For the one place that answers the caller.
+    pub(crate) fn log(&self) {
+        let Some(cause) = self.cause() else { return };
+        let mut chain = cause.to_string();
+        let mut link = cause.source();
+        while let Some(source) = link {
+            chain.push_str(": ");
+            chain.push_str(&source.to_string());
+            link = source.source();
+        }
+        tracing::error!(reason = self.reason().name(), cause = %chain, "a request failed");
+    }
+
     pub fn cause(&self) -> Option<&(dyn StdError + Send + Sync + 'static)> {
         self.cause.as_deref()
     }

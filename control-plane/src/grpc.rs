@@ -20,6 +20,7 @@ mod revocable;
 mod run;
 mod runner;
 mod settings;
+mod state;
 pub mod status;
 mod variable;
 
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -42,10 +44,12 @@ use latchkey_proto::v1::pool_service_server::PoolServiceServer;
 use latchkey_proto::v1::quarantine_service_server::QuarantineServiceServer;
 use latchkey_proto::v1::run_service_server::RunServiceServer;
 use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
+use latchkey_proto::v1::state_service_server::StateServiceServer;
 use latchkey_proto::v1::variable_service_server::VariableServiceServer;
 
 use crate::app::App;
 use crate::auth::Caller;
+use crate::blobs::BlobReader;
 use crate::error::Error;
 
 pub use self::identity::{PeopleLayer, RunnersLayer};
@@ -108,6 +112,7 @@ pub async fn people(app: Arc<App>) -> Routes {
         .add_service(limited!(RunServiceServer, service))
         .add_service(limited!(PoolServiceServer, service))
         .add_service(limited!(QuarantineServiceServer, service))
+        .add_service(limited!(StateServiceServer, service))
         .add_service(limited!(AuditServiceServer, service))
 }
 
@@ -149,6 +154,28 @@ pub(crate) fn runners_server() -> Server {
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().cloned();
     caller.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
+}
+
+/// Sends a blob part by part.
+fn parts<T: Send + 'static>(
+    mut reader: BlobReader,
+    part: impl Fn(Vec<u8>) -> T + Send + 'static,
+) -> Answers<T> {
+    let (sender, parts) = mpsc::channel(4);
+    tokio::spawn(async move {
+        loop {
+            let part = match reader.next().await {
+                Ok(Some(data)) => Ok(part(data)),
+                Ok(None) => return,
+                Err(error) => Err(Error::internal(error).into()),
+            };
+            let failed = part.is_err();
+            if sender.send(part).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    Box::pin(ReceiverStream::new(parts))
 }
 
 /// How long the sender of a stream of parts may be silent, if nothing else is set; and the whole

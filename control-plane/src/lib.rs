@@ -1,7 +1,7 @@
 //! The control plane: keeps runs, decides on codes, leases jobs to runners.
 //!
 //! ```text
-//! grpc             parse, ask, translate; decides nothing
+//! grpc, http       parse, ask, translate; decide nothing
 //!   │
 //! app              one use case per file; takes a Caller; authorization first
 //!   │
@@ -12,7 +12,7 @@
 //! adapters         store::sled, files, sts::aws
 //! ```
 //!
-//! `runtime` alone knows every part; nothing depends on it or on `grpc`.
+//! `runtime` alone knows every part; nothing depends on it, on `grpc` or on `http`.
 
 pub mod app;
 pub mod audit;
@@ -27,6 +27,7 @@ pub mod dispatch;
 mod durable;
 pub mod error;
 pub mod grpc;
+pub mod http;
 pub mod job;
 mod listener;
 pub mod reaper;

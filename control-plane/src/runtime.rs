@@ -38,7 +38,7 @@ use crate::store::record::encode;
 use crate::store::sled::{self, Sled};
 use crate::store::{Batch, CommitError, Expect, Store, keys};
 use crate::sts::aws::AwsSts;
-use crate::{backup, dispatch, grpc, reaper};
+use crate::{backup, dispatch, grpc, http, reaper};
 
 /// How long open requests may take to end once the process was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -381,7 +381,13 @@ async fn listen(
     };
     let runners_security = Security::mutual_tls(&identity, app.authority.certificate_pem())?;
 
-    let people = grpc::server()
+    let mut people_server = grpc::server();
+    if config.people_transport == PeopleTransport::Plaintext {
+        // Terraform speaks HTTP/2 over TLS alone.
+        people_server = people_server.accept_http1(true);
+    }
+    let people = people_server
+        .layer(http::StateLayer { app: Arc::clone(&app) })
         .layer(grpc::PeopleLayer { app: Arc::clone(&app) })
         .add_routes(grpc::people(Arc::clone(&app)).await)
         .serve_with_incoming_shutdown(

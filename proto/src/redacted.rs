@@ -35,8 +35,11 @@ redacted! {
     CreateUserResponse { ; token }
     EnrollRequest { name; pool_token, certificate_request }
     FetchArtifactResponse { ; data }
+    ImportStateRequest { ; part }
     JobVariable { name, environment, hcl, sensitive; value }
     ReadQuarantinedResponse { ; data }
+    ReadStateVersionResponse { ; data }
+    RunVariable { name, category, hcl, sensitive; value }
     SessionCredentials { access_key_id, expire_time; secret_access_key, session_token }
     SetVariableRequest { scope, name, category, sensitive, hcl; value }
     UploadArtifactRequest { ; part }

@@ -1,21 +1,28 @@
 //! `quarantine`: what runners brought that is not current.
 
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::collections::VecDeque;
+use std::path::PathBuf;
 
 use clap::Subcommand;
 use secrecy::ExposeSecret;
-use secrecy::zeroize::Zeroizing;
+use tonic::Streaming;
 
 use latchkey_proto::v1;
+use latchkey_proto::v1::QuarantinedKind;
 
 use crate::Done;
 use crate::client::Client;
 use crate::context::Context;
+use crate::download;
 use crate::exit::Exit;
 use crate::failure::{Failure, Refusal};
 use crate::input::Question;
-use crate::view::quarantine::{AcceptedView, QuarantinedListView, QuarantinedView};
+use crate::log_view::{Colour, LogView};
+use crate::view::quarantine::{AcceptedView, Content, QuarantinedListView, QuarantinedView};
+use crate::view::state::StateDiffView;
+
+/// How much of a log's end is shown.
+const LOG_LINES: usize = 200;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Quarantine {
@@ -25,7 +32,7 @@ pub(crate) enum Quarantine {
         #[arg(long)]
         run: Option<String>,
     },
-    /// Shows one, and what it is against what is current
+    /// Shows one: how a state differs from the current one, the end of a log; owners see content
     Show {
         /// Its id, as `quarantine list` names it
         id: String,
@@ -69,11 +76,24 @@ impl Quarantine {
                 context.output.data(&view, QuarantinedListView::human)?;
             }
             Quarantine::Show { id } => {
-                let view = QuarantinedView::new(&find(client, organization, &id).await?);
+                let found = find(client, organization.clone(), &id).await?;
+                let mut view = QuarantinedView::new(&found);
+                match content(client, organization, &found).await {
+                    Ok(content) => view.content = content,
+                    // It is shown all the same, as far as the caller may see it.
+                    Err(Failure::Refused(refusal)) => {
+                        context.output.data(&view, QuarantinedView::human)?;
+                        context.output.note(&format!("Its content: {}", refusal.message));
+                        return Ok(Exit::Ok);
+                    }
+                    Err(failure) => return Err(failure),
+                }
                 context.output.data(&view, QuarantinedView::human)?;
             }
             Quarantine::Download { id, file } => {
-                download(client, organization, id, &file).await?;
+                download::check_new(&file)?;
+                let parts = read(client, organization, id).await?;
+                download::to_new_file(client, parts, |part| part.data, &file).await?;
                 context.output.note(&format!("Wrote {}", file.display()));
             }
             Quarantine::Accept { id, older } => {
@@ -168,41 +188,64 @@ async fn find(client: &Client, organization: String, id: &str) -> Result<v1::Qua
     wanted.ok_or_else(|| Refusal::of_field("quarantined_id", message).into())
 }
 
-/// Writes to a temporary file first: nothing is left of an answer that breaks off.
-async fn download(
+async fn read(
     client: &Client,
     organization: String,
-    id: String,
-    path: &Path,
-) -> Result<(), Failure> {
-    let there_already = || Failure::Usage {
-        message: format!("{} is there already", path.display()),
-        hint: "name a file that is not".into(),
-    };
-    if path.symlink_metadata().is_ok() {
-        return Err(there_already());
-    }
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        Some(_) | None => Path::new("."),
-    };
-    // A temporary file is born 0600, so the secrets of a state are never readable by others.
-    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(Failure::Output)?;
-    let request = v1::ReadQuarantinedRequest { organization, quarantined_id: id };
-    let mut parts = client
+    quarantined_id: String,
+) -> Result<Streaming<v1::ReadQuarantinedResponse>, Failure> {
+    let request = v1::ReadQuarantinedRequest { organization, quarantined_id };
+    client
         .call(|| {
             let (mut service, request) = (client.quarantine(), request.clone());
             async move { service.read_quarantined(request).await }
         })
-        .await?;
-    while let Some(part) = parts.message().await.map_err(|status| client.failure(&status))? {
-        let data = Zeroizing::new(part.data);
-        file.write_all(&data).map_err(Failure::Output)?;
-    }
-    file.as_file().sync_all().map_err(Failure::Output)?;
-    match file.persist_noclobber(path) {
-        Ok(_) => Ok(()),
-        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Err(there_already()),
-        Err(error) => Err(Failure::Output(error.error)),
+        .await
+}
+
+/// Fetches what can be shown of the content itself.
+async fn content(
+    client: &Client,
+    organization: String,
+    found: &v1::Quarantined,
+) -> Result<Content, Failure> {
+    let id = found.quarantined_id.clone();
+    match found.kind() {
+        QuarantinedKind::State | QuarantinedKind::ErroredState | QuarantinedKind::StateDump => {
+            if found.lineage.is_empty() {
+                return Ok(Content::default());
+            }
+            let request = v1::CompareQuarantinedRequest { organization, quarantined_id: id };
+            let answer = client
+                .call(|| {
+                    let (mut service, request) = (client.quarantine(), request.clone());
+                    async move { service.compare_quarantined(request).await }
+                })
+                .await?;
+            let diff = StateDiffView::new(&answer.diff.unwrap_or_default());
+            Ok(Content { diff: Some(diff), ..Content::default() })
+        }
+        QuarantinedKind::Log => {
+            let mut parts = read(client, organization, id).await?;
+            let (mut log, mut last) = (LogView::new(Colour::Drop), VecDeque::new());
+            let mut take = |text: &str| {
+                for line in text.lines() {
+                    if last.len() == LOG_LINES {
+                        last.pop_front();
+                    }
+                    last.push_back(line.to_owned());
+                }
+            };
+            while let Some(part) =
+                parts.message().await.map_err(|status| client.failure(&status))?
+            {
+                take(&log.push(&part.data));
+            }
+            take(&log.finish());
+            Ok(Content { log: Some(last.into()), ..Content::default() })
+        }
+        QuarantinedKind::Unspecified
+        | QuarantinedKind::Workspace
+        | QuarantinedKind::Changes
+        | QuarantinedKind::Result => Ok(Content::default()),
     }
 }

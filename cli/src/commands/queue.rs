@@ -14,6 +14,7 @@ use crate::client::Client;
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::given::GivenArgs;
 use crate::log_view::clean;
 use crate::view::run as view;
 use crate::view::run::RunView;
@@ -66,6 +67,8 @@ pub(crate) struct Queue {
     /// Follow the run, and ask for codes when it needs them
     #[arg(long)]
     watch: bool,
+    #[command(flatten)]
+    given: GivenArgs,
 }
 
 impl Queue {
@@ -84,6 +87,7 @@ impl Queue {
                 hint: format!("to destroy it, type --confirm-destroy {}", self.environment),
             });
         }
+        let variables = self.given.read(&mut context.input).await?;
         let dir = self.dir.clone();
         let packed = tokio::task::spawn_blocking(move || archive::pack(&dir, CAPS))
             .await
@@ -92,7 +96,7 @@ impl Queue {
         let client = &session.client;
         let digest = upload(client, &organization, &self.environment, &packed).await?;
         drop(packed);
-        let request = self.request(organization, digest);
+        let request = self.request(organization, digest, variables);
         let answer = client
             .call(|| {
                 let (mut runs, request) = (client.runs(), request.clone());
@@ -115,7 +119,12 @@ impl Queue {
         watch::follow(context, client, run, Asking::Yes, form).await
     }
 
-    fn request(&self, organization: String, digest: String) -> v1::QueueRunRequest {
+    fn request(
+        &self,
+        organization: String,
+        digest: String,
+        variables: Vec<v1::RunVariable>,
+    ) -> v1::QueueRunRequest {
         let kind = match (self.plan_only, self.destroy, self.refresh_only) {
             (true, _, _) => v1::RunKind::PlanOnly,
             (_, true, _) => v1::RunKind::Destroy,
@@ -133,6 +142,7 @@ impl Queue {
             auto_apply: self.auto_apply,
             destroy_confirmation: self.confirm_destroy.clone().unwrap_or_default(),
             request_id: Uuid::new_v4().to_string(),
+            variables,
         }
     }
 }

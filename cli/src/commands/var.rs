@@ -13,7 +13,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::input::Question;
 use crate::log_view::clean;
-use crate::view::environment::{VariableListView, VariableView};
+use crate::view::environment::{EffectiveListView, VariableListView, VariableView};
 
 const SECRET_KEY: &str = "AWS_SECRET_ACCESS_KEY";
 const TRIPLE: [&str; 3] = ["AWS_ACCESS_KEY_ID", SECRET_KEY, "AWS_MFA_SERIAL_NUMBER"];
@@ -48,6 +48,11 @@ pub(crate) enum Var {
     List {
         #[command(flatten)]
         scope: Where,
+        /// All that a run in the environment would get if you queued it now, wherever it comes
+        /// from: organization, environment, personal. A later one wins, and one that is given to
+        /// `queue` wins over all
+        #[arg(long, conflicts_with_all = ["organization_wide", "personal"])]
+        effective: bool,
     },
     /// Deletes a variable
     Delete {
@@ -122,7 +127,21 @@ impl Var {
                 let view = VariableView::new(&answer.variable.unwrap_or_default());
                 context.output.data(&view, VariableView::human)?;
             }
-            Var::List { scope } => {
+            Var::List { scope, effective: true } => {
+                let request = v1::GetEffectiveVariablesRequest {
+                    organization,
+                    environment: scope.environment.unwrap_or_default(),
+                };
+                let answer = client
+                    .call(|| {
+                        let (mut service, request) = (client.variables(), request.clone());
+                        async move { service.get_effective_variables(request).await }
+                    })
+                    .await?;
+                let view = EffectiveListView::new(&answer.variables);
+                context.output.data(&view, EffectiveListView::human)?;
+            }
+            Var::List { scope, effective: false } => {
                 let mut request = v1::ListVariablesRequest {
                     scope: Some(scope.scope(organization)),
                     ..Default::default()

@@ -8,6 +8,7 @@ use latchkey_proto::v1;
 
 use crate::output::{fields, table};
 use crate::view::pool::labels;
+use crate::view::state::StateLockView;
 use crate::words::{Word, human_duration, time};
 
 #[derive(Debug, Serialize)]
@@ -29,6 +30,7 @@ pub(crate) struct EnvironmentView {
     active_run_id: Option<String>,
     frozen: Option<FrozenView>,
     state: Option<StateView>,
+    state_lock: Option<StateLockView>,
 }
 
 #[derive(Debug, Serialize)]
@@ -77,6 +79,7 @@ impl EnvironmentView {
             }),
             state: some(&environment.state_lineage)
                 .map(|lineage| StateView { lineage, serial: environment.state_serial }),
+            state_lock: environment.state_lock.as_ref().map(StateLockView::new),
         }
     }
 
@@ -96,6 +99,7 @@ impl EnvironmentView {
             .as_ref()
             .map(|state| format!("serial {} of {}", state.serial, state.lineage))
             .unwrap_or_default();
+        let lock = self.state_lock.as_ref().map(StateLockView::human).unwrap_or_default();
         let heading = format!("Environment {}/{}\n", self.organization, self.environment);
         let mut text = crate::log_view::clean(&heading);
         text.push_str(&fields(&[
@@ -111,6 +115,7 @@ impl EnvironmentView {
             ("directory", self.working_directory.clone()),
             ("active run", self.active_run_id.clone().unwrap_or_default()),
             ("state", state),
+            ("state lock", lock.trim_end().to_owned()),
         ]));
         if self.mfa_policy == "applies_only" {
             text.push_str(
@@ -131,10 +136,12 @@ impl EnvironmentListView {
             .environments
             .iter()
             .map(|environment| {
-                let status = match (&environment.frozen, &environment.active_run_id) {
-                    (Some(_), _) => "frozen".to_owned(),
-                    (None, Some(run)) => format!("run {run}"),
-                    (None, None) => String::new(),
+                let locked = environment.state_lock.as_ref();
+                let status = match (&environment.frozen, &environment.active_run_id, locked) {
+                    (Some(_), _, _) => "frozen".to_owned(),
+                    (None, Some(run), _) => format!("run {run}"),
+                    (None, None, Some(_)) => "a workstation".to_owned(),
+                    (None, None, None) => String::new(),
                 };
                 vec![
                     environment.environment.clone(),
@@ -202,5 +209,56 @@ impl VariableListView {
             })
             .collect();
         table(&["NAME", "CATEGORY", "KIND", "VALUE"], rows, "no variables")
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct EffectiveView {
+    name: String,
+    category: String,
+    sensitive: bool,
+    hcl: bool,
+    origin: String,
+    shadowed: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EffectiveListView {
+    variables: Vec<EffectiveView>,
+}
+
+impl EffectiveListView {
+    pub(crate) fn new(variables: &[v1::EffectiveVariable]) -> EffectiveListView {
+        let view = |variable: &v1::EffectiveVariable| EffectiveView {
+            name: variable.name.clone(),
+            category: variable.category().snake(),
+            sensitive: variable.sensitive,
+            hcl: variable.hcl,
+            origin: variable.origin().snake(),
+            shadowed: variable.shadowed,
+        };
+        EffectiveListView { variables: variables.iter().map(view).collect() }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let rows = self
+            .variables
+            .iter()
+            .map(|variable| {
+                let marks = [
+                    (variable.shadowed, "shadowed"),
+                    (variable.sensitive, "sensitive"),
+                    (variable.hcl, "hcl"),
+                ];
+                let marks = marks.iter().filter(|(is, _)| *is).map(|(_, mark)| *mark);
+                vec![
+                    variable.name.clone(),
+                    variable.category.clone(),
+                    variable.origin.clone(),
+                    marks.collect::<Vec<_>>().join(", "),
+                ]
+            })
+            .collect();
+        table(&["NAME", "CATEGORY", "FROM", ""], rows, "no variables")
     }
 }

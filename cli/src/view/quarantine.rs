@@ -6,6 +6,7 @@ use latchkey_proto::v1;
 
 use crate::log_view::clean;
 use crate::output::{fields, table};
+use crate::view::state::StateDiffView;
 use crate::words::{Word, human_time, time};
 
 #[derive(Debug, Serialize)]
@@ -23,8 +24,21 @@ pub(crate) struct QuarantinedView {
     lineage: Option<String>,
     serial: Option<u64>,
     summary: String,
+    #[serde(flatten)]
+    pub(crate) content: Content,
     #[serde(skip)]
     human_time: String,
+}
+
+/// What is shown of the thing itself, where one is shown.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Content {
+    /// From the current state to the quarantined one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) diff: Option<StateDiffView>,
+    /// The last lines of a log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) log: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -55,6 +69,7 @@ impl QuarantinedView {
             serial: lineage.is_some().then_some(found.serial),
             lineage,
             summary: found.summary.clone(),
+            content: Content::default(),
             human_time: human_time(found.create_time.as_ref()),
         }
     }
@@ -77,6 +92,14 @@ impl QuarantinedView {
             ("size", format!("{} bytes", self.size)),
             ("digest", self.digest.clone()),
         ]));
+        if let Some(diff) = &self.content.diff {
+            text.push_str("\nFrom the current state to this one:\n");
+            text.push_str(&diff.human());
+        }
+        if let Some(log) = &self.content.log {
+            text.push_str("\nThe end of its log:\n");
+            log.iter().for_each(|line| text.push_str(&format!("{line}\n")));
+        }
         text
     }
 }

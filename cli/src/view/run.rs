@@ -40,6 +40,8 @@ pub(crate) struct RunView {
     cancel_request_time: Option<String>,
     force_cancel_time: Option<String>,
     queue_position: Option<u32>,
+    retry_of: Option<String>,
+    given_variables: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -142,6 +144,8 @@ impl RunView {
             cancel_request_time: time(run.cancel_request_time.as_ref()),
             force_cancel_time: time(run.force_cancel_time.as_ref()),
             queue_position: Some(run.queue_position).filter(|position| *position > 0),
+            retry_of: some(&run.retry_of),
+            given_variables: run.given_variables.clone(),
         }
     }
 }
@@ -217,10 +221,12 @@ pub(crate) fn show(run: &v1::Run) -> String {
         ("turn", position),
         ("kind", run.kind().spaced()),
         ("message", run.message.clone()),
+        ("retry of", run.retry_of.clone()),
         ("queued", format!("by {} at {}", run.queued_by, human_time(run.create_time.as_ref()))),
         ("policy", policy(run)),
         ("target", run.target.join(", ")),
         ("replace", run.replace.join(", ")),
+        ("given", run.given_variables.join(", ")),
         ("plan", job(run, Phase::Plan)),
         ("apply", job(run, Phase::Apply)),
         ("approved", approval(run)),

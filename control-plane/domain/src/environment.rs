@@ -1,6 +1,7 @@
 //! Who holds an environment, and what keeps it from starting anything.
 
 use crate::id::RunId;
+use crate::time::Timestamp;
 
 /// The part of an environment that runs change as they move.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -9,12 +10,28 @@ pub struct Hold {
     pub holder: Option<RunId>,
     /// Set by a run whose remains a person must deal with; the first of several.
     pub frozen: Option<Frozen>,
+    /// Set while a workstation works on the state: no run may hold the environment meanwhile.
+    pub locked: Option<StateLock>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen {
     pub run: RunId,
     pub reason: String,
+}
+
+/// The lock that a workstation's terraform took on the state, as it told it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateLock {
+    pub id: String,
+    /// The name of the person whose token it was.
+    pub user: String,
+    pub operation: String,
+    /// User and host.
+    pub workstation: String,
+    pub info: String,
+    pub engine_version: String,
+    pub at: Timestamp,
 }
 
 /// What a run's step does to its environment; committed in the same batch.
@@ -35,7 +52,8 @@ pub enum Change {
 impl Hold {
     /// Tells whether `run` may have its turn.
     pub fn admits(&self, run: RunId) -> bool {
-        self.frozen.is_none() && self.holder.is_none_or(|holder| holder == run)
+        let mine = self.holder.is_some_and(|holder| holder == run);
+        self.frozen.is_none() && (mine || (self.holder.is_none() && self.locked.is_none()))
     }
 
     /// Applies what a step of `run` does. Another run's hold is never touched.
@@ -82,6 +100,25 @@ impl Frozen {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_workstation_keeps_runs_from_their_turn_but_takes_none_away() {
+        let (run, other) = (RunId::from_bytes([1; 16]), RunId::from_bytes([2; 16]));
+        let lock = StateLock {
+            id: "id".into(),
+            user: "ada".into(),
+            operation: "OperationTypeApply".into(),
+            workstation: "ada@desk".into(),
+            info: String::new(),
+            engine_version: "1.11.4".into(),
+            at: Timestamp::from_millis(1),
+        };
+        let locked = Hold { locked: Some(lock), ..Hold::default() };
+        assert!(Hold::default().admits(run) && !locked.admits(run));
+        let held = locked.after(run, &Change::Hold);
+        assert!(held.admits(run) && !held.admits(other));
+        assert_eq!(held.after(run, &Change::Free), locked);
+    }
 
     #[test]
     fn a_freeze_never_hides_what_another_run_left() {

@@ -174,6 +174,10 @@ pub struct Request {
     pub policy: MfaPolicy,
     pub queued_by: Actor,
     pub queued_at: Timestamp,
+    /// The run that this one does again.
+    pub retry_of: Option<RunId>,
+    /// Names of the variables that were given for this run alone; their values end with it.
+    pub given: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

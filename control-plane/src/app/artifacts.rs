@@ -15,13 +15,14 @@ use super::claims::{Claim, Settled};
 use super::configurations::blob_error;
 use super::finish_job::JobResult;
 use super::quarantine::{Learned, outcome};
+use super::states::with_version;
 use super::uploads::Place;
 use crate::auth::RunnerIdentity;
 use crate::blobs::{BlobReader, Upload};
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
 use crate::store::keys::BlobUser;
-use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
+use crate::store::record::environment::{StateOrigin, StateVersion};
 use crate::store::record::quarantine::{Kind, StateFacts};
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
@@ -305,20 +306,15 @@ impl App {
                 );
                 return Err(Error::refused(Reason::WrongState, message));
             }
-            let number = head.map_or(0, |head| head.number) + 1;
-            let mut next = environment.value.clone();
-            next.state = Some(StateHead {
-                number,
-                digest: Text(header.digest),
-                lineage: facts.lineage.clone(),
-                serial: facts.serial,
-            });
             let version = StateVersion {
                 digest: Text(header.digest),
                 lineage: facts.lineage.clone(),
                 serial: facts.serial,
-                run: Text(run.id),
+                run: Some(Text(run.id)),
                 at: self.now().into(),
+                origin: StateOrigin::Run,
+                user: String::new(),
+                size: Some(header.size),
             };
             let draft = self
                 .draft(
@@ -329,16 +325,14 @@ impl App {
                 )
                 .with("serial", facts.serial)
                 .with("digest", header.digest.to_string());
-            let record = encode(&EnvironmentRecord::from(&next));
-            let user = BlobUser::State(next.id);
+            let user = BlobUser::State(environment.value.id);
             let batch = self
                 .settle_claim(Batch::new(), claim, user)
                 .await?
                 .check(identity, unrevoked)
                 .check(subject.run.key.clone(), Expect::At(subject.run.version))
-                .put(environment.key.clone(), Expect::At(environment.version), record)
-                .put(keys::state_version(next.id, number), Expect::Absent, encode(&version))
                 .audit(draft);
+            let (batch, _) = with_version(batch, environment, &version);
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(Settled::Kept),
                 Err(CommitError::Conflict { .. }) => {}

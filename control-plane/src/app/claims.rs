@@ -243,6 +243,7 @@ impl App {
                 let made: Text<Digest> = crate::store::record::decode(&key, &made)?;
                 batch = self.note(batch, organization, &made.0).await?;
             }
+            batch = self.end_variables(batch, organization, next.id).await?;
         }
         Ok(batch)
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use latchkey_aws_simulator::{Clock as SimulatedClock, Simulator, World};
 use latchkey_domain::device::WINDOW;
-use latchkey_domain::id::{Digest, OrganizationId, PoolId, RunnerId};
+use latchkey_domain::id::{Digest, OrganizationId, PoolId, RunnerId, UserId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Counts, PlanDigests, Run, RunKind};
 use latchkey_domain::time::Timestamp;
@@ -18,6 +18,7 @@ use super::authenticate_run::Submission;
 use super::finish_job::JobResult;
 use super::history::Mark;
 use super::lease_job::SESSION_FLOOR;
+use super::people::TokenScope;
 use super::queue_run::NewRun;
 use super::settings::SettingsChange;
 use super::start_job::Start;
@@ -32,6 +33,7 @@ use crate::job::LeaseRef;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::memory::Memory;
+use crate::store::record::people::{Access, Role};
 use crate::store::record::runner::Runner;
 use crate::store::record::variable::Category;
 use crate::store::record::{Text, encode};
@@ -180,11 +182,41 @@ impl Fixture {
         request_id: &str,
         auto_apply: Option<bool>,
     ) -> Result<Run> {
+        let new = NewRun { auto_apply, ..self.new_run(app, request_id).await };
+        app.queue_run(caller, new).await
+    }
+
+    /// Queues a run with variables of its own.
+    pub(crate) async fn queue_giving(
+        &self,
+        request_id: &str,
+        variables: Vec<NewVariable>,
+    ) -> Result<Run> {
+        self.queue_giving_as(&self.owner, request_id, variables).await
+    }
+
+    pub(crate) async fn queue_giving_as(
+        &self,
+        caller: &Caller,
+        request_id: &str,
+        variables: Vec<NewVariable>,
+    ) -> Result<Run> {
+        let new = NewRun { variables, ..self.new_run(&self.app, request_id).await };
+        self.app.queue_run(caller, new).await
+    }
+
+    pub(crate) async fn queue_kind(&self, request_id: &str, kind: RunKind) -> Run {
+        let new = NewRun { kind, ..self.new_run(&self.app, request_id).await };
+        let new = NewRun { destroy_confirmation: ENVIRONMENT.into(), ..new };
+        self.app.queue_run(&self.owner, new).await.unwrap()
+    }
+
+    async fn new_run(&self, app: &Arc<App>, request_id: &str) -> NewRun {
         let organization = self.organization().await;
         let configuration = Digest::from_bytes([1; 32]);
         let key = keys::configuration(organization, &configuration);
         app.store.commit(Batch::new().put(key, Expect::Anything, b"{}".as_slice())).await.unwrap();
-        let new = NewRun {
+        NewRun {
             organization: ORGANIZATION.into(),
             environment: ENVIRONMENT.into(),
             configuration,
@@ -192,11 +224,32 @@ impl Fixture {
             message: String::new(),
             target: vec![],
             replace: vec![],
-            auto_apply,
+            auto_apply: None,
             destroy_confirmation: String::new(),
+            variables: vec![],
             request_id: request_id.into(),
-        };
-        app.queue_run(caller, new).await
+        }
+    }
+
+    /// A service token with the access of a writer.
+    pub(crate) async fn service_token(&self, name: &str) -> Caller {
+        let (app, scope) = (&self.app, TokenScope::default());
+        let made =
+            app.create_service_token(&self.owner, ORGANIZATION, name, None, scope, name).await;
+        app.caller(&made.unwrap().0).await.unwrap()
+    }
+
+    /// Another user of the organization.
+    pub(crate) async fn user(&self, name: &str, role: Role) -> Caller {
+        let app = &self.app;
+        let made =
+            app.create_user(&self.owner, ORGANIZATION, name, role, Access::Write, name).await;
+        app.caller(&made.unwrap()).await.unwrap()
+    }
+
+    /// A person who is in no organization.
+    pub(crate) fn stranger(&self) -> Caller {
+        Caller::User { id: UserId::from_bytes([99; 16]), name: "eve".into() }
     }
 
     pub(crate) async fn organization(&self) -> OrganizationId {

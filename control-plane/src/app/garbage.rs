@@ -16,10 +16,11 @@
 
 mod legacy;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use latchkey_domain::id::{Digest, OrganizationId, QuarantinedId};
+use latchkey_domain::id::{Digest, OrganizationId, QuarantinedId, RunId};
 use latchkey_proto::v1::Reason;
 
 use super::App;
@@ -68,13 +69,28 @@ impl App {
     pub async fn collect_garbage(&self) -> Result<()> {
         let _collection = self.uploads.collection.lock().await;
         self.record_old_uses().await?;
+        self.delete_variables_of_ended_runs().await?;
         for (key, note) in self.list(keys::all(keys::Kind::Garbage)).await? {
             self.collect(key, note).await?;
         }
-        for (key, _) in self.list(keys::variables_of_runs()).await? {
-            let Some(run) = keys::run_of_variable(&key) else { continue };
-            if self.run(run).await.is_ok_and(|run| run.value.state.is_end()) {
-                self.store.commit(Batch::new().delete(key, Expect::Anything)).await?;
+        Ok(())
+    }
+
+    /// Those of runs that ended before the end of a run deleted them, or by a restore.
+    async fn delete_variables_of_ended_runs(&self) -> Result<()> {
+        let variables = self.list(keys::variables_of_runs()).await?;
+        let runs: BTreeSet<RunId> =
+            variables.iter().filter_map(|(key, _)| keys::run_of_variable(key)).collect();
+        for id in runs {
+            let Ok(run) = self.run(id).await else { continue };
+            if run.value.state.is_end() {
+                let organization = run.value.request.organization;
+                let batch = self.end_variables(Batch::new(), organization, id).await?;
+                match self.store.commit(batch).await {
+                    // A note was written meanwhile: the next time, then.
+                    Ok(_) | Err(CommitError::Conflict { .. }) => {}
+                    Err(error @ CommitError::Store(_)) => return Err(error.into()),
+                }
             }
         }
         Ok(())
@@ -141,7 +157,8 @@ impl App {
         let mut need = Need::None;
         for (key, found) in self.list(keys::blob_uses(organization, &digest)).await? {
             let use_need = match keys::read_blob_user(&key) {
-                Some(BlobUser::State(_)) => Need::Lasting,
+                // The change that ends it removes it.
+                Some(BlobUser::State(_) | BlobUser::Value(_)) => Need::Lasting,
                 Some(BlobUser::Quarantined(id)) => self.quarantine_needs(organization, id).await?,
                 Some(BlobUser::Made(run)) => self.run_needs(run, digest).await?,
                 Some(BlobUser::Upload(_)) => {
@@ -177,7 +194,7 @@ impl App {
         Ok(if found.is_some() { Need::Lasting } else { Need::None })
     }
 
-    async fn run_needs(&self, run: latchkey_domain::id::RunId, digest: Digest) -> Result<Need> {
+    async fn run_needs(&self, run: RunId, digest: Digest) -> Result<Need> {
         let run = match self.run(run).await {
             Ok(run) => run.value,
             Err(error) if error.reason() == Reason::NotFound => return Ok(Need::None),

@@ -3,20 +3,22 @@
 use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
-use latchkey_domain::id::{Digest, RunId};
+use latchkey_domain::id::{Digest, EnvironmentId, OrganizationId, RunId};
 use latchkey_domain::run::{Request, Run, RunKind, RunState};
 use latchkey_proto::v1::Reason;
 
+use super::claims::Settled;
 use super::environments::request_owner;
 use super::transition::Subject;
+use super::variables::{Given, NewVariable};
 use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, Text, encode};
-use crate::store::{Batch, CommitError, Expect, Version, keys};
+use crate::store::{Batch, CommitError, Expect, Key, Version, keys};
 
-const LONGEST_MESSAGE: usize = 512;
+pub(super) const LONGEST_MESSAGE: usize = 512;
 const MOST_ADDRESSES: usize = 100;
 const LONGEST_ADDRESS: usize = 512;
 /// All addresses of a run together: its record must stay small.
@@ -37,53 +39,119 @@ pub struct NewRun {
     pub auto_apply: Option<bool>,
     /// The environment's name typed again, for a destroy.
     pub destroy_confirmation: String,
+    /// For this run alone.
+    pub variables: Vec<NewVariable>,
     pub request_id: String,
+}
+
+/// A run that is about to be queued: checked, its caller's right too.
+pub(super) struct Asked {
+    pub(super) organization: OrganizationId,
+    pub(super) environment: EnvironmentId,
+    pub(super) kind: RunKind,
+    pub(super) configuration: Digest,
+    pub(super) message: String,
+    pub(super) target: Vec<String>,
+    pub(super) replace: Vec<String>,
+    pub(super) auto_apply: Option<bool>,
+    pub(super) retry_of: Option<RunId>,
+    pub(super) variables: Vec<NewVariable>,
+    /// Where the run is found when the request is repeated.
+    pub(super) request_key: Key,
 }
 
 impl App {
     pub async fn queue_run(self: &Arc<Self>, caller: &Caller, new: NewRun) -> Result<Run> {
-        let (standing, _) =
+        let (standing, environment) =
             self.on(caller, &new.organization, &new.environment, Right::Operate).await?;
         check_request_id(&new.request_id)?;
-        let request_key = keys::request(
-            request_owner(caller),
-            &format!("run:{}:{}", standing.organization, new.request_id),
-        );
-        if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
-            return Ok(self.run(made.value.0).await?.value);
+        let organization = standing.organization;
+        let request_key =
+            keys::request(request_owner(caller), &format!("run:{organization}:{}", new.request_id));
+        if let Some(made) = self.made_before(&request_key).await? {
+            return Ok(made);
         }
         check(&new)?;
-        let organization = standing.organization;
-        let configuration = keys::configuration(organization, &new.configuration);
+        let asked = Asked {
+            organization,
+            environment: environment.value.id,
+            kind: new.kind,
+            configuration: new.configuration,
+            message: new.message,
+            target: new.target,
+            replace: new.replace,
+            auto_apply: new.auto_apply,
+            retry_of: None,
+            variables: new.variables,
+            request_key,
+        };
+        self.queue(caller, asked).await
+    }
+
+    /// Returns the run that this request made already.
+    pub(super) async fn made_before(&self, request_key: &Key) -> Result<Option<Run>> {
+        match self.fetch::<Text<RunId>>(request_key.clone()).await? {
+            Some(made) => Ok(Some(self.run(made.value.0).await?.value)),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) async fn queue(self: &Arc<Self>, caller: &Caller, mut asked: Asked) -> Result<Run> {
+        let configuration = keys::configuration(asked.organization, &asked.configuration);
         if self.store.fetch(&configuration).await?.is_none() {
             let message = "no such configuration was uploaded here; upload it first";
             return Err(Error::field("configuration_digest", message));
         }
+        let variables = std::mem::take(&mut asked.variables);
+        let given = self.take_given(asked.organization, variables).await?;
+        match self.queue_with(caller, asked, &given).await {
+            Ok((run, Settled::Kept)) => Ok(run),
+            Ok((run, Settled::NotNeeded)) => {
+                self.release_given(&given).await?;
+                Ok(run)
+            }
+            Err(error) => {
+                self.release_given(&given).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Queues; answers also whether what was given became the run's.
+    async fn queue_with(
+        self: &Arc<Self>,
+        caller: &Caller,
+        asked: Asked,
+        given: &Given,
+    ) -> Result<(Run, Settled)> {
         let id = RunId::from_uuid(self.new_id());
         for _ in 0..ATTEMPTS {
-            let environment = self.environment_named(organization, &new.environment).await?;
+            let environment = self.environment(asked.organization, asked.environment).await?;
             let settings = &environment.value.settings;
             let run = Run::queue(
                 id,
                 Request {
-                    organization,
-                    environment: environment.value.id,
-                    kind: new.kind,
-                    configuration: new.configuration,
-                    message: new.message.clone(),
-                    target: new.target.clone(),
-                    replace: new.replace.clone(),
-                    auto_apply: auto_apply(caller, new.auto_apply, settings.auto_apply),
+                    organization: asked.organization,
+                    environment: asked.environment,
+                    kind: asked.kind,
+                    configuration: asked.configuration,
+                    message: asked.message.clone(),
+                    target: asked.target.clone(),
+                    replace: asked.replace.clone(),
+                    auto_apply: auto_apply(caller, asked.auto_apply, settings.auto_apply),
                     policy: settings.policy,
                     queued_by: caller.actor(),
                     queued_at: self.now(),
+                    retry_of: asked.retry_of,
+                    given: given.names(),
                 },
             );
-            match self.commit_queued(caller, run, environment, request_key.clone()).await? {
-                Queued::Made(run) => return Ok(*run),
+            let request_key = asked.request_key.clone();
+            match self.commit_queued(caller, run, environment, request_key, given).await? {
+                Queued::Made(run) => return Ok((*run, Settled::Kept)),
                 Queued::LostRace => {
-                    if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
-                        return Ok(self.run(made.value.0).await?.value);
+                    if let Some(made) = self.made_before(&asked.request_key).await? {
+                        return Ok((made, Settled::NotNeeded));
                     }
                 }
             }
@@ -99,7 +167,8 @@ impl App {
         caller: &Caller,
         run: Run,
         environment: Loaded<crate::store::record::environment::Environment>,
-        request_key: crate::store::Key,
+        request_key: Key,
+        given: &Given,
     ) -> Result<Queued> {
         let id = run.id;
         // The run is not stored yet: its version is only a placeholder.
@@ -123,13 +192,19 @@ impl App {
         if next.state == RunState::Pending {
             batch = batch.put(keys::pending_run(request.environment, id), Expect::Absent, []);
         }
-        let draft = self
+        let mut draft = self
             .draft(request.organization, caller.audit_name(), "queue_run", format!("run {id}"))
             .with("environment", changed.name.as_str())
             .with("configuration", request.configuration.to_string())
             .with("to", next.state.as_str());
+        if let Some(first) = request.retry_of {
+            draft = draft.with("retry_of", first.to_string());
+        }
+        if !request.given.is_empty() {
+            draft = draft.with("variables", request.given.join(", "));
+        }
         let organization = request.organization;
-        let batch = self.fix_personal_variables(batch, organization, caller, id).await?;
+        let batch = self.fix_variables(batch, organization, caller, id, given).await?;
         let batch = batch
             .put(keys::run(id), Expect::Absent, encode(&RunRecord::from(&next)))
             .put(keys::open_run(id), Expect::Absent, [])
@@ -180,11 +255,16 @@ fn check(new: &NewRun) -> Result<()> {
     if new.target.iter().chain(&new.replace).map(String::len).sum::<usize>() > ADDRESSES {
         return Err(Error::field("target", "addresses have up to 8 KiB together; name modules"));
     }
-    if new.kind == RunKind::Destroy && new.destroy_confirmation != new.environment {
-        return Err(Error::field(
-            "destroy_confirmation",
-            "type the environment's name again to destroy all that is in it",
-        ));
+    check_destroy(new.kind, &new.destroy_confirmation, &new.environment)
+}
+
+/// Whoever destroys says twice where.
+pub(super) fn check_destroy(kind: RunKind, typed: &str, environment: &str) -> Result<()> {
+    if kind != RunKind::Destroy || typed == environment {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::field(
+        "destroy_confirmation",
+        "type the environment's name again to destroy all that is in it",
+    ))
 }

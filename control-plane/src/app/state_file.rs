@@ -7,10 +7,12 @@
 use std::io::{self, Read};
 
 use latchkey_domain::id::{Digest, OrganizationId};
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::App;
 use super::configurations::blob_error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::record::quarantine::StateFacts;
 
 const LONGEST_LINEAGE: usize = 256;
@@ -20,11 +22,15 @@ const LONGEST_TEXT: usize = 6 * LONGEST_LINEAGE;
 
 const DEEPEST: usize = 512;
 
+/// The format of Terraform since 0.12, and of OpenTofu.
+const FORMAT: u64 = 4;
+
 /// Why something is no state that could become current.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unfit {
     NoState,
     Lineage,
+    Version,
     Beyond,
 }
 
@@ -37,6 +43,11 @@ impl Unfit {
                 "lineage",
                 "a state's lineage has 1 to 256 printable bytes; write the state with a lineage \
                  that Terraform made",
+            ),
+            Unfit::Version => (
+                "data",
+                "it is not a state of format version 4; write it with Terraform 0.12 or later, or \
+                 with OpenTofu",
             ),
             Unfit::Beyond => (
                 "data",
@@ -58,15 +69,90 @@ impl App {
         let reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
         reader.read_with(|reader| facts(reader)).await.map_err(blob_error)
     }
+
+    /// As [`App::state_facts`], of a state that a person sends: it must be of the one format that
+    /// is known.
+    pub(super) async fn checked_state(
+        &self,
+        organization: OrganizationId,
+        digest: Digest,
+    ) -> Result<StateFacts> {
+        let _place = self.uploads.parse().await?;
+        let reader = self.blobs.read(organization, digest).await.map_err(blob_error)?;
+        let checked = reader.read_with(|reader| checked(reader)).await.map_err(blob_error)?;
+        checked.map_err(|unfit| {
+            let (field, message) = unfit.explained();
+            Error::field(field, message)
+        })
+    }
 }
 
 fn facts(state: impl Read) -> std::result::Result<StateFacts, Unfit> {
+    with_lineage(read(state)?)
+}
+
+fn checked(state: impl Read) -> std::result::Result<StateFacts, Unfit> {
+    let Document { version, serial, lineage, .. } = read(state)?;
+    if version != FORMAT {
+        return Err(Unfit::Version);
+    }
+    with_lineage(StateFacts { lineage, serial })
+}
+
+/// The top of a state of the current format.
+#[derive(Deserialize)]
+struct Document {
+    version: u64,
+    serial: u64,
+    lineage: String,
+    /// Looked at for its shape only.
+    #[serde(rename = "outputs", default)]
+    _outputs: Shape<'{'>,
+    #[serde(rename = "resources", default)]
+    _resources: Shape<'['>,
+}
+
+/// A JSON object or array, of which nothing is kept: a state may be large.
+#[derive(Default)]
+struct Shape<const OPENING: char>;
+
+impl<'de, const OPENING: char> Deserialize<'de> for Shape<OPENING> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        match OPENING {
+            '{' => deserializer.deserialize_map(Self),
+            _ => deserializer.deserialize_seq(Self),
+        }
+    }
+}
+
+impl<'de, const OPENING: char> Visitor<'de> for Shape<OPENING> {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "what begins with {OPENING}")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<Self, A::Error> {
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(self)
+    }
+}
+
+fn read<T: DeserializeOwned>(state: impl Read) -> std::result::Result<T, Unfit> {
     let mut watched = Watched::new(state);
-    let facts = serde_json::from_reader::<_, StateFacts>(&mut watched);
+    let read = serde_json::from_reader::<_, T>(&mut watched);
     if watched.beyond {
         return Err(Unfit::Beyond);
     }
-    let facts = facts.map_err(|_| Unfit::NoState)?;
+    read.map_err(|_| Unfit::NoState)
+}
+
+fn with_lineage(facts: StateFacts) -> std::result::Result<StateFacts, Unfit> {
     if !(1..=LONGEST_LINEAGE).contains(&facts.lineage.len())
         || facts.lineage.contains(char::is_control)
     {
@@ -217,6 +303,19 @@ mod tests {
             let all = all.await.expect("they do not wait for each other");
             assert!(all.into_iter().all(|facts| facts.unwrap().unwrap().serial == 1));
         });
+    }
+
+    #[test]
+    fn what_a_person_sends_is_of_the_one_format_that_is_known() {
+        let of = |state: &str| checked(state.as_bytes()).map(|facts| facts.serial);
+        let rest = r#""serial":7,"lineage":"l","outputs":{},"resources":[]"#;
+        assert_eq!(of(&format!(r#"{{"version":4,{rest}}}"#)), Ok(7));
+        assert_eq!(of(&format!(r#"{{"version":3,{rest}}}"#)), Err(Unfit::Version));
+        assert_eq!(of(&format!("{{{rest}}}")), Err(Unfit::NoState));
+        for (part, instead) in [("[]", "{}"), ("{}", "[]"), ("[]}", "[]} x"), ("}", "")] {
+            let broken = format!(r#"{{"version":4,{rest}}}"#).replacen(part, instead, 1);
+            assert_eq!(of(&broken), Err(Unfit::NoState), "{broken}");
+        }
     }
 
     #[test]

@@ -283,6 +283,9 @@ impl App {
                 Effect::DropPlan => self.collect_garbage_soon(),
             }
         }
+        if run.state.is_end() && !run.request.given.is_empty() {
+            self.collect_garbage_soon();
+        }
     }
 
     /// Tells dispatch that a job waits. Without a pool it goes on waiting for one.

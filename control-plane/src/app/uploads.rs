@@ -26,6 +26,9 @@ const MOST_OF_RUNNER: usize = 16;
 /// How many MiB of artifacts of one runner may be on their way in, as their headers announce.
 const MEBIBYTES_OF_RUNNER: usize = 4096;
 
+/// How many states of people may be on their way in.
+const MOST_STATES: usize = 8;
+
 /// How many states are parsed at once: each keeps a thread busy.
 const MOST_PARSED: usize = 32;
 
@@ -39,6 +42,9 @@ pub struct Uploads {
     artifacts: Arc<Semaphore>,
     runners: Mutex<HashMap<RunnerId, Weak<OfRunner>>>,
     parsing: Semaphore,
+    states: Arc<Semaphore>,
+    /// One comparison of states at a time: both are in memory.
+    pub(super) comparing: tokio::sync::Mutex<()>,
     /// Orders what changes the totals of quarantine, so that many that come at once don't run
     /// each other's races over and over. The store decides all the same.
     pub(super) quarantine: tokio::sync::Mutex<()>,
@@ -68,6 +74,8 @@ impl Default for Uploads {
             artifacts: Arc::new(Semaphore::new(MOST)),
             runners: Mutex::default(),
             parsing: Semaphore::new(MOST_PARSED),
+            states: Arc::new(Semaphore::new(MOST_STATES)),
+            comparing: tokio::sync::Mutex::default(),
             quarantine: tokio::sync::Mutex::default(),
             told_full: Mutex::default(),
             collection: tokio::sync::Mutex::default(),
@@ -102,6 +110,17 @@ impl Uploads {
                 "too many uploads are on their way in; send it again when others have ended",
             )
             .with("limit", MOST_OF_RUNNER.to_string())),
+        }
+    }
+
+    /// Waits for a place for a state that a person sends.
+    pub(super) async fn state(&self) -> Result<OwnedSemaphorePermit> {
+        match tokio::time::timeout(PATIENCE, Arc::clone(&self.states).acquire_owned()).await {
+            Ok(permit) => permit.map_err(Error::internal),
+            Err(_) => Err(Error::refused(
+                Reason::StoreUnavailable,
+                "too many states are on their way in; send it again in a moment",
+            )),
         }
     }
 

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::artifacts::LARGEST_CHANGES;
 use super::configurations::blob_error;
+use super::state_lock::told;
 use super::transition::place;
 use super::{App, Page, PageRequest};
 use crate::auth::{Caller, Right};
@@ -325,7 +326,9 @@ impl App {
                 frozen.run, frozen.reason
             )),
             (None, Some(holder)) => Some(format!("run {holder} has the environment")),
-            (None, None) => None,
+            (None, None) => {
+                hold.locked.as_ref().map(|lock| format!("the state is locked: {}", told(lock)))
+            }
         })
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use latchkey_domain::environment::StateLock;
 use latchkey_domain::id::{Digest, Epoch, Generation, JobId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Authenticated, Counts, Job, Planned, RunKind, RunState};
@@ -180,6 +181,8 @@ pub(super) fn run(view: RunView) -> v1::Run {
         queue_position: *queue_position,
         cancel_request_time: run.cancel_requested_at.map(timestamp),
         force_cancel_time: view.force_cancel_time.map(timestamp),
+        retry_of: request.retry_of.map(|run| run.to_string()).unwrap_or_default(),
+        given_variables: request.given.clone(),
     }
 }
 
@@ -272,8 +275,22 @@ pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
         create_time: Some(timestamp(environment.created_at)),
         active_run_id: environment.hold.holder.map(|run| run.to_string()).unwrap_or_default(),
         frozen,
+        state_lock: environment.hold.locked.map(state_lock),
         state_serial: environment.state.as_ref().map_or(0, |state| state.serial),
         state_lineage: environment.state.map(|state| state.lineage).unwrap_or_default(),
+    }
+}
+
+pub(super) fn state_lock(lock: StateLock) -> v1::StateLock {
+    let StateLock { id, user, operation, workstation, info, engine_version, at } = lock;
+    v1::StateLock {
+        lock_id: id,
+        user,
+        operation,
+        workstation,
+        info,
+        engine_version,
+        create_time: Some(timestamp(at)),
     }
 }
 

@@ -3,11 +3,9 @@
 use latchkey_domain::id::QuarantinedId;
 use latchkey_proto::v1;
 use latchkey_proto::v1::quarantine_service_server::QuarantineService;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, Service, caller, convert};
+use super::{Answers, Service, caller, convert, state};
 use crate::app::parse_run_id;
 use crate::app::quarantine::QuarantinedView;
 use crate::error::Error;
@@ -40,22 +38,20 @@ impl QuarantineService for Service {
         let caller = caller(&request)?;
         let v1::ReadQuarantinedRequest { organization, quarantined_id } = request.into_inner();
         let id = parse_id(&quarantined_id)?;
-        let mut reader = self.app.read_quarantined(&caller, &organization, id).await?;
-        let (sender, parts) = mpsc::channel(4);
-        tokio::spawn(async move {
-            loop {
-                let part = match reader.next().await {
-                    Ok(Some(data)) => Ok(v1::ReadQuarantinedResponse { data }),
-                    Ok(None) => return,
-                    Err(error) => Err(Error::internal(error).into()),
-                };
-                let failed = part.is_err();
-                if sender.send(part).await.is_err() || failed {
-                    return;
-                }
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
+        let reader = self.app.read_quarantined(&caller, &organization, id).await?;
+        let parts = super::parts(reader, |data| v1::ReadQuarantinedResponse { data });
+        Ok(Response::new(parts))
+    }
+
+    async fn compare_quarantined(
+        &self,
+        request: Request<v1::CompareQuarantinedRequest>,
+    ) -> Result<Response<v1::CompareQuarantinedResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::CompareQuarantinedRequest { organization, quarantined_id } = request.into_inner();
+        let id = parse_id(&quarantined_id)?;
+        let diff = self.app.compare_quarantined(&caller, &organization, id).await?;
+        Ok(Response::new(v1::CompareQuarantinedResponse { diff: Some(state::diff_out(diff)) }))
     }
 
     async fn accept_state(

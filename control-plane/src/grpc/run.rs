@@ -8,9 +8,12 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::variable::read_category;
 use super::{Answers, Service, caller, convert, next_part};
 use crate::app::authenticate_run::Submission;
 use crate::app::queue_run::NewRun;
+use crate::app::retry_run::Retry;
+use crate::app::variables::NewVariable;
 use crate::app::{parse_digest, parse_run_id};
 use crate::error::Error;
 
@@ -70,10 +73,28 @@ impl RunService for Service {
             replace: request.replace,
             auto_apply: request.auto_apply,
             destroy_confirmation: request.destroy_confirmation,
+            variables: given(request.variables)?,
             request_id: request.request_id,
         };
         let run = self.app.queue_run(&caller, new).await?;
         Ok(Response::new(v1::QueueRunResponse { run: self.shown(run).await? }))
+    }
+
+    async fn retry_run(
+        &self,
+        request: Request<v1::RetryRunRequest>,
+    ) -> Result<Response<v1::RetryRunResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::RetryRunRequest { run_id, request_id, variables, destroy_confirmation } =
+            request.into_inner();
+        let retry = Retry {
+            run: parse_run_id(&run_id)?,
+            variables: given(variables)?,
+            destroy_confirmation,
+            request_id,
+        };
+        let run = self.app.retry_run(&caller, retry).await?;
+        Ok(Response::new(v1::RetryRunResponse { run: self.shown(run).await? }))
     }
 
     async fn get_run(
@@ -185,4 +206,13 @@ impl RunService for Service {
         });
         Ok(Response::new(Box::pin(answers)))
     }
+}
+
+fn given(variables: Vec<v1::RunVariable>) -> Result<Vec<NewVariable>, Error> {
+    let given = variables.into_iter().map(|variable| {
+        let v1::RunVariable { name, category, value, hcl, sensitive } = variable;
+        let value = value.into();
+        Ok(NewVariable { category: read_category(category)?, name, value, sensitive, hcl })
+    });
+    given.collect()
 }

@@ -9,7 +9,8 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::error::Error;
 
-const fn code(reason: Reason) -> Code {
+/// The kind of status that a reason has; plain HTTP has it from here, too.
+pub(crate) const fn code(reason: Reason) -> Code {
     match reason {
         Reason::FieldInvalid
         | Reason::VariableReserved
@@ -49,16 +50,7 @@ const fn code(reason: Reason) -> Code {
 
 impl From<Error> for Status {
     fn from(error: Error) -> Status {
-        if let Some(cause) = error.cause() {
-            let mut chain = cause.to_string();
-            let mut link = cause.source();
-            while let Some(source) = link {
-                chain.push_str(": ");
-                chain.push_str(&source.to_string());
-                link = source.source();
-            }
-            tracing::error!(reason = error.reason().name(), cause = %chain, "a request failed");
-        }
+        error.log();
         let metadata: HashMap<String, String> =
             error.metadata().iter().map(|(key, value)| ((*key).into(), value.clone())).collect();
         let mut details = ErrorDetails::new();

@@ -6,7 +6,7 @@ use latchkey_proto::v1::variable_service_server::VariableService;
 use tonic::{Request, Response, Status};
 
 use super::{Service, caller, convert};
-use crate::app::variables::{NewVariable, Scope, VariableView};
+use crate::app::variables::{NewVariable, Origin, Scope, VariableView};
 use crate::error::Error;
 use crate::store::record::variable::Category;
 
@@ -57,6 +57,29 @@ impl VariableService for Service {
         self.app.delete_variable(&caller, &organization, &scope, category, &name).await?;
         Ok(Response::new(v1::DeleteVariableResponse {}))
     }
+
+    async fn get_effective_variables(
+        &self,
+        request: Request<v1::GetEffectiveVariablesRequest>,
+    ) -> Result<Response<v1::GetEffectiveVariablesResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::GetEffectiveVariablesRequest { organization, environment } = request.into_inner();
+        let found = self.app.effective_variables(&caller, &organization, &environment).await?;
+        let variables = found.into_iter().map(|variable| v1::EffectiveVariable {
+            name: variable.name,
+            category: category_out(variable.category).into(),
+            sensitive: variable.sensitive,
+            hcl: variable.hcl,
+            origin: match variable.origin {
+                Origin::Organization => v1::VariableOrigin::Organization,
+                Origin::Environment => v1::VariableOrigin::Environment,
+                Origin::Personal => v1::VariableOrigin::Personal,
+            }
+            .into(),
+            shadowed: variable.shadowed,
+        });
+        Ok(Response::new(v1::GetEffectiveVariablesResponse { variables: variables.collect() }))
+    }
 }
 
 fn read_scope(scope: Option<v1::VariableScope>) -> Result<(String, Scope), Error> {
@@ -76,7 +99,7 @@ fn read_scope(scope: Option<v1::VariableScope>) -> Result<(String, Scope), Error
     Ok((organization, scope))
 }
 
-fn read_category(category: i32) -> Result<Category, Error> {
+pub(super) fn read_category(category: i32) -> Result<Category, Error> {
     match v1::VariableCategory::try_from(category) {
         Ok(v1::VariableCategory::Terraform) => Ok(Category::Terraform),
         Ok(v1::VariableCategory::Environment) => Ok(Category::Environment),
@@ -86,15 +109,18 @@ fn read_category(category: i32) -> Result<Category, Error> {
     }
 }
 
+const fn category_out(category: Category) -> v1::VariableCategory {
+    match category {
+        Category::Terraform => v1::VariableCategory::Terraform,
+        Category::Environment => v1::VariableCategory::Environment,
+    }
+}
+
 fn out(view: VariableView) -> v1::Variable {
     let VariableView { record, value } = view;
     v1::Variable {
         name: record.name,
-        category: match record.category {
-            Category::Terraform => v1::VariableCategory::Terraform,
-            Category::Environment => v1::VariableCategory::Environment,
-        }
-        .into(),
+        category: category_out(record.category).into(),
         sensitive: record.sensitive,
         hcl: record.hcl,
         value,

@@ -65,6 +65,8 @@ kinds! {
     Configuration = 0x2a
     StateVersion = 0x2b
     Variable = 0x2c
+    /// Changed with each variable of a scope, so that its budget holds.
+    VariableStamp = 0x2d
     Run = 0x30
     RunByEnvironment = 0x31
     RunByOrganization = 0x32
@@ -148,6 +150,7 @@ impl Key {
             | Kind::Environment
             | Kind::Configuration
             | Kind::StateVersion
+            | Kind::VariableStamp
             | Kind::Run
             | Kind::RunByEnvironment
             | Kind::RunByOrganization
@@ -351,6 +354,11 @@ pub fn state_version(environment: EnvironmentId, number: u64) -> Key {
     key(Kind::StateVersion, &[environment.as_bytes(), &number.to_be_bytes()])
 }
 
+/// Returns the number at the end of a [`state_version`] key.
+pub fn number_of_state_version(key: &Key) -> Option<u64> {
+    key.0.get(17..)?.try_into().ok().map(u64::from_be_bytes)
+}
+
 pub fn state_versions_of(environment: EnvironmentId) -> Prefix {
     prefix(Kind::StateVersion, &[environment.as_bytes()])
 }
@@ -372,17 +380,26 @@ pub fn run_of_variable(key: &Key) -> Option<RunId> {
 }
 
 pub fn variables_of(scope: VariableScope) -> Prefix {
+    of_scope(Kind::Variable, scope)
+}
+
+/// What every change in a scope writes.
+pub fn variable_stamp(scope: VariableScope) -> Key {
+    Key(of_scope(Kind::VariableStamp, scope).0)
+}
+
+fn of_scope(kind: Kind, scope: VariableScope) -> Prefix {
     match scope {
         VariableScope::Organization(organization) => {
-            prefix(Kind::Variable, &[b"o", organization.as_bytes()])
+            prefix(kind, &[b"o", organization.as_bytes()])
         }
         VariableScope::Environment(organization, environment) => {
-            prefix(Kind::Variable, &[b"e", organization.as_bytes(), environment.as_bytes()])
+            prefix(kind, &[b"e", organization.as_bytes(), environment.as_bytes()])
         }
         VariableScope::Personal(organization, user) => {
-            prefix(Kind::Variable, &[b"p", organization.as_bytes(), user.as_bytes()])
+            prefix(kind, &[b"p", organization.as_bytes(), user.as_bytes()])
         }
-        VariableScope::Run(run) => prefix(Kind::Variable, &[b"r", run.as_bytes()]),
+        VariableScope::Run(run) => prefix(kind, &[b"r", run.as_bytes()]),
     }
 }
 
@@ -463,6 +480,8 @@ pub enum BlobUser {
     /// What a job of the run made.
     Made(RunId),
     Quarantined(QuarantinedId),
+    /// The value of a variable; those of one run are of what it made.
+    Value(Uuid),
     /// An upload that is not settled yet.
     Upload(Uuid),
 }
@@ -472,6 +491,7 @@ pub fn blob_use(organization: OrganizationId, digest: &Digest, user: BlobUser) -
         BlobUser::State(environment) => (b"s", *environment.as_bytes()),
         BlobUser::Made(run) => (b"m", *run.as_bytes()),
         BlobUser::Quarantined(id) => (b"q", *id.as_bytes()),
+        BlobUser::Value(id) => (b"v", *id.as_bytes()),
         BlobUser::Upload(id) => (b"u", *id.as_bytes()),
     };
     key(Kind::BlobUse, &[organization.as_bytes(), digest.as_bytes(), tag, &id])
@@ -488,6 +508,7 @@ pub fn read_blob_user(key: &Key) -> Option<BlobUser> {
         b's' => Some(BlobUser::State(EnvironmentId::from_bytes(id))),
         b'm' => Some(BlobUser::Made(RunId::from_bytes(id))),
         b'q' => Some(BlobUser::Quarantined(QuarantinedId::from_bytes(id))),
+        b'v' => Some(BlobUser::Value(Uuid::from_bytes(id))),
         b'u' => Some(BlobUser::Upload(Uuid::from_bytes(id))),
         _ => None,
     }

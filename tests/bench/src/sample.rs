@@ -65,6 +65,8 @@ pub(crate) fn finished_run(
         policy: MfaPolicy::AppliesOnly,
         queued_by: Actor::User { id: UserId::from_bytes([4; 16]), name: "ada".into() },
         queued_at: now,
+        retry_of: None,
+        given: vec![],
     };
     let job = |epoch| Job {
         epoch: Epoch::new(epoch),

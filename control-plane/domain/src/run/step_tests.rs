@@ -38,6 +38,8 @@ pub(super) fn request(policy: MfaPolicy) -> Request {
         policy,
         queued_by: Actor::User { id: UserId::from_bytes([5; 16]), name: "ada".into() },
         queued_at: START,
+        retry_of: None,
+        given: vec![],
     }
 }
 
@@ -315,7 +317,7 @@ fn a_repeated_starting_is_answered_again_and_not_judged_again() {
 #[test]
 fn a_lost_apply_freezes_and_a_returning_runner_thaws() {
     let lost = given("Lost");
-    let hold = Hold { holder: Some(lost.id), frozen: None };
+    let hold = Hold { holder: Some(lost.id), ..Hold::default() };
     let frozen = hold.after(lost.id, &Change::Freeze { reason: "lost".into() });
     assert!(!frozen.admits(RunId::from_bytes([42; 16])));
     let event = Event::Returned { phase: Phase::Apply, runner: RUNNER, epoch: lost.apply.epoch };
@@ -328,7 +330,7 @@ fn a_lost_apply_freezes_and_a_returning_runner_thaws() {
 
 #[test]
 fn a_restore_ends_and_freezes_whatever_had_not_ended() {
-    let before = Hold { holder: Some(RunId::from_bytes([6; 16])), frozen: None };
+    let before = Hold { holder: Some(RunId::from_bytes([6; 16])), ..Hold::default() };
     for (name, run) in one_of_each() {
         let Step::Moved { next, environment, effects } = step(&run, Event::Restored, START) else {
             assert!(run.state.is_end(), "{name} stays");

@@ -13,12 +13,14 @@ use super::{ATTEMPTS, serial};
 use crate::app::artifacts::{LARGEST_STATE, Made};
 use crate::app::claims::Claim;
 use crate::app::configurations::blob_error;
+use crate::app::state_lock::locked;
+use crate::app::states::with_version;
 use crate::app::{App, Page, PageRequest};
 use crate::auth::{self, Caller, Right};
 use crate::blobs::BlobReader;
 use crate::error::{Error, Result};
 use crate::store::keys::{BlobUser, QuarantineSlot};
-use crate::store::record::environment::{EnvironmentRecord, StateHead, StateVersion};
+use crate::store::record::environment::{StateHead, StateOrigin, StateVersion};
 use crate::store::record::quarantine::{Accepted, Kind, Quarantined, StateFacts, Witness};
 use crate::store::record::{Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Scan, keys};
@@ -155,6 +157,9 @@ impl App {
                 return Ok(accepted.state.clone());
             }
             let hold = &environment.value.hold;
+            if let Some(lock) = &hold.locked {
+                return Err(locked(lock));
+            }
             if let (None, Some(holder)) = (&hold.frozen, hold.holder) {
                 let message = format!(
                     "run {holder} has the environment and may write its state; wait for its end"
@@ -168,22 +173,20 @@ impl App {
             } else {
                 Some(self.with_serial(organization, record.digest.0, serial).await?)
             };
-            let digest = claim.as_ref().map_or(record.digest.0, |claim| claim.digest);
-            let number = head.map_or(0, |head| head.number) + 1;
-            let mut next = environment.value.clone();
-            next.state = Some(StateHead {
-                number,
-                digest: Text(digest),
-                lineage: state.lineage.clone(),
-                serial,
-            });
+            let digest = claim.as_ref().map_or(record.digest.0, |(claim, _)| claim.digest);
             let version = StateVersion {
                 digest: Text(digest),
                 lineage: state.lineage.clone(),
                 serial,
-                run: record.run,
+                run: Some(record.run),
                 at: self.now().into(),
+                origin: StateOrigin::Accepted,
+                user: caller.name().to_owned(),
+                size: Some(claim.as_ref().map_or(record.size, |(_, size)| *size)),
             };
+            let claim = claim.map(|(claim, _)| claim);
+            let (batch, number) = with_version(Batch::new(), &environment, &version);
+            let next = &environment.value;
             let mut accepted = record.clone();
             accepted.accepted =
                 Some(Accepted { environment: Text(next.id), number, state: state.clone() });
@@ -198,13 +201,7 @@ impl App {
                 .with("run", record.run.0.to_string())
                 .with("serial", serial)
                 .with("digest", digest.to_string());
-            let batch = Batch::new()
-                .put(
-                    environment.key.clone(),
-                    Expect::At(environment.version),
-                    encode(&EnvironmentRecord::from(&next)),
-                )
-                .put(keys::state_version(next.id, number), Expect::Absent, encode(&version))
+            let batch = batch
                 .put(found.key.clone(), Expect::At(found.version), encode(&accepted))
                 .audit(draft);
             let user = BlobUser::State(next.id);
@@ -225,13 +222,13 @@ impl App {
         Err(Error::refused(Reason::ChangedMeanwhile, "the environment changes too fast; repeat"))
     }
 
-    /// Stores a state again with another serial, and nothing else changed.
-    async fn with_serial(
+    /// Stores a state again with another serial, and nothing else changed; answers its length.
+    pub(in crate::app) async fn with_serial(
         &self,
         organization: OrganizationId,
         digest: Digest,
         serial: u64,
-    ) -> Result<Claim> {
+    ) -> Result<(Claim, u64)> {
         let state =
             self.blobs.get(organization, digest, LARGEST_STATE).await.map_err(blob_error)?;
         let parts = serial::split(state.expose_secret())
@@ -243,7 +240,7 @@ impl App {
         for part in [parts.before, number.as_bytes(), parts.after] {
             upload.write(part).await.map_err(blob_error)?;
         }
-        self.store_blob(organization, upload).await
+        Ok((self.store_blob(organization, upload).await?, length as u64))
     }
 
     /// Removes one for good. One that is gone already stays so.
@@ -318,7 +315,7 @@ impl App {
         Ok(batch.put(found.key, Expect::At(found.version), encode(&runs)))
     }
 
-    async fn quarantined(
+    pub(in crate::app) async fn quarantined(
         &self,
         organization: OrganizationId,
         id: QuarantinedId,

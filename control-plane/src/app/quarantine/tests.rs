@@ -652,6 +652,7 @@ async fn a_plan_reads_the_state_of_its_lease_whatever_is_written_meanwhile() {
         replace: vec![],
         auto_apply: None,
         destroy_confirmation: String::new(),
+        variables: vec![],
         request_id: "beside".into(),
     };
     let beside = fixture.app.queue_run(&fixture.owner, new).await.unwrap();

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use latchkey_domain::environment::{Frozen, Hold};
+use latchkey_domain::environment::{Frozen, Hold, StateLock};
 use latchkey_domain::id::{Digest, EnvironmentId, OrganizationId, PoolId, RunId};
 use latchkey_domain::policy::{MfaPolicy, Phase, PlanRule};
 use latchkey_domain::time::Timestamp;
@@ -177,8 +177,33 @@ pub struct StateVersion {
     pub digest: Text<Digest>,
     pub lineage: String,
     pub serial: u64,
-    pub run: Text<RunId>,
+    /// Which wrote it, or left what was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<Text<RunId>>,
     pub at: Millis,
+    #[serde(default)]
+    pub origin: StateOrigin,
+    /// The person's name; empty where a run wrote it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub user: String,
+    /// Absent in records of before it was noted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+}
+
+/// How a state became current. Records of before it was noted are of runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StateOrigin {
+    #[default]
+    Run,
+    /// From a workstation.
+    Push,
+    Import,
+    /// To the version of this number.
+    Rollback(u64),
+    /// From quarantine.
+    Accepted,
 }
 
 /// An uploaded archive.
@@ -221,6 +246,8 @@ pub struct EnvironmentRecord {
     limits: Limits,
     holder: Option<Text<RunId>>,
     frozen: Option<FrozenRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    state_lock: Option<StateLockRecord>,
     state: Option<StateHead>,
     created_at: Millis,
 }
@@ -229,6 +256,31 @@ pub struct EnvironmentRecord {
 struct FrozenRecord {
     run: Text<RunId>,
     reason: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct StateLockRecord {
+    id: String,
+    user: String,
+    operation: String,
+    workstation: String,
+    info: String,
+    engine_version: String,
+    at: Millis,
+}
+
+impl From<&StateLock> for StateLockRecord {
+    fn from(lock: &StateLock) -> Self {
+        let StateLock { id, user, operation, workstation, info, engine_version, at } = lock.clone();
+        Self { id, user, operation, workstation, info, engine_version, at: at.into() }
+    }
+}
+
+impl From<StateLockRecord> for StateLock {
+    fn from(record: StateLockRecord) -> Self {
+        let StateLockRecord { id, user, operation, workstation, info, engine_version, at } = record;
+        Self { id, user, operation, workstation, info, engine_version, at: at.into() }
+    }
 }
 
 impl From<&Environment> for EnvironmentRecord {
@@ -259,6 +311,7 @@ impl From<&Environment> for EnvironmentRecord {
                 run: Text(frozen.run),
                 reason: frozen.reason.clone(),
             }),
+            state_lock: environment.hold.locked.as_ref().map(StateLockRecord::from),
             state: environment.state.clone(),
             created_at: environment.created_at.into(),
         }
@@ -294,6 +347,7 @@ impl From<EnvironmentRecord> for Environment {
                 frozen: record
                     .frozen
                     .map(|frozen| Frozen { run: frozen.run.0, reason: frozen.reason }),
+                locked: record.state_lock.map(StateLock::from),
             },
             state: record.state,
             created_at: record.created_at.into(),

@@ -82,6 +82,10 @@ pub struct RunRecord {
     policy: MfaPolicy,
     queued_by: ActorRecord,
     queued_at: Millis,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retry_of: Option<Text<RunId>>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    given: Vec<String>,
     #[serde(with = "StateRecord")]
     state: RunState,
     updated_at: Millis,
@@ -198,6 +202,8 @@ impl From<&Run> for RunRecord {
             policy,
             queued_by,
             queued_at,
+            retry_of,
+            given,
         } = run.request.clone();
         Self {
             id: Text(run.id),
@@ -215,6 +221,8 @@ impl From<&Run> for RunRecord {
                 Actor::Service { name } => ActorRecord::Service { name },
             },
             queued_at: queued_at.into(),
+            retry_of: retry_of.map(Text),
+            given,
             state: run.state,
             updated_at: run.updated_at.into(),
             plan: (&run.plan).into(),
@@ -260,6 +268,8 @@ impl From<RunRecord> for Run {
                     ActorRecord::Service { name } => Actor::Service { name },
                 },
                 queued_at: record.queued_at.into(),
+                retry_of: record.retry_of.map(|run| run.0),
+                given: record.given,
             },
             state: record.state,
             updated_at: record.updated_at.into(),
@@ -451,6 +461,8 @@ mod tests {
                 policy: MfaPolicy::PlansAndApplies,
                 queued_by: Actor::User { id: UserId::from_bytes(id(4)), name: "ada".into() },
                 queued_at: at,
+                retry_of: Some(RunId::from_bytes(id(7))),
+                given: vec!["size".into()],
             },
         );
         let authentication = AuthenticationId::from_bytes(id(6));

@@ -1,8 +1,10 @@
 //! Variables as they are stored: every value sealed, sensitive or not.
 
+use latchkey_domain::id::Digest;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
-use super::{Millis, SealedBytes};
+use super::{Millis, SealedBytes, Text};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -17,8 +19,20 @@ pub struct Variable {
     pub category: Category,
     pub sensitive: bool,
     pub hcl: bool,
+    /// Empty when it is stored.
     pub value: SealedBytes,
+    /// Where a large value is: records are small.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<StoredValue>,
     pub updated_at: Millis,
+}
+
+/// A value in a blob: behind the bytes of its id, so that the blob's name tells nothing of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredValue {
+    pub digest: Text<Digest>,
+    pub id: Text<Uuid>,
+    pub length: u64,
 }
 
 /// Returns the name under which a variable is kept: categories do not share names.

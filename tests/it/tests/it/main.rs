@@ -19,6 +19,8 @@ mod hooks;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod kinds;
+#[cfg(test)]
 mod main_story;
 #[cfg(test)]
 mod processes;
@@ -36,3 +38,7 @@ mod runners;
 mod secrets;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod workstation;
+#[cfg(test)]
+mod variables;

@@ -1,0 +1,305 @@
+//! Terraform's `http` backend: `GET` and `POST` of a state, `LOCK` and `UNLOCK` with the
+//! information that terraform gives of itself as JSON.
+//!
+//! Terraform takes a 404 to its `GET` for "no state yet" and would make everything anew. So there
+//! a thing that is not there, or not the caller's to see, is answered 403; and 404 elsewhere. An
+//! environment without a state is answered 204. Of a refused lock it shows the `ID` alone, so that
+//! says who the holder is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+};
+use http::{HeaderValue, Request, Response, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody};
+use latchkey_proto::v1::Reason;
+use md5::{Digest, Md5};
+use prost::bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+use tonic::body::Body;
+
+use super::proof;
+use crate::app::App;
+use crate::app::state_lock::{Holder, LockAnswer, LockRequest};
+use crate::app::states::push::Sending;
+use crate::auth::Caller;
+use crate::error::{Error, Result, rfc3339};
+use crate::grpc::status::code;
+
+pub(super) const PREFIX: &str = "/state/";
+
+const METHODS: &str = "GET, POST, LOCK, UNLOCK";
+
+/// The most that a lock's information takes.
+const LARGEST_INFO: usize = 64 << 10;
+
+const LARGEST_STATE: u64 = 256 << 20;
+
+/// How long a sender may be silent.
+const PART_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What is still taken of a body that was refused, so that its sender gets to read why.
+const DRAINED: usize = 4 << 20;
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What terraform sends with `LOCK` and `UNLOCK`, and is told of a holder.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct LockInfo {
+    #[serde(rename = "ID")]
+    id: String,
+    operation: String,
+    info: String,
+    who: String,
+    version: String,
+    #[serde(skip_deserializing)]
+    created: String,
+    path: String,
+}
+
+/// Whose state it is, as the path names it.
+struct Place {
+    organization: String,
+    environment: String,
+}
+
+pub(super) async fn answer(app: &Arc<App>, request: Request<Body>) -> Response<Body> {
+    let is_read = request.method() == http::Method::GET;
+    let (head, mut body) = request.into_parts();
+    let request = Request::from_parts(head, ());
+    match handle(app, &request, &mut body).await {
+        Ok(response) => response,
+        Err(error) => {
+            let _ = tokio::time::timeout(DRAIN, drain(&mut body)).await;
+            refusal(&error, is_read)
+        }
+    }
+}
+
+async fn handle(app: &Arc<App>, request: &Request<()>, body: &mut Body) -> Result<Response<Body>> {
+    let caller = app.caller(&proof::token(request.headers())?).await?;
+    let place = place(request.uri().path())?;
+    match request.method().as_str() {
+        "GET" => read(app, &caller, &place).await,
+        "POST" => write(app, &caller, &place, request, body).await,
+        "LOCK" => {
+            let LockInfo { id, operation, info, who, version, .. } = lock_info(body).await?;
+            let wish =
+                LockRequest { id, operation, workstation: who, info, engine_version: version };
+            let Place { organization, environment } = &place;
+            let answer = app.lock_state(&caller, organization, environment, wish).await?;
+            Ok(locked(answer, StatusCode::LOCKED))
+        }
+        "UNLOCK" => {
+            let LockInfo { id, .. } = lock_info(body).await?;
+            let Place { organization, environment } = &place;
+            let answer = app.unlock_state(&caller, organization, environment, &id).await?;
+            Ok(locked(answer, StatusCode::CONFLICT))
+        }
+        _ => {
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "a state is never deleted\n");
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static(METHODS));
+            Ok(response)
+        }
+    }
+}
+
+async fn read(app: &Arc<App>, caller: &Caller, place: &Place) -> Result<Response<Body>> {
+    let Place { organization, environment } = place;
+    let Some(mut reader) = app.read_newest_state(caller, organization, environment).await? else {
+        return Ok(finished(StatusCode::NO_CONTENT, None, Bytes::new()));
+    };
+    let length = reader.length();
+    let (sender, frames) = mpsc::channel(4);
+    tokio::spawn(async move {
+        loop {
+            let frame = match reader.next().await {
+                Ok(Some(data)) => Ok(Frame::data(Bytes::from(data))),
+                Ok(None) => return,
+                // The sender of too few bytes is cut off: a state is never taken in part.
+                Err(error) => {
+                    let error = Error::internal(error);
+                    error.log();
+                    Err(error)
+                }
+            };
+            let failed = frame.is_err();
+            if sender.send(frame).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    let mut response = with_headers(Body::new(StreamBody::new(ReceiverStream::new(frames))));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    Ok(response)
+}
+
+async fn write(
+    app: &Arc<App>,
+    caller: &Caller,
+    place: &Place,
+    request: &Request<()>,
+    body: &mut Body,
+) -> Result<Response<Body>> {
+    let announced = request
+        .headers()
+        .get(CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok().and_then(|length| length.parse::<u64>().ok()));
+    let lock = request.uri().query().unwrap_or_default().split('&').find_map(|pair| {
+        let (name, value) = pair.split_once('=')?;
+        (name == "ID").then(|| value.to_owned())
+    });
+    let sending = Sending::Push { lock: lock.unwrap_or_default() };
+    let Place { organization, environment } = place;
+    let mut upload = app.send_state(caller, organization, environment, sending).await?;
+    if announced.is_some_and(|announced| announced > LARGEST_STATE) {
+        return Err(too_large("a state has up to 256 MiB"));
+    }
+    let (mut digest, mut received) = (Md5::new(), 0);
+    while let Some(data) = next(body).await? {
+        digest.update(&data);
+        received += data.len() as u64;
+        upload.write(&data).await?;
+    }
+    if announced.is_some_and(|announced| announced != received) {
+        return Err(Error::field("body", "it is shorter than announced; send it again"));
+    }
+    if let Some(expected) = request.headers().get("content-md5")
+        && STANDARD.decode(expected.as_bytes()).ok().as_deref() != Some(&digest.finalize()[..])
+    {
+        let message = "the body has not the Content-MD5 that was announced; send it again";
+        return Err(Error::refused(Reason::DigestMismatch, message));
+    }
+    upload.finish().await?;
+    Ok(finished(StatusCode::OK, None, Bytes::new()))
+}
+
+fn place(path: &str) -> Result<Place> {
+    let none = || Error::not_found("state; the path is /state/ORGANIZATION/ENVIRONMENT");
+    let rest = path.strip_prefix(PREFIX).ok_or_else(none)?;
+    let (organization, environment) = rest.split_once('/').ok_or_else(none)?;
+    if environment.contains('/') {
+        return Err(none());
+    }
+    Ok(Place { organization: organization.to_owned(), environment: environment.to_owned() })
+}
+
+async fn lock_info(body: &mut Body) -> Result<LockInfo> {
+    let mut text = Vec::new();
+    while let Some(data) = next(body).await? {
+        if text.len() + data.len() > LARGEST_INFO {
+            return Err(too_large("a lock's information has up to 64 KiB"));
+        }
+        text.extend_from_slice(&data);
+    }
+    serde_json::from_slice(&text).map_err(|_| {
+        let message = "send what Terraform says of its lock, as JSON with an ID; a lock that was \
+                       left behind ends with `latchkey state unlock`";
+        Error::field("body", message)
+    })
+}
+
+/// Takes the next bytes of a body; a sender that has gone quiet does not keep its place.
+async fn next(body: &mut Body) -> Result<Option<Bytes>> {
+    let broken = || Error::field("body", "it broke off, or nothing came for a minute");
+    loop {
+        let frame = tokio::time::timeout(PART_TIMEOUT, body.frame()).await.map_err(|_| broken())?;
+        match frame {
+            None => return Ok(None),
+            Some(Err(_)) => return Err(broken()),
+            Some(Ok(frame)) => {
+                // Trailers say nothing here.
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+        }
+    }
+}
+
+async fn drain(body: &mut Body) {
+    let mut left = DRAINED;
+    while let Some(Ok(frame)) = body.frame().await {
+        let length = frame.data_ref().map_or(0, Bytes::len);
+        match left.checked_sub(length) {
+            Some(rest) => left = rest,
+            None => return,
+        }
+    }
+}
+
+fn too_large(message: &str) -> Error {
+    Error::refused(Reason::LimitReached, message)
+}
+
+fn locked(answer: LockAnswer, refused: StatusCode) -> Response<Body> {
+    match answer {
+        LockAnswer::Done => finished(StatusCode::OK, None, Bytes::new()),
+        LockAnswer::Held(holder) => info(refused, holder),
+    }
+}
+
+fn info(status: StatusCode, holder: Holder) -> Response<Body> {
+    let Holder { id, operation, who, info, version, since } = holder;
+    let created = rfc3339(since);
+    let info = LockInfo { id, operation, info, who, version, created, path: String::new() };
+    let body = serde_json::to_vec(&info).expect("it has text only");
+    finished(status, Some("application/json"), Bytes::from(body))
+}
+
+fn refusal(error: &Error, is_read: bool) -> Response<Body> {
+    error.log();
+    let holder = error.metadata().iter().find(|(name, _)| *name == "holder");
+    let status = match code(error.reason()) {
+        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Code::PermissionDenied => StatusCode::FORBIDDEN,
+        Code::NotFound if is_read => StatusCode::FORBIDDEN,
+        Code::NotFound => StatusCode::NOT_FOUND,
+        Code::InvalidArgument => StatusCode::BAD_REQUEST,
+        Code::ResourceExhausted => StatusCode::PAYLOAD_TOO_LARGE,
+        Code::FailedPrecondition if holder.is_some() => StatusCode::LOCKED,
+        Code::FailedPrecondition | Code::Aborted => StatusCode::CONFLICT,
+        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    let mut response = text(status, &format!("{error}\n"));
+    if status == StatusCode::UNAUTHORIZED {
+        let challenge = HeaderValue::from_static("Basic realm=\"latchkey\", charset=\"UTF-8\"");
+        response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+    }
+    response
+}
+
+fn text(status: StatusCode, text: &str) -> Response<Body> {
+    finished(status, Some("text/plain; charset=utf-8"), Bytes::from(text.to_owned()))
+}
+
+fn finished(status: StatusCode, kind: Option<&'static str>, body: Bytes) -> Response<Body> {
+    let mut response = with_headers(Body::new(Full::new(body)));
+    *response.status_mut() = status;
+    if let Some(kind) = kind {
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    }
+    response
+}
+
+fn with_headers(body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+#[cfg(test)]
+mod tests;
