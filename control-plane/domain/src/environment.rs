@@ -1,6 +1,7 @@
 //! Who holds an environment, and what keeps it from starting anything.
 
 use crate::id::RunId;
+use crate::time::Timestamp;
 
 /// The part of an environment that runs change as they move.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -9,6 +10,16 @@ pub struct Hold {
     pub holder: Option<RunId>,
     /// Set by a run whose remains a person must deal with; the first of several.
     pub frozen: Option<Frozen>,
+    /// Set by a person, who gives the reason: no run that would change anything has its turn.
+    pub locked: Option<Locked>,
+}
+
+/// A lock that a person has put on an environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locked {
+    pub by: String,
+    pub reason: String,
+    pub at: Timestamp,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +46,9 @@ pub enum Change {
 impl Hold {
     /// Tells whether `run` may have its turn.
     pub fn admits(&self, run: RunId) -> bool {
-        self.frozen.is_none() && self.holder.is_none_or(|holder| holder == run)
+        self.frozen.is_none()
+            && self.locked.is_none()
+            && self.holder.is_none_or(|holder| holder == run)
     }
 
     /// Applies what a step of `run` does. Another run's hold is never touched.
@@ -82,6 +95,24 @@ impl Frozen {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_admits_nobody_and_no_run_takes_it_away() {
+        let run = RunId::from_bytes([1; 16]);
+        let at = Timestamp::from_millis(0);
+        let locked = Some(Locked { by: "ada".into(), reason: "an audit".into(), at });
+        let hold = Hold { locked: locked.clone(), ..Hold::default() };
+        assert!(!hold.admits(run));
+        for change in [
+            Change::Keep,
+            Change::Hold,
+            Change::Free,
+            Change::Thaw,
+            Change::Freeze { reason: "lost".into() },
+        ] {
+            assert_eq!(hold.after(run, &change).locked, locked);
+        }
+    }
 
     #[test]
     fn a_freeze_never_hides_what_another_run_left() {
