@@ -12,16 +12,18 @@ use latchkey_domain::run::{Counts, PlanDigests, Run, RunKind};
 use latchkey_domain::time::Timestamp;
 use secrecy::SecretString;
 
-use super::App;
 use super::artifacts::{ArtifactHeader, Made};
 use super::authenticate_run::Submission;
+use super::environments::EnvironmentView;
 use super::finish_job::JobResult;
+use super::guarded_change::Proof;
 use super::history::Mark;
 use super::lease_job::SESSION_FLOOR;
 use super::queue_run::NewRun;
 use super::settings::SettingsChange;
 use super::start_job::Start;
 use super::variables::{NewVariable, Scope};
+use super::{App, PageRequest};
 use crate::auth::{Caller, RunnerIdentity, sha256};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
@@ -31,9 +33,12 @@ use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
+use crate::store::keys::VariableScope;
 use crate::store::memory::Memory;
+use crate::store::record::authentication::Purpose;
+use crate::store::record::people::{Access, Organization, Role};
 use crate::store::record::runner::Runner;
-use crate::store::record::variable::Category;
+use crate::store::record::variable::{Category, stored_name};
 use crate::store::record::{Text, encode};
 use crate::store::{Batch, CommitError, Expect, Store, keys};
 use crate::sts::aws::AwsSts;
@@ -62,7 +67,7 @@ impl Fixture {
         let fixture = Self::bare(aws, endpoint).await;
         let facts = fixture.aws.facts();
         let accounts = vec![facts.account_id];
-        fixture.app.update_organization(&fixture.owner, ORGANIZATION, accounts).await.unwrap();
+        fixture.app.update_organization(&fixture.owner, ORGANIZATION, accounts, None).await.unwrap();
         let secret = facts.secret_access_key.expose().to_owned();
         fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
         fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
@@ -135,6 +140,8 @@ impl Fixture {
     }
 
     pub(crate) async fn set(&self, name: &str, value: &str) {
+        // Of a whole triple it would take a code.
+        self.unset(name).await;
         let variable = NewVariable {
             name: name.into(),
             category: Category::Environment,
@@ -143,7 +150,7 @@ impl Fixture {
             hcl: false,
         };
         let scope = Scope::Organization;
-        self.app.set_variable(&self.owner, ORGANIZATION, &scope, variable).await.unwrap();
+        self.app.set_variable(&self.owner, ORGANIZATION, &scope, variable, None).await.unwrap();
     }
 
     async fn create_environment(&self, policy: MfaPolicy) {
@@ -163,6 +170,11 @@ impl Fixture {
         self.queue_with(&self.app, caller, request_id, None).await
     }
 
+    pub(crate) async fn queue_kind(&self, kind: RunKind, request_id: &str) -> Run {
+        let new = NewRun { kind, ..self.new_run(&self.app, request_id).await };
+        self.app.queue_run(&self.owner, new).await.unwrap()
+    }
+
     /// Queues a run that asks to be applied without a confirmation.
     pub(crate) async fn queue_automatic(&self, caller: &Caller, request_id: &str) -> Result<Run> {
         self.queue_with(&self.app, caller, request_id, Some(true)).await
@@ -180,11 +192,17 @@ impl Fixture {
         request_id: &str,
         auto_apply: Option<bool>,
     ) -> Result<Run> {
+        let new = NewRun { auto_apply, ..self.new_run(app, request_id).await };
+        app.queue_run(caller, new).await
+    }
+
+    /// Asks for a run of some configuration, which is uploaded.
+    pub(crate) async fn new_run(&self, app: &App, request_id: &str) -> NewRun {
         let organization = self.organization().await;
         let configuration = Digest::from_bytes([1; 32]);
         let key = keys::configuration(organization, &configuration);
         app.store.commit(Batch::new().put(key, Expect::Anything, b"{}".as_slice())).await.unwrap();
-        let new = NewRun {
+        NewRun {
             organization: ORGANIZATION.into(),
             environment: ENVIRONMENT.into(),
             configuration,
@@ -192,11 +210,10 @@ impl Fixture {
             message: String::new(),
             target: vec![],
             replace: vec![],
-            auto_apply,
-            destroy_confirmation: String::new(),
+            auto_apply: None,
+            destroy_confirmation: ENVIRONMENT.into(),
             request_id: request_id.into(),
-        };
-        app.queue_run(caller, new).await
+        }
     }
 
     pub(crate) async fn organization(&self) -> OrganizationId {
@@ -225,6 +242,7 @@ impl Fixture {
             code: SecretString::from(code),
             seen: run.planned.as_ref().map(|planned| planned.digest),
             request_id: request_id.into(),
+            purpose: Purpose::Phase,
         };
         self.app.authenticate_run(caller, submission).await.map(|(run, _)| run)
     }
@@ -291,9 +309,20 @@ impl Fixture {
 
     /// Plans a run whose plan is queued, with changes to apply.
     pub(crate) async fn plan(&self, run: &Run) -> Run {
+        self.plan_with(run, b"{}").await
+    }
+
+    /// Plans a run with these changes. Whatever they are, the runner says that it adds one thing.
+    pub(crate) async fn plan_with(&self, run: &Run, changes: &[u8]) -> Run {
         let (runner, lease, _) = self.start(run, Phase::Plan).await;
-        let changes = self.upload(&runner, lease, Made::Changes, b"{}").await.unwrap();
-        let workspace = self.upload(&runner, lease, Made::Workspace, b"made").await.unwrap();
+        self.end_plan(&runner, lease, changes).await;
+        self.run(run).await
+    }
+
+    /// Brings what a plan makes, for a job that was started.
+    pub(crate) async fn end_plan(&self, runner: &RunnerIdentity, lease: LeaseRef, changes: &[u8]) {
+        let changes = self.upload(runner, lease, Made::Changes, changes).await.unwrap();
+        let workspace = self.upload(runner, lease, Made::Workspace, b"made").await.unwrap();
         let result = JobResult::Planned {
             digests: PlanDigests { plan: changes, workspace, lock_file: None, changes },
             applyable: true,
@@ -301,8 +330,60 @@ impl Fixture {
             engine: "terraform".into(),
             terraform_version: "1.11.4".into(),
         };
-        self.app.finish_job(&runner, lease, 0, result).await.unwrap();
-        self.run(run).await
+        self.app.finish_job(runner, lease, 0, result).await.unwrap();
+    }
+
+    /// Changes settings without a code.
+    pub(crate) async fn settings(&self, change: SettingsChange) {
+        self.try_settings(change, None).await.unwrap();
+    }
+
+    pub(crate) async fn try_settings(
+        &self,
+        change: SettingsChange,
+        proof: Option<Proof>,
+    ) -> Result<EnvironmentView> {
+        self.app.update_environment(&self.owner, ORGANIZATION, ENVIRONMENT, change, proof).await
+    }
+
+    pub(crate) async fn environment(&self) -> EnvironmentView {
+        self.app.show_environment(&self.owner, ORGANIZATION, ENVIRONMENT).await.unwrap()
+    }
+
+    /// A right code that was not used yet, for a change.
+    pub(crate) fn proof(&self, request_id: &str) -> Option<Proof> {
+        Some(Proof { code: self.code().into(), request_id: request_id.into() })
+    }
+
+    /// Another member, who has this access to all environments.
+    pub(crate) async fn member(&self, name: &str, access: Access) -> Caller {
+        let (owner, request_id) = (&self.owner, format!("make-{name}"));
+        let role = Role::Member;
+        let made = self.app.create_user(owner, ORGANIZATION, name, role, access, &request_id);
+        self.app.caller(&made.await.unwrap()).await.unwrap()
+    }
+
+    /// Actions of the audit trail, oldest first, with their actors.
+    pub(crate) async fn audited(&self) -> Vec<(String, String)> {
+        let page = PageRequest { size: 200, ..PageRequest::default() };
+        let page = self.app.list_audit(&self.owner, ORGANIZATION, "", page).await.unwrap();
+        let drafts = page.items.into_iter().map(|record| record.draft);
+        drafts.map(|draft| (draft.action, draft.actor)).collect()
+    }
+
+    /// Lists accounts behind the use cases' back.
+    pub(crate) async fn list_accounts(&self, accounts: Vec<String>) {
+        let found = self.app.organization(self.organization().await).await.unwrap();
+        let next = Organization { aws_accounts: accounts, ..found.value };
+        let batch = Batch::new().put(found.key, Expect::Anything, encode(&next));
+        self.store.commit(batch).await.unwrap();
+    }
+
+    /// Deletes an organization variable behind the use cases' back.
+    pub(crate) async fn unset(&self, name: &str) {
+        let scope = VariableScope::Organization(self.organization().await);
+        let key = keys::variable(scope, &stored_name(Category::Environment, name));
+        self.store.commit(Batch::new().delete(key, Expect::Anything)).await.unwrap();
     }
 }
 
@@ -334,6 +415,7 @@ async fn app(
         history: super::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
         uploads: super::uploads::Uploads::default(),
+        limits: crate::app::limits::Timer::default(),
     };
     app.begin_incarnation().await.unwrap();
     (Arc::new(app), inbox)

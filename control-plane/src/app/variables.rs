@@ -5,20 +5,22 @@
 //! credentials are released. The triple exists at organization and personal scope only and never reaches a job.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use latchkey_domain::id::{EnvironmentId, OrganizationId, RunId};
 use latchkey_proto::reserved::is_reserved;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::secrets::{ACCESS_KEY, SERIAL, TRIPLE};
+use super::guarded_change::{GuardedChange, Intent, Proof};
+use super::secrets::{ACCESS_KEY, SECRET_KEY, SERIAL, TRIPLE};
 use super::{App, Page, PageRequest};
 use crate::auth::{Caller, Right, Standing};
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
 use crate::store::record::variable::{Category, Variable, stored_name};
-use crate::store::record::{decode, encode};
-use crate::store::{Batch, CommitError, Expect, Scan, keys};
+use crate::store::record::{Loaded, decode, encode};
+use crate::store::{Batch, Expect, Scan, keys};
 use crate::sts::check_serial;
 
 const LONGEST_VALUE: usize = 32 * 1024;
@@ -35,7 +37,7 @@ pub enum Scope {
     Personal,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct NewVariable {
     pub name: String,
     pub category: Category,
@@ -64,39 +66,70 @@ pub struct JobVariable {
 
 impl App {
     pub async fn set_variable(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         scope: &Scope,
         variable: NewVariable,
+        proof: Option<Proof>,
     ) -> Result<VariableView> {
-        let (standing, stored_scope) =
+        let (standing, stored) =
             self.variable_scope(caller, organization, scope, Access::Change).await?;
         let variable = checked(scope, variable)?;
-        let NewVariable { name, category, value, sensitive, hcl } = variable;
-        let key = keys::variable(stored_scope, &stored_name(category, &name));
+        let key = keys::variable(stored, &stored_name(variable.category, &variable.name));
+        let shown = (!variable.sensitive).then(|| variable.value.expose_secret().to_owned());
+        let change = GuardedChange::SetVariable { stored, scope: scope.clone(), variable };
+        let organization = standing.organization;
+        let intent = Intent { caller: caller.clone(), organization, change };
+        self.change_guarded(intent, proof).await?;
+        let record: Loaded<Variable> =
+            self.fetch(key).await?.ok_or_else(|| Error::not_found("variable"))?;
+        Ok(VariableView { record: record.value, value: shown })
+    }
+
+    /// Makes the commit that sets a variable.
+    pub(super) async fn set_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        (stored, scope): (VariableScope, &Scope),
+        variable: &NewVariable,
+    ) -> Result<Batch> {
+        let NewVariable { name, category, value, sensitive, hcl } = variable.clone();
+        let key = keys::variable(stored, &stored_name(category, &name));
+        self.check_budget(stored, &key, value.expose_secret().len()).await?;
+        let draft = self
+            .draft(organization, caller.audit_name(), "set_variable", format!("variable {name}"))
+            .with("scope", told(scope))
+            .with("sensitive", sensitive);
         let record = Variable {
             sensitive,
             hcl,
             category,
             value: self.seal_value(&key, &value),
             updated_at: self.now().into(),
-            name: name.clone(),
+            name,
         };
-        self.check_budget(stored_scope, &key, value.expose_secret().len()).await?;
-        let draft = self
-            .draft(
-                standing.organization,
-                caller.audit_name(),
-                "set_variable",
-                format!("variable {name}"),
-            )
-            .with("scope", told(scope))
-            .with("sensitive", sensitive);
-        let batch = Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft);
-        self.store.commit(batch).await?;
-        let shown = (!sensitive).then(|| value.expose_secret().to_owned());
-        Ok(VariableView { record, value: shown })
+        Ok(Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft))
+    }
+
+    /// Takes a stored secret key away where its access key is replaced: it belongs to no other.
+    /// The triple is incomplete then, and can be completed without a code of the old one.
+    pub(super) async fn without_old_secret(
+        &self,
+        batch: Batch,
+        stored: VariableScope,
+        variable: &NewVariable,
+    ) -> Result<Batch> {
+        if variable.name != ACCESS_KEY || variable.category != Category::Environment {
+            return Ok(batch);
+        }
+        let before = self.triple_value(stored, ACCESS_KEY).await?;
+        if before.is_some_and(|key| key.expose_secret() == variable.value.expose_secret()) {
+            return Ok(batch);
+        }
+        let secret = keys::variable(stored, &stored_name(Category::Environment, SECRET_KEY));
+        Ok(batch.delete(secret, Expect::Anything))
     }
 
     pub async fn list_variables(
@@ -130,32 +163,40 @@ impl App {
     }
 
     pub async fn delete_variable(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         scope: &Scope,
+        (category, name): (Category, &str),
+        proof: Option<Proof>,
+    ) -> Result<()> {
+        let (standing, stored) =
+            self.variable_scope(caller, organization, scope, Access::Change).await?;
+        let (scope, name) = (scope.clone(), name.to_owned());
+        let change = GuardedChange::DeleteVariable { stored, scope, category, name };
+        let organization = standing.organization;
+        let intent = Intent { caller: caller.clone(), organization, change };
+        match self.change_guarded(intent, proof).await {
+            Err(error) if error.reason() == Reason::ChangedMeanwhile => Err(missing()),
+            other => other,
+        }
+    }
+
+    /// Makes the commit that deletes a variable.
+    pub(super) async fn delete_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        (stored, scope): (VariableScope, &Scope),
         category: Category,
         name: &str,
-    ) -> Result<()> {
-        let (standing, stored_scope) =
-            self.variable_scope(caller, organization, scope, Access::Change).await?;
-        let key = keys::variable(stored_scope, &stored_name(category, name));
-        let missing = || Error::not_found("variable in this scope and category");
+    ) -> Result<Batch> {
+        let key = keys::variable(stored, &stored_name(category, name));
         let found = self.store.fetch(&key).await?.ok_or_else(missing)?;
         let draft = self
-            .draft(
-                standing.organization,
-                caller.audit_name(),
-                "delete_variable",
-                format!("variable {name}"),
-            )
+            .draft(organization, caller.audit_name(), "delete_variable", format!("variable {name}"))
             .with("scope", told(scope));
-        let batch = Batch::new().delete(key, Expect::At(found.version)).audit(draft);
-        match self.store.commit(batch).await {
-            Ok(_) => Ok(()),
-            Err(CommitError::Conflict { .. }) => Err(missing()),
-            Err(error @ CommitError::Store(_)) => Err(error.into()),
-        }
+        Ok(Batch::new().delete(key, Expect::At(found.version)).audit(draft))
     }
 
     async fn variable_scope(
@@ -265,6 +306,10 @@ impl App {
         }
         Ok(gathered.into_values().collect())
     }
+}
+
+fn missing() -> Error {
+    Error::not_found("variable in this scope and category")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
