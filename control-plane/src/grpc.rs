@@ -43,6 +43,7 @@ use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
 use latchkey_proto::v1::variable_service_server::VariableServiceServer;
 
 use crate::app::App;
+use crate::app::guarded_change::Proof;
 use crate::auth::Caller;
 use crate::error::Error;
 
@@ -126,6 +127,13 @@ pub fn server() -> Server {
         .http2_max_header_list_size(16 * 1024)
         .http2_max_pending_accept_reset_streams(Some(64))
         .concurrency_limit_per_connection(256)
+}
+
+/// Takes the code that may come with a change out of its request.
+fn proof(token_code: &mut String, request_id: &mut String) -> Option<Proof> {
+    let code = std::mem::take(token_code);
+    let request_id = std::mem::take(request_id);
+    (!code.is_empty()).then(|| Proof { code: code.into(), request_id })
 }
 
 /// The caller that the layer proved.
