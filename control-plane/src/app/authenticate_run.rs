@@ -149,8 +149,7 @@ impl App {
             let run = &subject.run.value;
             let environment = &subject.environment.value;
             let organization = run.request.organization;
-            let wanted =
-                self.wanted_by_code(run, environment, submission.phase, name).await?;
+            let wanted = self.wanted_by_code(run, environment, submission.phase, name).await?;
             if submission.purpose == Purpose::TopUp {
                 self.check_top_up(&subject, submission.phase, &wanted).await?;
             }
@@ -384,7 +383,8 @@ impl App {
                     }
                 }
                 Identity::Refused(refused) => {
-                    let wanted = Wanted { region: region.to_owned(), duration: Duration::ZERO, role: None };
+                    let wanted =
+                        Wanted { region: region.to_owned(), duration: Duration::ZERO, role: None };
                     let about = About { wanted: &wanted, next_window: None };
                     let (reason, message) = sentence(&refused, about);
                     (reason, message, refused.request_id)

@@ -65,13 +65,22 @@ impl App {
         let advance = self
             .advance_guarded(job.run, Guard::Grant(runner), grant, |subject| {
                 let state = subject.environment.value.state.as_ref().map(|state| state.number);
-                let event = Event::Granted { phase: job.phase, runner, log_base: length, state };
-                Ok(Decision::from(event))
+                Ok(Decision::from(Event::Granted {
+                    phase: job.phase,
+                    runner,
+                    log_base: length,
+                    state,
+                    floor: self.floor(&subject.environment.value.settings),
+                }))
             })
             .await?;
         latchkey_failpoint::reach("cp.grant.committed");
         let run = advance.into_run();
         let granted = run.job(job.phase);
+        if granted.lease.is_none() {
+            // Its credentials have too little life left: it waits for a code again.
+            return Err(latchkey_domain::run::Refusal::WrongState.into());
+        }
         let epoch = granted.epoch;
         // The one that is fixed for the lease, and not what was there a moment before.
         spec.has_state = granted.lease.as_ref().is_some_and(|lease| lease.state.is_some());
@@ -189,8 +198,12 @@ impl App {
             match self.take_up(runner, *lease).await? {
                 Held::Keep => {}
                 Held::KeepCanceled { force } => self.dispatch.cancel(job, epoch, force),
-                Held::GiveUp => self.dispatch.revoke(job, epoch, OVER),
+                Held::GiveUp => {
+                    self.dispatch.revoke(job, epoch, OVER);
+                    continue;
+                }
             }
+            self.renew_if_topped_up(&self.run(job.run).await?.value, job.phase);
         }
         Ok(())
     }

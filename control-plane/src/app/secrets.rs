@@ -60,11 +60,7 @@ impl App {
         SealedBytes(self.master.seal(&seal::context("session", place), &json))
     }
 
-    pub(super) fn open_session(
-        &self,
-        place: &Key,
-        sealed: &SealedBytes,
-    ) -> Result<Credentials> {
+    pub(super) fn open_session(&self, place: &Key, sealed: &SealedBytes) -> Result<Credentials> {
         let context = seal::context("session", place);
         let opened = self.master.open_sealed(&context, &sealed.0).map_err(Error::internal)?;
         let plain: SealedSession = serde_json::from_slice(opened.expose_secret())
@@ -78,11 +74,7 @@ impl App {
     }
 
     /// Returns the session that was released for a phase.
-    pub(super) async fn session_of(
-        &self,
-        run: RunId,
-        phase: Phase,
-    ) -> Result<Option<Credentials>> {
+    pub(super) async fn session_of(&self, run: RunId, phase: Phase) -> Result<Option<Credentials>> {
         let key = keys::session(run, phase);
         let Some(found) = self.fetch::<Session>(key.clone()).await? else { return Ok(None) };
         self.open_session(&key, &found.value.credentials).map(Some)
@@ -187,7 +179,11 @@ impl App {
         Ok(false)
     }
 
-    pub(super) async fn triple_value(&self, scope: VariableScope, name: &str) -> Result<Option<SecretString>> {
+    pub(super) async fn triple_value(
+        &self,
+        scope: VariableScope,
+        name: &str,
+    ) -> Result<Option<SecretString>> {
         let key = keys::variable(scope, &stored_name(Category::Environment, name));
         let found: Option<Loaded<Variable>> = self.fetch(key.clone()).await?;
         found.map(|found| self.open_value(&key, &found.value.value)).transpose()
