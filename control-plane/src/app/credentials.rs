@@ -289,3 +289,6 @@ fn source_of(queued_by: &Actor) -> String {
         Actor::Service { name } => format!("service-token={name}"),
     }
 }
+
+#[cfg(test)]
+mod tests;

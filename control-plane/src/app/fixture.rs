@@ -62,6 +62,12 @@ pub(crate) struct Fixture {
 impl Fixture {
     /// An organization with a listed account, a triple and one environment.
     pub(crate) async fn new(policy: MfaPolicy) -> Self {
+        let settings = SettingsChange { policy: Some(policy), ..SettingsChange::default() };
+        Self::in_environment(settings).await
+    }
+
+    /// The same with more settings.
+    pub(crate) async fn in_environment(settings: SettingsChange) -> Self {
         let aws = Simulator::start(World::example(), SimulatedClock::wall()).await.unwrap();
         let endpoint = aws.url();
         let fixture = Self::bare(aws, endpoint).await;
@@ -72,7 +78,7 @@ impl Fixture {
         fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
         fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
         fixture.set("AWS_MFA_SERIAL_NUMBER", &facts.mfa_serial).await;
-        fixture.create_environment(policy).await;
+        fixture.create_environment(settings).await;
         fixture
     }
 
@@ -153,8 +159,7 @@ impl Fixture {
         self.app.set_variable(&self.owner, ORGANIZATION, &scope, variable, None).await.unwrap();
     }
 
-    async fn create_environment(&self, policy: MfaPolicy) {
-        let settings = SettingsChange { policy: Some(policy), ..SettingsChange::default() };
+    async fn create_environment(&self, settings: SettingsChange) {
         self.app
             .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
             .await

@@ -9,6 +9,7 @@
 //! account: the approval was given for these.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use latchkey_domain::id::{AuthenticationId, RunId};
 use latchkey_domain::policy::{Permit, Phase};
@@ -26,6 +27,9 @@ use crate::store::keys;
 use crate::store::record::Loaded;
 use crate::store::record::authentication::{Authentication, CredentialsKind, Purpose, Session};
 use crate::sts::{Wanted, account_of};
+
+/// AWS's clock and ours may differ.
+const SLACK: Duration = Duration::from_secs(300);
 
 impl App {
     pub async fn top_up(
@@ -85,11 +89,13 @@ impl App {
                 described(&kind),
                 described(&now_wanted)
             )),
-            (_, Some(expires_at)) if self.now() + wanted.duration < expires_at => refuse(format!(
-                "the session in use lives until {}, longer than one that a code would buy now; \
+            (_, Some(expires_at)) if self.now() + wanted.duration + SLACK < expires_at => {
+                refuse(format!(
+                    "the session in use lives until {}, longer than one that a code would buy now; \
                  nothing was spent",
-                rfc3339(expires_at)
-            )),
+                    rfc3339(expires_at)
+                ))
+            }
             (_, Some(_)) => Ok(()),
         }
     }
@@ -144,3 +150,6 @@ fn described(kind: &CredentialsKind) -> String {
         CredentialsKind::Static => "the long-term keys".into(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,11 +7,9 @@ use latchkey_proto::v1::Reason;
 use super::Check;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::settings::SettingsChange;
-use crate::app::variables::{NewVariable, Scope};
 use crate::error::Result;
 use crate::store::record::check::{CheckOutcome, CheckStep};
 use crate::store::record::environment::{CodeCredentials, RoleSettings, Roles};
-use crate::store::record::variable::Category;
 
 async fn check(fixture: &Fixture, code: Option<&str>, id: &str) -> Result<Vec<CheckStep>> {
     let check = Check {
@@ -119,24 +117,6 @@ async fn no_code_is_spent_while_the_rest_is_wrong() {
     assert_eq!(outcome(&steps, "keys"), CheckOutcome::Failed);
     assert_eq!(outcome(&steps, "device"), CheckOutcome::Skipped);
     assert_eq!(fixture.aws.requests_with_code(&code), 0);
-    let facts = fixture.aws.facts();
-    for (name, value) in [
-        ("AWS_ACCESS_KEY_ID", facts.access_key_id.as_str()),
-        ("AWS_SECRET_ACCESS_KEY", facts.secret_access_key.expose()),
-        ("AWS_MFA_SERIAL_NUMBER", "arn:aws:iam::123456789012:user/latchkey"),
-    ] {
-        let own = NewVariable {
-            name: name.into(),
-            category: Category::Environment,
-            value: value.into(),
-            sensitive: true,
-            hcl: false,
-        };
-        let (app, owner) = (&fixture.app, &fixture.owner);
-        app.set_variable(owner, ORGANIZATION, &Scope::Personal, own, None).await.unwrap();
-    }
-    let steps = check(&fixture, None, "").await.unwrap();
-    assert_eq!(outcome(&steps, "serial"), CheckOutcome::Failed);
     let error = check(&fixture, Some("12345"), "two").await.unwrap_err();
     assert_eq!(error.reason(), Reason::FieldInvalid);
 }
