@@ -15,6 +15,8 @@
 
 #[cfg(test)]
 mod approval_tests;
+#[cfg(test)]
+mod credentials_tests;
 mod limits;
 mod step;
 #[cfg(test)]
