@@ -7,19 +7,31 @@ mod archive_check;
 pub mod artifacts;
 pub mod audit_trail;
 pub mod authenticate_run;
+pub mod break_glass;
+pub mod check_environment;
 mod chunks;
 mod claims;
 pub mod configurations;
+mod credentials;
 pub mod decide_run;
 pub mod environments;
 pub mod finish_job;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod forecast;
 mod garbage;
+pub mod guarded_change;
 pub mod history;
 pub mod lease_job;
+pub mod limits;
+pub mod locks;
 pub mod organizations;
 pub mod people;
+mod plan_facts;
+#[cfg(test)]
+mod policy_table;
+#[cfg(test)]
+mod policy_tests;
 pub mod pools;
 pub mod quarantine;
 pub mod queue_run;
@@ -34,6 +46,7 @@ pub mod state_diff;
 mod state_file;
 pub mod state_lock;
 pub mod states;
+pub mod top_up;
 mod transition;
 mod turns;
 pub mod uploads;
@@ -89,6 +102,8 @@ pub struct App {
     pub history: history::History,
     /// Ends the open streams of runners whose identity has ended.
     pub revocations: Revocations,
+    /// When runs reach a limit of time.
+    pub limits: limits::Timer,
     /// What is on its way in.
     pub uploads: uploads::Uploads,
 }

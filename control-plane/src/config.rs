@@ -23,6 +23,7 @@ pub enum Command {
     Backup(BackupArgs),
     Restore(RestoreArgs),
     Alarm(AlarmArgs),
+    BreakGlass(BreakGlassArgs),
 }
 
 impl Program {
@@ -114,6 +115,45 @@ pub struct AlarmArgs {
     /// Take the alarm back: jobs are granted again, until the next runner proves it
     #[arg(long)]
     pub clear: bool,
+}
+
+/// Lower a policy, or clear keys and device, without a code: for a lost device
+///
+/// Asks the control plane that runs on the data, as the user that it runs as. It is audited as the
+/// actor `host`, and shown with every environment that it touches until an owner sets the policy
+/// again with a code. Runs that are queued carry the policy they were queued under: queue them
+/// again.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("glass").required(true))]
+pub struct BreakGlassArgs {
+    /// Name of the organization
+    pub organization: String,
+    /// Name of the environment; all of the organization's when left out
+    #[arg(conflicts_with = "clear_triple")]
+    pub environment: Option<String>,
+    /// Directory of the control plane's data
+    #[arg(long, env = "LATCHKEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// Why; kept in the audit trail and shown with the environments
+    #[arg(long)]
+    pub reason: String,
+    /// Level to set; plan rule and second person are taken away. A stricter level is never lowered
+    /// by less than asked for, nor a weaker one raised
+    #[arg(long, value_enum, group = "glass")]
+    pub policy: Option<BrokenPolicy>,
+    /// Delete the organization's access key, secret key and MFA serial
+    #[arg(long, group = "glass")]
+    pub clear_triple: bool,
+    /// Delete this person's own instead
+    #[arg(long, value_name = "NAME", requires = "clear_triple")]
+    pub user: Option<String>,
+}
+
+/// The levels that break-glass sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BrokenPolicy {
+    Never,
+    AppliesOnly,
 }
 
 impl RestoreArgs {
@@ -266,7 +306,10 @@ mod tests {
         let args = ["latchkey-control-plane", "--data-dir", "/data"].iter().chain(args);
         match Program::read(args.map(OsString::from)).unwrap().command {
             Command::Run(args) => args.try_into(),
-            other @ (Command::Backup(_) | Command::Restore(_) | Command::Alarm(_)) => {
+            other @ (Command::Backup(_)
+            | Command::Restore(_)
+            | Command::Alarm(_)
+            | Command::BreakGlass(_)) => {
                 panic!("{other:?}")
             }
         }
@@ -286,6 +329,15 @@ mod tests {
             if args.key_file() == Path::new("/d.key")));
         let alarm = read("lcp alarm --data-dir /d --clear").unwrap();
         assert!(matches!(alarm, Command::Alarm(args) if args.clear));
+        let broken = read("lcp break-glass acme web --data-dir /d --reason lost --policy never");
+        assert!(matches!(broken.unwrap(), Command::BreakGlass(args)
+            if args.policy == Some(BrokenPolicy::Never) && args.environment.is_some()));
+        let cleared = "lcp break-glass acme --data-dir /d --reason lost --clear-triple";
+        assert!(read(&format!("{cleared} --user ada")).is_ok());
+        // One of the two, and never both.
+        assert!(read("lcp break-glass acme --data-dir /d --reason lost").is_err());
+        assert!(read(&format!("{cleared} --policy never")).is_err());
+        assert!(read("lcp break-glass acme web --data-dir /d --reason x --clear-triple").is_err());
         let help = read("lcp backup --help").unwrap_err().to_string();
         assert!(help.contains("MASTER KEY IS NOT PART"), "{help}");
         assert!(read("lcp --help").unwrap_err().to_string().contains("restore"));

@@ -88,6 +88,10 @@ pub enum ToRunner {
         lease: LeaseRef,
         reason: String,
     },
+    /// The phase has other credentials: they are fetched for whoever holds the lease.
+    Renew {
+        lease: LeaseRef,
+    },
     /// Finish what runs, take nothing new.
     Drain,
     /// A drain was taken back.
@@ -142,6 +146,10 @@ enum Message {
         job: JobId,
         epoch: Epoch,
         reason: String,
+    },
+    Renew {
+        job: JobId,
+        epoch: Epoch,
     },
     Connect {
         runner: RunnerIdentity,
@@ -280,6 +288,11 @@ impl Handle {
 
     pub fn revoke(&self, job: JobId, epoch: Epoch, reason: &str) {
         self.send(Message::Revoke { job, epoch, reason: reason.to_owned() });
+    }
+
+    /// Has the holder of a lease, if it is connected, given the phase's credentials once more.
+    pub fn renew(&self, job: JobId, epoch: Epoch) {
+        self.send(Message::Renew { job, epoch });
     }
 
     /// Frees the slot of a job that has ended or was given back.

@@ -142,6 +142,11 @@ impl From<Refusal> for Error {
                 Reason::MfaRequired,
                 "this run needs a token code: submit one, it is also the confirmation",
             ),
+            Refusal::SecondPersonRequired => Self::refused(
+                Reason::SecondPersonRequired,
+                "who queued a run does not approve its apply in this environment; ask somebody \
+                 else to",
+            ),
             Refusal::PlanChanged => Self::refused(
                 Reason::PlanChanged,
                 "what would be applied is not what you were shown; look at the plan again",

@@ -48,6 +48,7 @@ use latchkey_proto::v1::state_service_server::StateServiceServer;
 use latchkey_proto::v1::variable_service_server::VariableServiceServer;
 
 use crate::app::App;
+use crate::app::guarded_change::Proof;
 use crate::auth::Caller;
 use crate::blobs::BlobReader;
 use crate::error::Error;
@@ -148,6 +149,13 @@ pub(crate) fn runners_server() -> Server {
     server()
         .max_concurrent_streams(MOST_STREAMS_OF_RUNNER)
         .concurrency_limit_per_connection(MOST_STREAMS_OF_RUNNER as usize)
+}
+
+/// Takes the code that may come with a change out of its request.
+fn proof(token_code: &mut String, request_id: &mut String) -> Option<Proof> {
+    let code = std::mem::take(token_code);
+    let request_id = std::mem::take(request_id);
+    (!code.is_empty()).then(|| Proof { code: code.into(), request_id })
 }
 
 /// The caller that the layer proved.

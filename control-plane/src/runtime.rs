@@ -21,13 +21,15 @@ use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
+use crate::app::break_glass::{Glass, Level};
 use crate::app::lease_job::SESSION_FLOOR;
 use crate::app::uploads::Uploads;
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
 use crate::config::{
-    AlarmArgs, BackupArgs, Command, Config, PeopleTransport, Program, RestoreArgs,
+    AlarmArgs, BackupArgs, BreakGlassArgs, BrokenPolicy, Command, Config, PeopleTransport, Program,
+    RestoreArgs,
 };
 use crate::dispatch::Leases;
 use crate::durable;
@@ -68,6 +70,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Command::Backup(args) => runtime.block_on(back_up(&args)),
             Command::Restore(args) => runtime.block_on(bring_back(&args)),
             Command::Alarm(args) => alarm(&args),
+            Command::BreakGlass(args) => break_glass(args),
         };
         // A backup under way is thrown away: it must not hold up a stop.
         runtime.shutdown_timeout(DRAIN);
@@ -91,6 +94,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     app.recall_alarm().await.context("recall whether the data are an old copy")?;
     app.settle_restore().await.context("settle what a restore left open")?;
     app.settle_authentications().await.context("settle attempts that a stop left open")?;
+    app.settle_changes().await.context("settle changes that a stop left open")?;
     if let Some(secret) = app.prepare_bootstrap().await.context("prepare the first sign-in")? {
         writeln!(
             std::io::stdout(),
@@ -113,6 +117,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Last, since from here on the terms of standing leases run.
     app.reconcile().await.context("resume open runs")?;
     let reaping = tokio::spawn(reaper::run(Arc::clone(&app)));
+    app.note_all_limits().await.context("find the limits of open runs")?;
+    let limiting = tokio::spawn(Arc::clone(&app).keep_limits());
 
     let host =
         backup::socket::listen(&config.data_dir).context("listen for the host's commands")?;
@@ -150,6 +156,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     serving.abort();
     commands.abort();
     reaping.abort();
+    limiting.abort();
     dispatching.abort();
     outcome
 }
@@ -269,6 +276,34 @@ fn alarm(args: &AlarmArgs) -> anyhow::Result<()> {
     .context("print the alarm")
 }
 
+/// Has the control plane that runs break the glass.
+fn break_glass(args: BreakGlassArgs) -> anyhow::Result<()> {
+    let data = std::path::absolute(&args.data_dir).context("find the data directory")?;
+    let BreakGlassArgs { organization, environment, reason, policy, user, .. } = args;
+    let glass = match policy {
+        Some(policy) => {
+            let level = match policy {
+                BrokenPolicy::Never => Level::Never,
+                BrokenPolicy::AppliesOnly => Level::AppliesOnly,
+            };
+            Glass::Policy { environment, level }
+        }
+        None => Glass::Triple { user },
+    };
+    let done = backup::socket::ask_break_glass(&data, organization, glass, reason)?;
+    let done = done.with_context(|| {
+        format!("find a control plane that runs on {}; start it first", data.display())
+    })?;
+    let mut out = std::io::stdout().lock();
+    if done.is_empty() {
+        writeln!(out, "Nothing had to be done.").context("print what was done")?;
+    }
+    for done in done {
+        writeln!(out, "Done: {done}.").context("print what was done")?;
+    }
+    Ok(())
+}
+
 /// Refuses to make files that the control plane's own user could not use.
 fn check_owner(data: &Path) -> anyhow::Result<()> {
     let owner = durable::owner_if_another(data).context("read the data directory")?;
@@ -319,6 +354,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         history: crate::app::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
         uploads: Uploads::default(),
+        limits: crate::app::limits::Timer::default(),
     };
     Ok((Arc::new(app), inbox))
 }

@@ -15,7 +15,7 @@ use secrecy::SecretString;
 
 use crate::store::BoxFuture;
 
-pub use self::errors::Class;
+pub use self::errors::{Class, Told};
 
 /// Long-term keys and the device they are used with.
 #[derive(Clone, Debug)]
@@ -25,27 +25,76 @@ pub struct Triple {
     pub serial: String,
 }
 
+impl Triple {
+    /// The long-term keys as they are.
+    pub fn keys(&self) -> Credentials {
+        Credentials {
+            access_key_id: self.access_key_id.clone(),
+            secret_access_key: self.secret_access_key.clone(),
+            session_token: None,
+            expires_at: None,
+        }
+    }
+}
+
+/// What signs a request, or what terraform is given.
 #[derive(Clone, Debug)]
-pub struct SessionCredentials {
+pub struct Credentials {
     pub access_key_id: String,
     pub secret_access_key: SecretString,
-    pub session_token: SecretString,
-    pub expires_at: Timestamp,
+    /// Absent for long-term keys, as is the expiry.
+    pub session_token: Option<SecretString>,
+    pub expires_at: Option<Timestamp>,
+}
+
+/// What STS is asked to issue.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub region: String,
+    /// 15 minutes to 36 hours; for a role, to 12 hours.
+    pub duration: Duration,
+    /// `AssumeRole` into this one; `GetSessionToken` when absent.
+    pub role: Option<RoleWanted>,
+}
+
+/// A role, and what narrows and marks the session in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RoleWanted {
+    pub arn: String,
+    /// 2 to 64 of `[\w+=,.@-]`; visible in the account's CloudTrail.
+    pub session_name: String,
+    /// As `session_name`; immutable through chains.
+    pub source_identity: Option<String>,
+    pub tags: Vec<(String, String)>,
+    pub external_id: Option<String>,
+    pub policy: Option<String>,
+    pub policy_arns: Vec<String>,
+}
+
+/// The longest session of an assumed role.
+pub const LONGEST_ROLE_SESSION: Duration = Duration::from_secs(12 * 3600);
+
+/// Tells whose session it is, in the alphabet of `SourceIdentity` and session names.
+pub fn identity_of(name: &str) -> String {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c);
+    let name: String = name.chars().map(|c| if allowed(c) { c } else { '-' }).take(64).collect();
+    // The least length is two.
+    if name.len() < 2 { format!("user-{name}") } else { name }
 }
 
 /// What a code becomes.
 #[derive(Debug)]
 pub enum Exchange {
     Issued {
-        credentials: SessionCredentials,
+        credentials: Credentials,
         request_id: Option<String>,
+        /// How much of the space for policies and tags was used; told by `AssumeRole` alone.
+        packed_percent: Option<u32>,
     },
     /// AWS answered no.
     Refused(Refused),
     /// The request was or may have been sent, and no answer came that tells.
-    Unknown {
-        request_id: Option<String>,
-    },
+    Unknown { request_id: Option<String> },
     /// The connection was provably never made: the code is still good.
     NotReached,
 }
@@ -54,6 +103,8 @@ pub enum Exchange {
 pub struct Refused {
     pub class: Class,
     pub request_id: Option<String>,
+    /// What of AWS's words may be passed on.
+    pub told: Told,
 }
 
 #[derive(Debug)]
@@ -65,24 +116,24 @@ pub enum Identity {
     Refused(Refused),
 }
 
+/// A code and the device that shows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Code<'a> {
+    pub serial: &'a str,
+    pub digits: &'a SecretString,
+}
+
 pub trait Sts: Send + Sync {
-    /// Calls `GetSessionToken` once; with `code`, for a session that carries MFA.
-    ///
-    /// `duration` is 15 minutes to 36 hours.
+    /// Calls `GetSessionToken` or `AssumeRole` once, signed by `signer`; with `code`, MFA is shown.
     fn exchange<'a>(
         &'a self,
-        keys: &'a Triple,
-        code: Option<&'a SecretString>,
-        region: &'a str,
-        duration: Duration,
+        signer: &'a Credentials,
+        code: Option<Code<'a>>,
+        wanted: &'a Wanted,
     ) -> BoxFuture<'a, Exchange>;
 
     /// Calls `GetCallerIdentity`. May be repeated.
-    fn identify<'a>(
-        &'a self,
-        session: &'a SessionCredentials,
-        region: &'a str,
-    ) -> BoxFuture<'a, Identity>;
+    fn identify<'a>(&'a self, signer: &'a Credentials, region: &'a str) -> BoxFuture<'a, Identity>;
 }
 
 /// Why a serial cannot be used, known without asking AWS.
@@ -131,6 +182,11 @@ pub fn partition_of(serial: &str) -> Option<&str> {
 /// The account in the ARN of a device; a hardware serial has none.
 pub fn account_of_serial(serial: &str) -> Option<&str> {
     serial.strip_prefix("arn:")?.split(':').nth(3)
+}
+
+/// The account in the ARN of a role.
+pub fn account_of_role(arn: &str) -> Option<&str> {
+    arn.strip_prefix("arn:")?.split(':').nth(3)
 }
 
 /// The partition a region belongs to.
@@ -183,6 +239,15 @@ mod tests {
         for bad in ["", "short", "has a space in it", "arn:aws:iam::123456789012:group/ada"] {
             assert_eq!(check_serial(bad), Err(SerialProblem::Malformed), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_name_becomes_an_identity_that_aws_takes() {
+        assert_eq!(identity_of("ada"), "ada");
+        assert_eq!(identity_of("a"), "user-a");
+        assert_eq!(identity_of("aws:ada lovelace"), "aws-ada-lovelace");
+        assert_eq!(identity_of("ä"), "user--");
+        assert_eq!(identity_of(&"x".repeat(99)).len(), 64);
     }
 
     #[test]

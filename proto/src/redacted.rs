@@ -32,7 +32,9 @@ redacted! {
     BootstrapResponse { ; token }
     CreatePoolTokenResponse { expire_time; token }
     CreateServiceTokenResponse { expire_time; token }
+    CheckEnvironmentRequest { organization, environment, request_id; token_code }
     CreateUserResponse { ; token }
+    DeleteVariableRequest { scope, name, category, request_id; token_code }
     EnrollRequest { name; pool_token, certificate_request }
     FetchArtifactResponse { ; data }
     ImportStateRequest { ; part }
@@ -41,7 +43,15 @@ redacted! {
     ReadStateVersionResponse { ; data }
     RunVariable { name, category, hcl, sensitive; value }
     SessionCredentials { access_key_id, expire_time; secret_access_key, session_token }
-    SetVariableRequest { scope, name, category, sensitive, hcl; value }
+    TopUpRequest { run_id, request_id; token_code }
+    SetVariableRequest { scope, name, category, sensitive, hcl, request_id; value, token_code }
+    UpdateEnvironmentRequest {
+        organization, environment, mfa_policy, auto_apply, working_directory, pool,
+        session_duration, plain_credentials, region, runner_labels, engine, engine_version,
+        second_person, plan_rule, code_credentials, roles, session_floor, limits, request_id;
+        token_code
+    }
+    UpdateOrganizationRequest { organization, aws_accounts, request_id; token_code }
     UploadArtifactRequest { ; part }
     UploadConfigurationRequest { ; part }
     Variable { name, category, sensitive, hcl, update_time; value }
@@ -69,7 +79,12 @@ mod tests {
             }],
         };
         let code = v1::AuthenticateRequest { token_code: "canary-4".into(), ..Default::default() };
-        let shown = format!("{go:?} {code:?}");
+        let top_up = v1::TopUpRequest { token_code: "canary-5".into(), ..Default::default() };
+        let check =
+            v1::CheckEnvironmentRequest { token_code: "canary-6".into(), ..Default::default() };
+        let update =
+            v1::UpdateEnvironmentRequest { token_code: "canary-7".into(), ..Default::default() };
+        let shown = format!("{go:?} {code:?} {top_up:?} {check:?} {update:?}");
         assert!(!shown.contains("canary"), "{shown}");
         assert!(shown.contains("password") && shown.contains("ASIAEXAMPLE"));
     }

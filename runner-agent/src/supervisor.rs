@@ -11,6 +11,7 @@
 //! that finds `exec` has a dead predecessor (`succession`).
 
 mod apply;
+mod assumed_roles;
 pub(crate) mod confine;
 pub(crate) mod control;
 mod credentials_endpoint;

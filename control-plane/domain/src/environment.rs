@@ -11,7 +11,17 @@ pub struct Hold {
     /// Set by a run whose remains a person must deal with; the first of several.
     pub frozen: Option<Frozen>,
     /// Set while a workstation works on the state: no run may hold the environment meanwhile.
-    pub locked: Option<StateLock>,
+    pub state_lock: Option<StateLock>,
+    /// Set by a person, who gives the reason: no run that would change anything has its turn.
+    pub locked: Option<Locked>,
+}
+
+/// A lock that a person has put on an environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locked {
+    pub by: String,
+    pub reason: String,
+    pub at: Timestamp,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +63,8 @@ impl Hold {
     /// Tells whether `run` may have its turn.
     pub fn admits(&self, run: RunId) -> bool {
         let mine = self.holder.is_some_and(|holder| holder == run);
-        self.frozen.is_none() && (mine || (self.holder.is_none() && self.locked.is_none()))
+        let free = self.holder.is_none() && self.state_lock.is_none();
+        self.frozen.is_none() && self.locked.is_none() && (mine || free)
     }
 
     /// Applies what a step of `run` does. Another run's hold is never touched.
@@ -113,11 +124,29 @@ mod tests {
             engine_version: "1.11.4".into(),
             at: Timestamp::from_millis(1),
         };
-        let locked = Hold { locked: Some(lock), ..Hold::default() };
+        let locked = Hold { state_lock: Some(lock), ..Hold::default() };
         assert!(Hold::default().admits(run) && !locked.admits(run));
         let held = locked.after(run, &Change::Hold);
         assert!(held.admits(run) && !held.admits(other));
         assert_eq!(held.after(run, &Change::Free), locked);
+    }
+
+    #[test]
+    fn a_lock_admits_nobody_and_no_run_takes_it_away() {
+        let run = RunId::from_bytes([1; 16]);
+        let at = Timestamp::from_millis(0);
+        let locked = Some(Locked { by: "ada".into(), reason: "an audit".into(), at });
+        let hold = Hold { locked: locked.clone(), ..Hold::default() };
+        assert!(!hold.admits(run));
+        for change in [
+            Change::Keep,
+            Change::Hold,
+            Change::Free,
+            Change::Thaw,
+            Change::Freeze { reason: "lost".into() },
+        ] {
+            assert_eq!(hold.after(run, &change).locked, locked);
+        }
     }
 
     #[test]

@@ -5,12 +5,15 @@
 //! once more, under the stricter of the policy the run carries and the one in force now, and
 //! answers with a [`Permit`] or a [`Denial`] that carries all its enforcement needs.
 
-use std::collections::BTreeSet;
+pub mod plan_rule;
+
 use std::fmt;
 use std::time::Duration;
 
 use crate::id::AuthenticationId;
 use crate::time::Timestamp;
+
+pub use self::plan_rule::{DestroyedBy, Destroys, Match, PlanFacts, PlanRule};
 
 /// `plan` or `apply` of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,15 +62,20 @@ impl MfaPolicy {
     }
 }
 
-/// Demands a code for an apply by what its plan would do. Each part is enough.
+/// What an environment demands before a phase may start, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PlanRule {
-    /// The plan destroys or replaces anything.
-    pub destructive: bool,
-    /// The plan changes a resource of one of these types; `*` at the end stands for anything.
-    pub resource_types: BTreeSet<String>,
-    /// The plan changes more resources than this.
-    pub more_than: Option<u32>,
+pub struct Demands {
+    pub policy: MfaPolicy,
+    pub plan_rule: PlanRule,
+    /// Who approves must not be who queued.
+    pub second_person: bool,
+}
+
+impl From<MfaPolicy> for Demands {
+    /// Demands what the level does, and nothing more.
+    fn from(policy: MfaPolicy) -> Self {
+        Self { policy, ..Self::default() }
+    }
 }
 
 /// A session that waits, sealed, for its phase to start.
@@ -82,11 +90,13 @@ pub struct Evidence {
 }
 
 /// The question put at release, the first delivery of credentials for a phase and epoch.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Release<'a> {
     pub phase: Phase,
     pub carried: MfaPolicy,
     pub current: MfaPolicy,
+    /// Why a plan rule demands a code for this phase, the carried or the current one.
+    pub matched: Option<Match>,
     pub evidence: Option<&'a Evidence>,
     /// The least life a session must have left, or the phase would outlive it.
     pub floor: Duration,
@@ -102,11 +112,21 @@ pub enum Permit {
 }
 
 /// Why nothing may be released, and so what the run waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Denial {
-    CodeRequired { policy: MfaPolicy },
-    WrongPhase { submitted_for: Phase },
-    ExpiresTooSoon { expires_at: Timestamp, floor: Duration },
+    CodeRequired {
+        policy: MfaPolicy,
+    },
+    RuleMatched(Match),
+    /// Who queued approved, or nobody did.
+    SecondPersonRequired,
+    WrongPhase {
+        submitted_for: Phase,
+    },
+    ExpiresTooSoon {
+        expires_at: Timestamp,
+        floor: Duration,
+    },
 }
 
 impl fmt::Display for Denial {
@@ -115,6 +135,10 @@ impl fmt::Display for Denial {
             Denial::CodeRequired { .. } => {
                 f.write_str("the environment's MFA policy now demands a token code for this phase")
             }
+            Denial::RuleMatched(matched) => matched.fmt(f),
+            Denial::SecondPersonRequired => f.write_str(
+                "the environment now demands that somebody else than who queued the run approves",
+            ),
             Denial::WrongPhase { submitted_for } => {
                 write!(f, "the token code was submitted for the {submitted_for}, not this phase")
             }
@@ -131,10 +155,10 @@ impl fmt::Display for Denial {
 pub fn judge(release: Release<'_>, now: Timestamp) -> Result<Permit, Denial> {
     let policy = release.carried.max(release.current);
     let Some(evidence) = release.evidence else {
-        return if policy.requires_code(release.phase) {
-            Err(Denial::CodeRequired { policy })
-        } else {
-            Ok(Permit::PlainSession)
+        return match release.matched {
+            _ if policy.requires_code(release.phase) => Err(Denial::CodeRequired { policy }),
+            Some(matched) => Err(Denial::RuleMatched(matched)),
+            None => Ok(Permit::PlainSession),
         };
     };
     if evidence.phase != release.phase {
@@ -170,8 +194,8 @@ mod tests {
         now: i64,
         expect: Result<Permit, Denial>,
     ) {
-        let release =
-            Release { phase, carried, current, evidence, floor: Duration::from_secs(300) };
+        let floor = Duration::from_secs(300);
+        let release = Release { phase, carried, current, matched: None, evidence, floor };
         assert_eq!(judge(release, Timestamp::from_millis(now)), expect);
     }
 
@@ -197,11 +221,26 @@ mod tests {
     }
 
     #[test]
+    fn a_matched_rule_demands_evidence_whatever_the_level() {
+        let (phase, never) = (Phase::Apply, MfaPolicy::Never);
+        let own = evidence(phase);
+        for (evidence, expect) in [
+            (None, Err(Denial::RuleMatched(Match::ManyTypes))),
+            (Some(&own), Ok(Permit::MfaSession { authentication: own.authentication })),
+        ] {
+            let (carried, current, matched) = (never, never, Some(Match::ManyTypes));
+            let floor = Duration::from_secs(300);
+            let release = Release { phase, carried, current, matched, evidence, floor };
+            assert_eq!(judge(release, Timestamp::from_millis(0)), expect);
+        }
+    }
+
+    #[test]
     fn evidence_serves_its_own_phase_only_and_only_while_it_lives() {
         use MfaPolicy::{Never, PlansAndApplies};
         let plan = evidence(Phase::Plan);
         let permit = Ok(Permit::MfaSession { authentication: plan.authentication });
-        check((PlansAndApplies, PlansAndApplies, Phase::Plan), Some(&plan), 0, permit);
+        check((PlansAndApplies, PlansAndApplies, Phase::Plan), Some(&plan), 0, permit.clone());
         check((PlansAndApplies, Never, Phase::Plan), Some(&plan), 3_300_000, permit);
         let wrong = Err(Denial::WrongPhase { submitted_for: Phase::Plan });
         check((PlansAndApplies, Never, Phase::Apply), Some(&plan), 0, wrong);

@@ -13,6 +13,11 @@
 //! [`step`] is the only way a run changes. `LIFECYCLE.md` beside this crate's manifest holds the
 //! whole table, written by a test.
 
+#[cfg(test)]
+mod approval_tests;
+#[cfg(test)]
+mod credentials_tests;
+mod limits;
 mod step;
 #[cfg(test)]
 mod step_tests;
@@ -26,9 +31,10 @@ use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, RunnerId, UserId,
 };
 use crate::lease::Lease;
-use crate::policy::{Evidence, MfaPolicy, Phase};
+use crate::policy::{Demands, Evidence, Match, MfaPolicy, Phase, PlanFacts, PlanRule};
 use crate::time::Timestamp;
 
+pub use self::limits::{Limits, deadline};
 pub use self::step::{
     ApplyOutcome, Effect, Event, Failure, FailureKind, PlanOutcome, Refusal, Step, step,
 };
@@ -172,6 +178,10 @@ pub struct Request {
     pub auto_apply: bool,
     /// The environment's policy at the moment of queueing.
     pub policy: MfaPolicy,
+    /// Its plan rule at that moment.
+    pub plan_rule: PlanRule,
+    /// Whether it demanded a second person at that moment.
+    pub second_person: bool,
     pub queued_by: Actor,
     pub queued_at: Timestamp,
     /// The run that this one does again.
@@ -186,6 +196,8 @@ pub struct Run {
     pub request: Request,
     pub state: RunState,
     pub updated_at: Timestamp,
+    /// When it came into its state.
+    pub entered_at: Timestamp,
     pub plan: Job,
     pub apply: Job,
     /// Set when the plan has ended well.
@@ -201,6 +213,8 @@ pub struct Run {
     pub forced_by: Option<String>,
     /// The last code that was refused for the phase that waits: why the lock is red.
     pub refused_code: Option<RefusedCode>,
+    /// Why a plan rule demanded a code for the apply; stays when one was submitted.
+    pub code_reason: Option<String>,
     /// One sentence: why the run waits or how it ended.
     pub reason: Option<String>,
 }
@@ -269,6 +283,8 @@ pub struct Planned {
     pub digest: Digest,
     pub applyable: bool,
     pub counts: Counts,
+    /// What plan rules look at; absent where it is not known in full.
+    pub facts: Option<PlanFacts>,
     /// `terraform` or `tofu`: what the apply must use too.
     pub engine: String,
     /// Version of the engine.
@@ -281,6 +297,8 @@ pub struct Counts {
     pub change: u32,
     pub destroy: u32,
     pub import: u32,
+    /// Counted among `add` and `destroy` too.
+    pub replace: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -313,6 +331,7 @@ impl Run {
         Run {
             id,
             updated_at: request.queued_at,
+            entered_at: request.queued_at,
             request,
             state,
             plan: Job::default(),
@@ -324,6 +343,7 @@ impl Run {
             cancel_requested_at: None,
             forced_by: None,
             refused_code: None,
+            code_reason: None,
             reason: None,
         }
     }
@@ -346,14 +366,14 @@ impl Run {
         JobId { run: self.id, phase }
     }
 
-    /// Returns the phase whose code the run waits for, under the stricter of the policy it
-    /// carries and `current`.
-    pub fn awaits_code(&self, current: MfaPolicy) -> Option<Phase> {
+    /// Returns the phase whose code the run waits for, under the stricter of what it carries
+    /// and `current`.
+    pub fn awaits_code(&self, current: &Demands) -> Option<Phase> {
         match self.state {
             RunState::AwaitingPlanMfa => Some(Phase::Plan),
             RunState::AwaitingApplyMfa => Some(Phase::Apply),
             RunState::AwaitingConfirmation => {
-                self.request.policy.max(current).requires_code(Phase::Apply).then_some(Phase::Apply)
+                self.requires_code(Phase::Apply, current).then_some(Phase::Apply)
             }
             RunState::Pending
             | RunState::PlanQueued
@@ -367,6 +387,35 @@ impl Run {
             | RunState::Discarded
             | RunState::Lost => None,
         }
+    }
+
+    /// Tells whether a phase needs a code, under the stricter of what the run carries and
+    /// `current`.
+    pub fn requires_code(&self, phase: Phase, current: &Demands) -> bool {
+        self.request.policy.max(current.policy).requires_code(phase)
+            || self.rule_match(phase, current).is_some()
+    }
+
+    /// Answers why a plan rule demands a code for a phase, the carried rule or the current one.
+    pub fn rule_match(&self, phase: Phase, current: &Demands) -> Option<Match> {
+        match phase {
+            Phase::Plan => None,
+            Phase::Apply => {
+                let facts = self.planned.as_ref().and_then(|planned| planned.facts.as_ref());
+                let carried = &self.request.plan_rule;
+                carried.matches(facts).or_else(|| current.plan_rule.matches(facts))
+            }
+        }
+    }
+
+    /// Tells whether this person may approve the apply, under the stricter of what the run
+    /// carries and `current`.
+    pub fn may_be_approved_by(&self, person: &str, current: &Demands) -> bool {
+        !self.requires_second_person(current) || self.request.queued_by.name() != person
+    }
+
+    pub fn requires_second_person(&self, current: &Demands) -> bool {
+        self.request.second_person || current.second_person
     }
 
     /// Returns the phase that is open: queued for a runner, and leased by none.

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_domain::device::{self, Device};
-use latchkey_domain::id::{AuthenticationId, Digest, RunId, UserId};
+use latchkey_domain::id::{AuthenticationId, Digest, OrganizationId, RunId, UserId};
 use latchkey_domain::policy::{Evidence, Phase};
 use latchkey_domain::run::{Event, RefusedCode, Run};
 use latchkey_domain::time::Timestamp;
@@ -36,12 +36,14 @@ use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
 use crate::store::record::authentication::{
-    Authentication, DeviceRecord, OpenAuthentication, Outcome, RequestRecord, Session,
+    Authentication, DeviceRecord, OpenAuthentication, Outcome, Purpose, RequestRecord, Session,
 };
 use crate::store::record::{self, Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
-use crate::sts::errors::{clock_time, sentence};
-use crate::sts::{Exchange, Identity, SessionCredentials, Triple, account_of, account_of_serial};
+use crate::sts::errors::{About, clock_time, sentence};
+use crate::sts::{
+    Code, Credentials, Exchange, Identity, Triple, Wanted, account_of, account_of_serial,
+};
 
 const ATTEMPTS: usize = 32;
 
@@ -57,14 +59,14 @@ pub struct Submission {
     /// The plan that the person was shown; required for an apply.
     pub seen: Option<Digest>,
     pub request_id: String,
+    pub purpose: Purpose,
 }
 
 /// An attempt that has been counted and may now be spent.
 struct Attempt {
     record: Authentication,
     triple: Triple,
-    region: String,
-    session_duration: Duration,
+    wanted: Wanted,
     device_key: crate::store::Key,
     digest: device::CodeDigest,
 }
@@ -81,9 +83,13 @@ impl App {
         let (standing, _) = self.run_for(caller, submission.run, Right::Decide).await?;
         let (user, name) = caller.person()?;
         check_request_id(&submission.request_id)?;
+        let space = match submission.purpose {
+            Purpose::Phase => "code",
+            Purpose::TopUp => "top-up",
+        };
         let request = keys::request(
             user,
-            &format!("code:{}:{}", standing.organization, submission.request_id),
+            &format!("{space}:{}:{}", standing.organization, submission.request_id),
         );
         if let Some(known) = self.fetch::<RequestRecord>(request.clone()).await? {
             return self.recorded(&known.value, &submission).await;
@@ -136,27 +142,21 @@ impl App {
         for _ in 0..ATTEMPTS {
             self.check_history()?;
             let subject = self.subject(submission.run).await?;
-            check_waiting(&subject, submission)?;
+            if submission.purpose == Purpose::Phase {
+                check_waiting(&subject, submission, name)?;
+            }
             self.check_codes_open().await?;
-            let organization = subject.run.value.request.organization;
-            let settings = &subject.environment.value.settings;
-            let triple = self.triple_for(organization, user, &settings.region).await?;
+            let run = &subject.run.value;
+            let environment = &subject.environment.value;
+            let organization = run.request.organization;
+            let wanted = self.wanted_by_code(run, environment, submission.phase, name).await?;
+            if submission.purpose == Purpose::TopUp {
+                self.check_top_up(&subject, submission.phase, &wanted).await?;
+            }
+            let triple = self.triple_for(organization, user, &wanted.region).await?;
             self.check_listed(organization, account_of(&triple.access_key_id)).await?;
-
-            // A device belongs to an account: the serial of a hardware device alone may repeat.
-            let account = account_of(&triple.access_key_id)
-                .or_else(|| account_of_serial(&triple.serial).map(str::to_owned))
-                .unwrap_or_else(|| triple.access_key_id.clone());
-            let device_key = keys::device(&format!("{account}/{}", triple.serial));
-            let stored =
-                record::fetch::<DeviceRecord, Device>(&*self.store, device_key.clone()).await?;
-            let (device, expect) = match stored {
-                Some(found) => (found.value, Expect::At(found.version)),
-                None => (Device::default(), Expect::Absent),
-            };
-            let digest =
-                self.master.digest(b"token code", submission.code.expose_secret().as_bytes());
-            let counted = device.attempt(digest, self.now()).map_err(refused_locally)?;
+            let DeviceAttempt { key: device_key, expect, counted, digest } =
+                self.device_attempt(&triple, &submission.code).await?;
             let record = Authentication {
                 id: Text(AuthenticationId::from_uuid(self.new_id())),
                 run: Text(submission.run),
@@ -167,14 +167,21 @@ impl App {
                 seen: submission.seen.map(Text),
                 submitted_at: self.now().into(),
                 outcome: Outcome::Spending,
+                purpose: submission.purpose,
+                role: wanted.role.as_ref().map(|role| role.arn.clone()),
+                packed_percent: None,
             };
             let known = RequestRecord { run: record.run, authentication: record.id };
             let open = OpenAuthentication { run: record.run };
+            let action = match submission.purpose {
+                Purpose::Phase => "submit_code",
+                Purpose::TopUp => "submit_top_up",
+            };
             let draft = self
                 .draft(
                     organization,
                     format!("user {name}"),
-                    "submit_code",
+                    action,
                     format!("run {}", submission.run),
                 )
                 .with("phase", submission.phase.as_str())
@@ -195,8 +202,7 @@ impl App {
                     return Ok(Counted::Mine(Box::new(Attempt {
                         record,
                         triple,
-                        region: settings.region.clone(),
-                        session_duration: settings.session_duration,
+                        wanted,
                         device_key,
                         digest,
                     })));
@@ -212,6 +218,27 @@ impl App {
             Reason::DeviceBusy,
             "too many codes are being submitted for this device at once; try again in a moment",
         ))
+    }
+
+    /// Counts an attempt of a device, for the commit that makes it.
+    pub(super) async fn device_attempt(
+        &self,
+        triple: &Triple,
+        code: &SecretString,
+    ) -> Result<DeviceAttempt> {
+        // A device belongs to an account: the serial of a hardware device alone may repeat.
+        let account = account_of(&triple.access_key_id)
+            .or_else(|| account_of_serial(&triple.serial).map(str::to_owned))
+            .unwrap_or_else(|| triple.access_key_id.clone());
+        let key = keys::device(&format!("{account}/{}", triple.serial));
+        let stored = record::fetch::<DeviceRecord, Device>(&*self.store, key.clone()).await?;
+        let (device, expect) = match stored {
+            Some(found) => (found.value, Expect::At(found.version)),
+            None => (Device::default(), Expect::Absent),
+        };
+        let digest = self.master.digest(b"token code", code.expose_secret().as_bytes());
+        let counted = device.attempt(digest, self.now()).map_err(refused_locally)?;
+        Ok(DeviceAttempt { key, expect, counted, digest })
     }
 
     /// Refuses an account that owners did not list. An account that is not known yet passes: it
@@ -248,28 +275,31 @@ impl App {
         code: SecretString,
         actor: &str,
     ) -> Result<()> {
-        let exchange = self
-            .sts
-            .exchange(&attempt.triple, Some(&code), &attempt.region, attempt.session_duration)
-            .await;
+        let exchange = {
+            let code = Code { serial: &attempt.triple.serial, digits: &code };
+            self.sts.exchange(&attempt.triple.keys(), Some(code), &attempt.wanted).await
+        };
         drop(code);
         latchkey_failpoint::reach("cp.code.answered");
-        let Attempt { mut record, region, device_key, digest, .. } = attempt;
+        let Attempt { mut record, wanted, device_key, digest, .. } = attempt;
         let refusal = match exchange {
-            Exchange::Issued { credentials, request_id } => {
+            Exchange::Issued { credentials, request_id, packed_percent } => {
                 let key = keys::authentication(record.run.0, record.id.0);
+                record.packed_percent = packed_percent;
                 record.outcome = Outcome::Verifying {
                     session: self.seal_session(&key, &credentials),
-                    expires_at: credentials.expires_at.into(),
+                    // What STS issues has one; if it ever had none, it would be of no use.
+                    expires_at: credentials.expires_at.unwrap_or(self.now()).into(),
                     aws_request_id: request_id,
                 };
                 let batch = Batch::new().put(key, Expect::Anything, encode(&record));
                 self.store.commit(batch).await?;
-                return self.verify(record, credentials, &region, actor).await;
+                return self.verify(record, credentials, &wanted.region, actor).await;
             }
             Exchange::Refused(refused) => {
-                let next_window = Device::next_window(self.now());
-                let (reason, message) = sentence(refused.class, Some(next_window), &region);
+                let next_window = Some(Device::next_window(self.now()));
+                let about = About { wanted: &wanted, next_window };
+                let (reason, message) = sentence(&refused, about);
                 (reason, message, refused.request_id)
             }
             Exchange::Unknown { request_id } => {
@@ -312,7 +342,7 @@ impl App {
     }
 
     /// Frees a code that was provably never sent. The attempt stays counted.
-    async fn give_back(
+    pub(super) async fn give_back(
         &self,
         device_key: &crate::store::Key,
         digest: device::CodeDigest,
@@ -336,7 +366,7 @@ impl App {
     async fn verify(
         self: &Arc<Self>,
         record: Authentication,
-        session: SessionCredentials,
+        session: Credentials,
         region: &str,
         actor: &str,
     ) -> Result<()> {
@@ -344,8 +374,8 @@ impl App {
         loop {
             let refusal = match self.sts.identify(&session, region).await {
                 Identity::Account(account) => {
-                    match self.check_listed(organization, Some(account)).await {
-                        Ok(()) => return self.accept(record, &session, actor).await,
+                    match self.check_whose(organization, &record, &account).await {
+                        Ok(()) => return self.accept(record, &session, account, actor).await,
                         Err(error) if error.reason() == Reason::AccountNotListed => {
                             (error.reason(), error.message().to_owned(), None)
                         }
@@ -353,10 +383,13 @@ impl App {
                     }
                 }
                 Identity::Refused(refused) => {
-                    let (reason, message) = sentence(refused.class, None, region);
+                    let wanted =
+                        Wanted { region: region.to_owned(), duration: Duration::ZERO, role: None };
+                    let about = About { wanted: &wanted, next_window: None };
+                    let (reason, message) = sentence(&refused, about);
                     (reason, message, refused.request_id)
                 }
-                Identity::Unavailable if session.expires_at > self.now() => {
+                Identity::Unavailable if session.expires_at.is_some_and(|at| at > self.now()) => {
                     tracing::warn!(
                         authentication_id = %record.id.0,
                         "AWS does not tell whose session it is; asking again"
@@ -373,27 +406,45 @@ impl App {
         }
     }
 
+    /// Checks that a session is of an account that may be used for what its code was meant for.
+    async fn check_whose(
+        &self,
+        organization: OrganizationId,
+        record: &Authentication,
+        account: &str,
+    ) -> Result<()> {
+        self.check_account(organization, &record.kind(), account).await?;
+        match record.purpose {
+            Purpose::Phase => Ok(()),
+            Purpose::TopUp => self.check_same_account(record, account).await,
+        }
+    }
+
     /// Step 10, for a session that may be used.
     async fn accept(
         self: &Arc<Self>,
         mut record: Authentication,
-        session: &SessionCredentials,
+        session: &Credentials,
+        account: String,
         actor: &str,
     ) -> Result<()> {
-        let aws_request_id = match &record.outcome {
-            Outcome::Verifying { aws_request_id, .. } => aws_request_id.clone(),
-            Outcome::Spending | Outcome::Accepted { .. } | Outcome::Refused { .. } => None,
+        let now = self.now();
+        let (expires_at, aws_request_id) = match &record.outcome {
+            Outcome::Verifying { aws_request_id, expires_at, .. } => {
+                ((*expires_at).into(), aws_request_id.clone())
+            }
+            Outcome::Spending | Outcome::Accepted { .. } | Outcome::Refused { .. } => (now, None),
         };
         let (run, id) = (record.run.0, record.id.0);
-        let expires_at = session.expires_at;
-        let now = self.now();
         record.outcome =
             Outcome::Accepted { expires_at: expires_at.into(), aws_request_id, at: now.into() };
         let place = keys::session(run, record.phase);
         let waiting = Session {
             authentication: Some(record.id),
             credentials: self.seal_session(&place, session),
-            expires_at: expires_at.into(),
+            expires_at: Some(expires_at.into()),
+            kind: Some(record.kind()),
+            account: Some(account),
         };
         let evidence = Evidence {
             authentication: id,
@@ -402,12 +453,19 @@ impl App {
             authenticated_at: now,
             expires_at,
         };
+        let action = match record.purpose {
+            Purpose::Phase => "authenticate_run",
+            Purpose::TopUp => "top_up",
+        };
         let advance = self
-            .advance_with(run, actor, "authenticate_run", |subject| {
-                let event = Event::CodeAccepted {
-                    evidence: evidence.clone(),
-                    seen: record.seen.map(|seen| seen.0),
-                    current: subject.environment.value.settings.policy,
+            .advance_with(run, actor, action, |subject| {
+                let event = match record.purpose {
+                    Purpose::Phase => Event::CodeAccepted {
+                        evidence: evidence.clone(),
+                        seen: record.seen.map(|seen| seen.0),
+                        current: subject.environment.value.settings.demands(),
+                    },
+                    Purpose::TopUp => Event::ToppedUp { evidence: evidence.clone() },
                 };
                 let batch = close(Batch::new(), &record).put(
                     place.clone(),
@@ -435,6 +493,10 @@ impl App {
         refusal: (Reason, String, Option<String>),
         actor: &str,
     ) -> Result<()> {
+        if record.purpose == Purpose::TopUp {
+            // The run waits for nothing: it goes on with what it has.
+            return self.record_refusal(record, &refusal, actor).await;
+        }
         let (reason, message, aws_request_id) = refusal.clone();
         let now = self.now();
         record.outcome = Outcome::Refused {
@@ -455,7 +517,7 @@ impl App {
                 let event = Event::CodeRefused {
                     phase: record.phase,
                     refused: refused.clone(),
-                    current: subject.environment.value.settings.policy,
+                    current: subject.environment.value.settings.demands(),
                 };
                 let batch = close(Batch::new(), &record);
                 Ok(Decision { event, batch, details: details(&record) })
@@ -556,6 +618,14 @@ impl App {
     }
 }
 
+/// An attempt of a device as it is to be committed.
+pub(super) struct DeviceAttempt {
+    pub(super) key: crate::store::Key,
+    pub(super) expect: Expect,
+    pub(super) counted: Device,
+    pub(super) digest: device::CodeDigest,
+}
+
 /// Who won the commit of step 6.
 enum Counted {
     Mine(Box<Attempt>),
@@ -584,6 +654,8 @@ fn details(record: &Authentication) -> Details {
             aws_request_id
         }
     };
+    details.extend(record.role.as_deref().map(|role| ("role", role.into())));
+    details.extend(record.packed_percent.map(|percent| ("packed_policy_percent", percent.into())));
     if let Some(aws_request_id) = aws_request_id {
         details.push(("aws_request_id", aws_request_id.as_str().into()));
     }
@@ -591,17 +663,24 @@ fn details(record: &Authentication) -> Details {
 }
 
 fn is_refusal(reason: Reason) -> bool {
-    matches!(reason, Reason::NotAwaitingCode | Reason::WrongState | Reason::PlanChanged)
+    matches!(
+        reason,
+        Reason::NotAwaitingCode
+            | Reason::WrongState
+            | Reason::PlanChanged
+            | Reason::SecondPersonRequired
+    )
 }
 
-fn unknown_sentence() -> String {
+pub(super) fn unknown_sentence() -> String {
     "Whether AWS accepted this code is not known, so it will not be used. Use the next code.".into()
 }
 
 /// Step 4.
-fn check_waiting(subject: &Subject, submission: &Submission) -> Result<()> {
+fn check_waiting(subject: &Subject, submission: &Submission, name: &str) -> Result<()> {
     let run = &subject.run.value;
-    let awaited = run.awaits_code(subject.environment.value.settings.policy);
+    let current = subject.environment.value.settings.demands();
+    let awaited = run.awaits_code(&current);
     if awaited != Some(submission.phase) {
         let message = match awaited {
             Some(phase) => format!("the run waits for a token code for its {phase}"),
@@ -612,6 +691,9 @@ fn check_waiting(subject: &Subject, submission: &Submission) -> Result<()> {
         );
     }
     if submission.phase == Phase::Apply {
+        if !run.may_be_approved_by(name, &current) {
+            return Err(latchkey_domain::run::Refusal::SecondPersonRequired.into());
+        }
         let planned = run.planned.as_ref().map(|planned| planned.digest);
         if submission.seen.is_none() {
             let message = "give the digest of the plan that you were shown (`Plan.digest`)";

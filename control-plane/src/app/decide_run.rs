@@ -24,7 +24,7 @@ impl App {
         let (_, by) = caller.person()?;
         let advance = self
             .advance(id, &caller.audit_name(), "confirm_run", |subject| {
-                let current = subject.environment.value.settings.policy;
+                let current = subject.environment.value.settings.demands();
                 Ok(Event::Confirmed { by: by.to_owned(), seen, current })
             })
             .await?;

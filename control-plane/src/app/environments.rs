@@ -7,6 +7,7 @@ use latchkey_domain::id::{EnvironmentId, RunId, UserId};
 use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
 
+use super::guarded_change::{Backing, GuardedChange, Intent, Proof};
 use super::settings::{SettingsChange, asks, shown};
 use super::{App, Page, PageRequest, check_name, check_request_id};
 use crate::auth::{Caller, Right};
@@ -14,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::people::Access;
 use crate::store::record::{Loaded, Text, encode};
-use crate::store::{Batch, CommitError, Expect, Scan, keys};
+use crate::store::{Batch, Expect, Scan, keys};
 
 /// An environment with the names that people know.
 #[derive(Debug)]
@@ -51,6 +52,7 @@ impl App {
             name: name.to_owned(),
             settings: self.changed(organization, Settings::default(), settings).await?,
             hold: Hold::default(),
+            break_glass: None,
             state: None,
             created_at: self.now(),
         };
@@ -120,30 +122,46 @@ impl App {
         organization: &str,
         name: &str,
         change: SettingsChange,
+        proof: Option<Proof>,
     ) -> Result<EnvironmentView> {
         let right = if change.is_for_owners() { Right::Own } else { Right::Administer };
         let (standing, found) = self.on(caller, organization, name, right).await?;
+        let (id, before) = (found.value.id, found.value.settings);
+        let organization = standing.organization;
+        let change = GuardedChange::Settings { environment: id, change };
+        let intent = Intent { caller: caller.clone(), organization, change };
+        self.change_guarded(intent, proof).await?;
+        let next = self.environment(organization, id).await?.value;
+        if asks(&next.settings) != asks(&before) {
+            self.offer_again(&next).await?;
+        }
+        if next.settings.limits != before.limits {
+            self.note_limits_of(&next).await?;
+        }
+        self.environment_view(next, standing.organization_name).await
+    }
+
+    /// Makes the commit that sets an environment.
+    pub(super) async fn settings_batch(
+        &self,
+        caller: &Caller,
+        found: Loaded<Environment>,
+        change: SettingsChange,
+        backing: Backing,
+    ) -> Result<Batch> {
         let Loaded { key, version, value } = found;
         let mut next = value.clone();
-        next.settings = self.changed(standing.organization, value.settings.clone(), change).await?;
+        if backing == Backing::Code && change.sets_policy() {
+            next.break_glass = None;
+        }
+        next.settings = self.changed(value.organization, value.settings.clone(), change).await?;
+        let subject = format!("environment {}", value.name);
         let draft = self
-            .draft(
-                standing.organization,
-                caller.audit_name(),
-                "update_environment",
-                format!("environment {name}"),
-            )
+            .draft(value.organization, caller.audit_name(), "update_environment", subject)
             .with("before", shown(&value.settings))
             .with("after", shown(&next.settings));
         let record = encode(&EnvironmentRecord::from(&next));
-        let batch = Batch::new().put(key, Expect::At(version), record).audit(draft);
-        self.store.commit(batch).await.map_err(|error| match error {
-            CommitError::Conflict { .. } | CommitError::Store(_) => Error::from(error),
-        })?;
-        if asks(&next.settings) != asks(&value.settings) {
-            self.offer_again(&next).await?;
-        }
-        self.environment_view(next, standing.organization_name).await
+        Ok(Batch::new().put(key, Expect::At(version), record).audit(draft))
     }
 
     /// Lets an environment start runs again after a person has dealt with what a run left.

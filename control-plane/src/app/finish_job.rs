@@ -9,14 +9,15 @@ use latchkey_domain::run::{
 };
 use latchkey_proto::v1::Reason;
 
-use super::App;
 use super::artifacts::{LARGEST_CHANGES, Made};
 use super::configurations::blob_error;
 use super::lease_job::lease_lost;
 use super::settings::is_exact;
+use super::{App, plan_facts};
 use crate::auth::{RunnerIdentity, sha256};
 use crate::error::{Error, Result};
 use crate::job::{ENGINES, LeaseRef, TERRAFORM};
+use crate::seal::SecretBytes;
 
 pub(super) const LONGEST_REASON: usize = 1024;
 /// Why no apply could be held to what made its plan.
@@ -88,7 +89,12 @@ impl App {
                         return Err(Error::field("plan", message));
                     }
                 }
-                self.check_changes(organization, digests.changes).await?;
+                let changes = self.checked_changes(organization, digests.changes).await?;
+                // What the runner says counts only where the changes say nothing.
+                let (facts, counts) = match plan_facts::read(changes.expose_secret()) {
+                    Some((facts, counts)) => (Some(facts), counts),
+                    None => (None, counts),
+                };
                 let engine = engine_of(&engine)?;
                 let outcome = if is_exact(&terraform_version) {
                     PlanOutcome::Planned(Planned {
@@ -96,6 +102,7 @@ impl App {
                         digests,
                         applyable,
                         counts,
+                        facts,
                         engine,
                         terraform_version,
                     })
@@ -107,7 +114,7 @@ impl App {
                         runner: runner_id,
                         epoch,
                         outcome: outcome.clone(),
-                        current: subject.environment.value.settings.policy,
+                        current: subject.environment.value.settings.demands(),
                     })
                 })
                 .await?;
@@ -119,32 +126,28 @@ impl App {
                         runner: runner_id,
                         epoch,
                         outcome: PlanOutcome::Failed(failure.clone()),
-                        current: subject.environment.value.settings.policy,
+                        current: subject.environment.value.settings.demands(),
                     })
                 })
                 .await?;
             }
             (Phase::Apply, JobResult::Applied { outputs }) => {
                 let outputs = outputs.filter(|outputs| fits(outputs));
-                self.advance_by(runner, job.run, "finish_apply", |_| {
-                    Ok(Event::ApplyEnded {
-                        runner: runner_id,
-                        epoch,
-                        outcome: ApplyOutcome::Applied { outputs: outputs.clone() },
-                    })
-                })
-                .await?;
+                let event = Event::ApplyEnded {
+                    runner: runner_id,
+                    epoch,
+                    outcome: ApplyOutcome::Applied { outputs: outputs },
+                };
+                self.end_apply(runner, job.run, "finish_apply", event).await?;
             }
             (Phase::Apply, JobResult::Failed { kind, reason }) => {
                 let failure = failure(kind, reason);
-                self.advance_by(runner, job.run, "fail_apply", |_| {
-                    Ok(Event::ApplyEnded {
-                        runner: runner_id,
-                        epoch,
-                        outcome: ApplyOutcome::Failed(failure.clone()),
-                    })
-                })
-                .await?;
+                let event = Event::ApplyEnded {
+                    runner: runner_id,
+                    epoch,
+                    outcome: ApplyOutcome::Failed(failure),
+                };
+                self.end_apply(runner, job.run, "fail_apply", event).await?;
             }
             (Phase::Plan, JobResult::Applied { .. })
             | (Phase::Apply, JobResult::Planned { .. }) => {
@@ -156,12 +159,16 @@ impl App {
     }
 
     /// Refuses changes that nobody could be shown.
-    async fn check_changes(&self, organization: OrganizationId, digest: Digest) -> Result<()> {
+    async fn checked_changes(
+        &self,
+        organization: OrganizationId,
+        digest: Digest,
+    ) -> Result<SecretBytes> {
         let changes =
             self.blobs.get(organization, digest, LARGEST_CHANGES).await.map_err(blob_error)?;
         serde_json::from_slice::<serde::de::IgnoredAny>(changes.expose_secret())
-            .map(drop)
-            .map_err(|_| Error::field("changes", "they are not JSON"))
+            .map_err(|_| Error::field("changes", "they are not JSON"))?;
+        Ok(changes)
     }
 
     async fn close_log(&self, job: JobId) -> Result<()> {

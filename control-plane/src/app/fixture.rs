@@ -12,10 +12,11 @@ use latchkey_domain::run::{Counts, PlanDigests, Run, RunKind};
 use latchkey_domain::time::Timestamp;
 use secrecy::SecretString;
 
-use super::App;
 use super::artifacts::{ArtifactHeader, Made};
 use super::authenticate_run::Submission;
+use super::environments::EnvironmentView;
 use super::finish_job::JobResult;
+use super::guarded_change::Proof;
 use super::history::Mark;
 use super::lease_job::SESSION_FLOOR;
 use super::people::TokenScope;
@@ -23,6 +24,7 @@ use super::queue_run::NewRun;
 use super::settings::SettingsChange;
 use super::start_job::Start;
 use super::variables::{NewVariable, Scope};
+use super::{App, PageRequest};
 use crate::auth::{Caller, RunnerIdentity, sha256};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
@@ -32,10 +34,12 @@ use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
+use crate::store::keys::VariableScope;
 use crate::store::memory::Memory;
-use crate::store::record::people::{Access, Role};
+use crate::store::record::authentication::Purpose;
+use crate::store::record::people::{Access, Organization, Role};
 use crate::store::record::runner::Runner;
-use crate::store::record::variable::Category;
+use crate::store::record::variable::{Category, stored_name};
 use crate::store::record::{Text, encode};
 use crate::store::{Batch, CommitError, Expect, Store, keys};
 use crate::sts::aws::AwsSts;
@@ -59,17 +63,23 @@ pub(crate) struct Fixture {
 impl Fixture {
     /// An organization with a listed account, a triple and one environment.
     pub(crate) async fn new(policy: MfaPolicy) -> Self {
+        let settings = SettingsChange { policy: Some(policy), ..SettingsChange::default() };
+        Self::in_environment(settings).await
+    }
+
+    /// The same with more settings.
+    pub(crate) async fn in_environment(settings: SettingsChange) -> Self {
         let aws = Simulator::start(World::example(), SimulatedClock::wall()).await.unwrap();
         let endpoint = aws.url();
         let fixture = Self::bare(aws, endpoint).await;
         let facts = fixture.aws.facts();
         let accounts = vec![facts.account_id];
-        fixture.app.update_organization(&fixture.owner, ORGANIZATION, accounts).await.unwrap();
+        fixture.app.update_organization(&fixture.owner, ORGANIZATION, accounts, None).await.unwrap();
         let secret = facts.secret_access_key.expose().to_owned();
         fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
         fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
         fixture.set("AWS_MFA_SERIAL_NUMBER", &facts.mfa_serial).await;
-        fixture.create_environment(policy).await;
+        fixture.create_environment(settings).await;
         fixture
     }
 
@@ -137,6 +147,8 @@ impl Fixture {
     }
 
     pub(crate) async fn set(&self, name: &str, value: &str) {
+        // Of a whole triple it would take a code.
+        self.unset(name).await;
         let variable = NewVariable {
             name: name.into(),
             category: Category::Environment,
@@ -145,11 +157,10 @@ impl Fixture {
             hcl: false,
         };
         let scope = Scope::Organization;
-        self.app.set_variable(&self.owner, ORGANIZATION, &scope, variable).await.unwrap();
+        self.app.set_variable(&self.owner, ORGANIZATION, &scope, variable, None).await.unwrap();
     }
 
-    async fn create_environment(&self, policy: MfaPolicy) {
-        let settings = SettingsChange { policy: Some(policy), ..SettingsChange::default() };
+    async fn create_environment(&self, settings: SettingsChange) {
         self.app
             .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
             .await
@@ -163,6 +174,11 @@ impl Fixture {
 
     pub(crate) async fn try_queue(&self, caller: &Caller, request_id: &str) -> Result<Run> {
         self.queue_with(&self.app, caller, request_id, None).await
+    }
+
+    pub(crate) async fn queue_kind(&self, kind: RunKind, request_id: &str) -> Run {
+        let new = NewRun { kind, ..self.new_run(&self.app, request_id).await };
+        self.app.queue_run(&self.owner, new).await.unwrap()
     }
 
     /// Queues a run that asks to be applied without a confirmation.
@@ -205,13 +221,8 @@ impl Fixture {
         self.app.queue_run(caller, new).await
     }
 
-    pub(crate) async fn queue_kind(&self, request_id: &str, kind: RunKind) -> Run {
-        let new = NewRun { kind, ..self.new_run(&self.app, request_id).await };
-        let new = NewRun { destroy_confirmation: ENVIRONMENT.into(), ..new };
-        self.app.queue_run(&self.owner, new).await.unwrap()
-    }
-
-    async fn new_run(&self, app: &Arc<App>, request_id: &str) -> NewRun {
+    /// Asks for a run of some configuration, which is uploaded.
+    pub(crate) async fn new_run(&self, app: &App, request_id: &str) -> NewRun {
         let organization = self.organization().await;
         let configuration = Digest::from_bytes([1; 32]);
         let key = keys::configuration(organization, &configuration);
@@ -225,7 +236,7 @@ impl Fixture {
             target: vec![],
             replace: vec![],
             auto_apply: None,
-            destroy_confirmation: String::new(),
+            destroy_confirmation: ENVIRONMENT.into(),
             variables: vec![],
             request_id: request_id.into(),
         }
@@ -278,6 +289,7 @@ impl Fixture {
             code: SecretString::from(code),
             seen: run.planned.as_ref().map(|planned| planned.digest),
             request_id: request_id.into(),
+            purpose: Purpose::Phase,
         };
         self.app.authenticate_run(caller, submission).await.map(|(run, _)| run)
     }
@@ -344,13 +356,33 @@ impl Fixture {
 
     /// Plans a run whose plan is queued, with changes to apply.
     pub(crate) async fn plan(&self, run: &Run) -> Run {
+        self.plan_with(run, b"{}").await
+    }
+
+    /// Plans a run with these changes. Whatever they are, the runner says that it adds one thing.
+    pub(crate) async fn plan_with(&self, run: &Run, changes: &[u8]) -> Run {
         let (runner, lease, _) = self.start(run, Phase::Plan).await;
-        self.planned(&runner, lease).await
+        self.planned_with(&runner, lease, changes).await
     }
 
     /// Ends a plan that goes on, with changes to apply, by terraform 1.11.4.
     pub(crate) async fn planned(&self, runner: &RunnerIdentity, lease: LeaseRef) -> Run {
-        let changes = self.upload(runner, lease, Made::Changes, b"{}").await.unwrap();
+        self.planned_with(runner, lease, b"{}").await
+    }
+
+    async fn planned_with(
+        &self,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        changes: &[u8],
+    ) -> Run {
+        self.end_plan(runner, lease, changes).await;
+        self.app.run(lease.job.run).await.unwrap().value
+    }
+
+    /// Brings what a plan makes, for a job that was started.
+    pub(crate) async fn end_plan(&self, runner: &RunnerIdentity, lease: LeaseRef, changes: &[u8]) {
+        let changes = self.upload(runner, lease, Made::Changes, changes).await.unwrap();
         let workspace = self.upload(runner, lease, Made::Workspace, b"made").await.unwrap();
         let result = JobResult::Planned {
             digests: PlanDigests { plan: changes, workspace, lock_file: None, changes },
@@ -360,7 +392,59 @@ impl Fixture {
             terraform_version: "1.11.4".into(),
         };
         self.app.finish_job(runner, lease, 0, result).await.unwrap();
-        self.app.run(lease.job.run).await.unwrap().value
+    }
+
+    /// Changes settings without a code.
+    pub(crate) async fn settings(&self, change: SettingsChange) {
+        self.try_settings(change, None).await.unwrap();
+    }
+
+    pub(crate) async fn try_settings(
+        &self,
+        change: SettingsChange,
+        proof: Option<Proof>,
+    ) -> Result<EnvironmentView> {
+        self.app.update_environment(&self.owner, ORGANIZATION, ENVIRONMENT, change, proof).await
+    }
+
+    pub(crate) async fn environment(&self) -> EnvironmentView {
+        self.app.show_environment(&self.owner, ORGANIZATION, ENVIRONMENT).await.unwrap()
+    }
+
+    /// A right code that was not used yet, for a change.
+    pub(crate) fn proof(&self, request_id: &str) -> Option<Proof> {
+        Some(Proof { code: self.code().into(), request_id: request_id.into() })
+    }
+
+    /// Another member, who has this access to all environments.
+    pub(crate) async fn member(&self, name: &str, access: Access) -> Caller {
+        let (owner, request_id) = (&self.owner, format!("make-{name}"));
+        let role = Role::Member;
+        let made = self.app.create_user(owner, ORGANIZATION, name, role, access, &request_id);
+        self.app.caller(&made.await.unwrap()).await.unwrap()
+    }
+
+    /// Actions of the audit trail, oldest first, with their actors.
+    pub(crate) async fn audited(&self) -> Vec<(String, String)> {
+        let page = PageRequest { size: 200, ..PageRequest::default() };
+        let page = self.app.list_audit(&self.owner, ORGANIZATION, "", page).await.unwrap();
+        let drafts = page.items.into_iter().map(|record| record.draft);
+        drafts.map(|draft| (draft.action, draft.actor)).collect()
+    }
+
+    /// Lists accounts behind the use cases' back.
+    pub(crate) async fn list_accounts(&self, accounts: Vec<String>) {
+        let found = self.app.organization(self.organization().await).await.unwrap();
+        let next = Organization { aws_accounts: accounts, ..found.value };
+        let batch = Batch::new().put(found.key, Expect::Anything, encode(&next));
+        self.store.commit(batch).await.unwrap();
+    }
+
+    /// Deletes an organization variable behind the use cases' back.
+    pub(crate) async fn unset(&self, name: &str) {
+        let scope = VariableScope::Organization(self.organization().await);
+        let key = keys::variable(scope, &stored_name(Category::Environment, name));
+        self.store.commit(Batch::new().delete(key, Expect::Anything)).await.unwrap();
     }
 }
 
@@ -392,6 +476,7 @@ async fn app(
         history: super::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
         uploads: super::uploads::Uploads::default(),
+        limits: crate::app::limits::Timer::default(),
     };
     app.begin_incarnation().await.unwrap();
     (Arc::new(app), inbox)

@@ -67,15 +67,23 @@ impl App {
                 let state = subject.environment.value.state.as_ref().map(|state| state.number);
                 let settings = &subject.environment.value.settings;
                 let wanted = wanted(&subject.run.value, job.phase, settings);
-                let engine = Engine { name: wanted.engine, version: wanted.version };
-                let phase = job.phase;
-                let event = Event::Granted { phase, runner, log_base: length, state, engine };
-                Ok(Decision::from(event))
+                Ok(Decision::from(Event::Granted {
+                    phase: job.phase,
+                    runner,
+                    log_base: length,
+                    state,
+                    engine: Engine { name: wanted.engine, version: wanted.version },
+                    floor: self.floor(settings),
+                }))
             })
             .await?;
         latchkey_failpoint::reach("cp.grant.committed");
         let run = advance.into_run();
         let granted = run.job(job.phase);
+        if granted.lease.is_none() {
+            // Its credentials have too little life left: it waits for a code again.
+            return Err(latchkey_domain::run::Refusal::WrongState.into());
+        }
         let epoch = granted.epoch;
         // What is fixed for the lease, and not what was there a moment before.
         if let Some(lease) = &granted.lease {
@@ -197,8 +205,12 @@ impl App {
             match self.take_up(runner, *lease).await? {
                 Held::Keep => {}
                 Held::KeepCanceled { stop } => self.dispatch.cancel(job, epoch, stop),
-                Held::GiveUp => self.dispatch.revoke(job, epoch, OVER),
+                Held::GiveUp => {
+                    self.dispatch.revoke(job, epoch, OVER);
+                    continue;
+                }
             }
+            self.renew_if_topped_up(&self.run(job.run).await?.value, job.phase);
         }
         Ok(())
     }

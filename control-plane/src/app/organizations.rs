@@ -1,6 +1,11 @@
 //! An organization's settings: the AWS accounts that triples may belong to.
 
+use std::sync::Arc;
+
+use latchkey_domain::id::OrganizationId;
+
 use super::App;
+use super::guarded_change::{GuardedChange, Intent, Proof};
 use crate::auth::Caller;
 use crate::error::{Error, Result};
 use crate::store::record::encode;
@@ -12,15 +17,18 @@ const MOST_ACCOUNTS: usize = 100;
 impl App {
     pub async fn show_organization(&self, caller: &Caller, name: &str) -> Result<Organization> {
         let standing = self.member(caller, name).await?;
+        // Made by now, whoever looks first.
+        self.external_id(standing.organization).await?;
         Ok(self.organization(standing.organization).await?.value)
     }
 
     /// Replaces the list of accounts. With an empty list no code is spent at all.
     pub async fn update_organization(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         name: &str,
         aws_accounts: Vec<String>,
+        proof: Option<Proof>,
     ) -> Result<Organization> {
         let standing = self.owner(caller, name).await?;
         if aws_accounts.len() > MOST_ACCOUNTS {
@@ -32,21 +40,29 @@ impl App {
             let message = format!("{bad:?} is no AWS account number; give its twelve digits");
             return Err(Error::field("aws_accounts", message));
         }
-        let found = self.organization(standing.organization).await?;
+        self.external_id(standing.organization).await?;
+        let organization = standing.organization;
+        let change = GuardedChange::Accounts(aws_accounts);
+        let intent = Intent { caller: caller.clone(), organization, change };
+        self.change_guarded(intent, proof).await?;
+        Ok(self.organization(organization).await?.value)
+    }
+
+    /// Makes the commit that replaces the list.
+    pub(super) async fn accounts_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        aws_accounts: &[String],
+    ) -> Result<Batch> {
+        let found = self.organization(organization).await?;
         let mut next = found.value.clone();
-        next.aws_accounts = aws_accounts;
+        next.aws_accounts = aws_accounts.to_vec();
+        let subject = format!("organization {}", next.name);
         let draft = self
-            .draft(
-                standing.organization,
-                caller.audit_name(),
-                "update_organization",
-                format!("organization {name}"),
-            )
+            .draft(organization, caller.audit_name(), "update_organization", subject)
             .with("aws_accounts_before", found.value.aws_accounts)
             .with("aws_accounts_after", next.aws_accounts.clone());
-        let batch =
-            Batch::new().put(found.key, Expect::At(found.version), encode(&next)).audit(draft);
-        self.store.commit(batch).await?;
-        Ok(next)
+        Ok(Batch::new().put(found.key, Expect::At(found.version), encode(&next)).audit(draft))
     }
 }

@@ -93,6 +93,7 @@ impl App {
             id: Text(id),
             name: organization.to_owned(),
             aws_accounts: vec![],
+            external_id: String::new(),
             created_at: now.into(),
         };
         let token = NewToken::generate("lk_")?;

@@ -140,6 +140,8 @@ impl App {
                     replace: asked.replace.clone(),
                     auto_apply: auto_apply(caller, asked.auto_apply, settings.auto_apply),
                     policy: settings.policy,
+                    plan_rule: settings.plan_rule.clone(),
+                    second_person: settings.second_person,
                     queued_by: caller.actor(),
                     queued_at: self.now(),
                     retry_of: asked.retry_of,
@@ -217,6 +219,7 @@ impl App {
             Err(error @ CommitError::Store(_)) => return Err(error.into()),
         }
         tracing::info!(run_id = %id, state = %next.state, "a run was queued");
+        self.note_limit(&next, &subject.environment.value);
         self.perform(&next, &subject.environment.value, effects);
         Ok(Queued::Made(Box::new(next)))
     }

@@ -15,6 +15,7 @@ use crate::store::record::Text;
 use crate::store::record::environment::{
     CodeCredentials, Limits, PlainCredentials, PlanRuleRecord, RoleSettings, Roles, Settings,
 };
+use crate::sts::{partition_of, partition_of_region};
 
 /// How many labels an environment may demand.
 const MOST_LABELS: usize = 16;
@@ -54,6 +55,11 @@ pub struct SettingsChange {
 }
 
 impl SettingsChange {
+    /// Tells whether it says what an apply must be approved by.
+    pub fn sets_policy(&self) -> bool {
+        self.policy.is_some() || self.plan_rule.is_some() || self.second_person.is_some()
+    }
+
     /// Tells whether it names a setting that only owners change: what a phase must be approved
     /// by, and what it gets.
     pub fn is_for_owners(&self) -> bool {
@@ -317,7 +323,25 @@ fn check_modes(settings: &Settings) -> Result<()> {
             let message = format!("the mode `role` needs a role for the {phase}: name its ARN");
             Err(Error::field("roles", message))
         }
-        Some(_) | None => Ok(()),
+        Some(_) | None => check_partitions(settings),
+    }
+}
+
+/// Checks that the roles can be assumed where the environment's STS is.
+fn check_partitions(settings: &Settings) -> Result<()> {
+    let expected = partition_of_region(&settings.region);
+    let foreign = Phase::ALL.into_iter().find(|phase| {
+        partition_of(&settings.roles.of(*phase).arn).is_some_and(|found| found != expected)
+    });
+    match foreign {
+        Some(phase) => {
+            let message = format!(
+                "the {phase}'s role is not in the partition {expected} of the region {}",
+                settings.region
+            );
+            Err(Error::field("roles", message))
+        }
+        None => Ok(()),
     }
 }
 
@@ -330,6 +354,24 @@ fn checked_limits(limits: Limits) -> Result<Limits> {
         return Err(Error::field("limits", "a phase's limit is 1 minute to 36 hours"));
     }
     Ok(limits)
+}
+
+/// Says what of the settings has a price that a person should know.
+pub fn warnings(settings: &Settings) -> Vec<String> {
+    let mut warnings = vec![];
+    let ungated = |phase| !settings.policy.requires_code(phase);
+    let phases = match (ungated(Phase::Plan), ungated(Phase::Apply)) {
+        (true, true) => "plans and applies",
+        (true, false) | (false, true) => "plans",
+        (false, false) => return warnings,
+    };
+    if settings.plain_credentials == PlainCredentials::Static {
+        warnings.push(format!(
+            "{phases} get the organization's long-term AWS keys themselves: they leave the control \
+             plane, do not expire, and whatever runs there can keep them. Prefer `role` or `session`"
+        ));
+    }
+    warnings
 }
 
 /// Settings as audit records show them.

@@ -5,35 +5,30 @@
 //! a lost answer or for a replaced supervisor, is given the same again and is not judged again.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use latchkey_domain::id::{JobId, OrganizationId};
+use latchkey_domain::id::JobId;
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::Event;
 use latchkey_proto::v1::Reason;
 
 use super::App;
+use super::credentials::Plain;
 use super::finish_job::{LONGEST_REASON, printable};
 use super::lease_job::lease_lost;
-use super::transition::{Decision, Guard, Subject};
+use super::transition::{Decision, Details, Guard, Subject};
 use super::variables::JobVariable;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
 use crate::job::LeaseRef;
-use crate::store::record::authentication::Session;
+use crate::store::record::authentication::{CredentialsKind, Session};
 use crate::store::record::encode;
-use crate::store::record::environment::{PlainCredentials, Settings};
 use crate::store::{Batch, Expect, keys};
-use crate::sts::errors::sentence;
-use crate::sts::{Exchange, Identity, SessionCredentials};
-
-const PLAIN_ATTEMPTS: u32 = 3;
-const PLAIN_PAUSE: Duration = Duration::from_secs(1);
+use crate::sts::Credentials;
 
 /// What a job starts with.
 #[derive(Debug)]
 pub struct Go {
-    pub session: Option<SessionCredentials>,
+    pub session: Option<Credentials>,
     pub variables: Vec<JobVariable>,
 }
 
@@ -66,16 +61,18 @@ impl App {
         let plain = if held.released.is_some() {
             None
         } else {
-            match self.plain_session(&subject, phase).await {
+            match self.plain_credentials(&subject, phase).await {
                 Ok(plain) => plain,
                 Err(reason) => return self.cannot_start(runner, lease, reason).await,
             }
         };
         let place = keys::session(job.run, phase);
-        let waiting = plain.as_ref().map(|session| Session {
+        let waiting = plain.as_ref().map(|plain| Session {
             authentication: None,
-            credentials: self.seal_session(&place, session),
-            expires_at: session.expires_at.into(),
+            credentials: self.seal_session(&place, &plain.credentials),
+            expires_at: plain.credentials.expires_at.map(Into::into),
+            kind: Some(plain.kind.clone()),
+            account: plain.account.clone(),
         });
         let actor = runner.audit_name();
         let release = (actor.as_str(), "release_credentials");
@@ -85,8 +82,8 @@ impl App {
                     phase,
                     runner: runner.id,
                     epoch,
-                    current: subject.environment.value.settings.policy,
-                    floor: self.session_floor,
+                    current: subject.environment.value.settings.demands(),
+                    floor: self.floor(&subject.environment.value.settings),
                 };
                 let job = subject.run.value.job(phase);
                 let batch = match (&waiting, &job.evidence) {
@@ -97,13 +94,14 @@ impl App {
                     (None, None) => Batch::new().delete(place.clone(), Expect::Anything),
                     (None, Some(_)) => Batch::new(),
                 };
-                let credentials = match (&waiting, &job.evidence) {
-                    (Some(_), _) => "a session without MFA",
-                    (None, None) => "none",
-                    (None, Some(_)) => "the session of the code",
-                };
-                let details =
-                    vec![("credentials", credentials.into()), ("epoch", epoch.get().into())];
+                let mut details = vec![("epoch", epoch.get().into())];
+                match (&plain, &job.evidence) {
+                    (Some(plain), _) => details.extend(told_of(plain)),
+                    (None, None) => details.push(("credentials", "none".into())),
+                    (None, Some(_)) => {
+                        details.push(("credentials", "the session of the code".into()));
+                    }
+                }
                 Ok(Decision { event, batch, details })
             })
             .await?;
@@ -153,72 +151,18 @@ impl App {
         Ok(Start::Go(Go { session, variables }))
     }
 
-    /// Gets a session without MFA for a phase that demands no code, where the environment wants
-    /// one and the organization has keys. The error is for the run's reason.
-    async fn plain_session(
+    /// Gets what a phase that demands no code is given. The error is for the run's reason.
+    async fn plain_credentials(
         &self,
         subject: &Subject,
         phase: Phase,
-    ) -> Result<Option<SessionCredentials>, String> {
-        let (run, environment) = (&subject.run.value, &subject.environment.value);
-        let settings = &environment.settings;
-        let policy = run.request.policy.max(settings.policy);
-        if run.job(phase).evidence.is_some() || policy.requires_code(phase) {
+    ) -> Result<Option<Plain>, String> {
+        let run = &subject.run.value;
+        let current = subject.environment.value.settings.demands();
+        if run.job(phase).evidence.is_some() || run.requires_code(phase, &current) {
             return Ok(None);
         }
-        match settings.plain_credentials {
-            PlainCredentials::None => return Ok(None),
-            PlainCredentials::Session => {}
-            PlainCredentials::Role | PlainCredentials::Static => {
-                return Err("this mode of credentials without a code is not built yet".into());
-            }
-        }
-        let keys = self
-            .organization_keys(run.request.organization)
-            .await
-            .map_err(|error| error.message().to_owned())?;
-        let Some(keys) = keys else { return Ok(None) };
-        for attempt in 1..=PLAIN_ATTEMPTS {
-            let exchange =
-                self.sts.exchange(&keys, None, &settings.region, settings.session_duration).await;
-            match exchange {
-                Exchange::Issued { credentials, .. } => {
-                    self.check_account(run.request.organization, &credentials, settings).await?;
-                    return Ok(Some(credentials));
-                }
-                Exchange::Refused(refused) => {
-                    return Err(sentence(refused.class, None, &settings.region).1);
-                }
-                // Without a code nothing is spent by asking again.
-                Exchange::Unknown { .. } | Exchange::NotReached if attempt < PLAIN_ATTEMPTS => {
-                    tokio::time::sleep(PLAIN_PAUSE).await;
-                }
-                Exchange::Unknown { .. } | Exchange::NotReached => {}
-            }
-        }
-        Err("AWS STS did not answer, so there are no credentials; queue the run again".into())
-    }
-
-    /// Checks that a session belongs to an account that owners listed.
-    async fn check_account(
-        &self,
-        organization: OrganizationId,
-        session: &SessionCredentials,
-        settings: &Settings,
-    ) -> Result<(), String> {
-        for _ in 0..PLAIN_ATTEMPTS {
-            match self.sts.identify(session, &settings.region).await {
-                Identity::Account(account) => {
-                    let listed = self.check_listed(organization, Some(account)).await;
-                    return listed.map_err(|error| error.message().to_owned());
-                }
-                Identity::Refused(refused) => {
-                    return Err(sentence(refused.class, None, &settings.region).1);
-                }
-                Identity::Unavailable => tokio::time::sleep(PLAIN_PAUSE).await,
-            }
-        }
-        Err("AWS STS did not tell whose session it issued; queue the run again".into())
+        self.plain(subject, phase).await
     }
 
     /// Ends a run whose job no runner of this kind can prepare: the next would fail alike.
@@ -260,4 +204,21 @@ impl App {
             Err(error) => Err(Error::internal(error)),
         }
     }
+}
+
+/// What the audit record of a release tells of credentials that no code bought.
+fn told_of(plain: &Plain) -> Details {
+    let mut details: Details = match &plain.kind {
+        CredentialsKind::Session => vec![("credentials", "a session without MFA".into())],
+        CredentialsKind::Role(arn) => vec![
+            ("credentials", "a role, assumed without MFA".into()),
+            ("role", arn.as_str().into()),
+        ],
+        CredentialsKind::Static => vec![
+            ("credentials", "the organization's long-term keys themselves".into()),
+            ("access_key_id", plain.credentials.access_key_id.as_str().into()),
+        ],
+    };
+    details.extend(plain.packed_percent.map(|percent| ("packed_policy_percent", percent.into())));
+    details
 }

@@ -88,7 +88,7 @@ impl App {
             let (standing, found) =
                 self.on(caller, organization, environment, Right::Administer).await?;
             let hold = &found.value.hold;
-            if let Some(lock) = hold.locked.as_ref() {
+            if let Some(lock) = hold.state_lock.as_ref() {
                 if lock.id == request.id && lock.user == caller.name() {
                     return Ok(LockAnswer::Done);
                 }
@@ -102,7 +102,7 @@ impl App {
                 return Ok(LockAnswer::Held(self.run_as_holder(run, "").await?));
             }
             let mut next = found.value.clone();
-            next.hold.locked = Some(StateLock {
+            next.hold.state_lock = Some(StateLock {
                 id: request.id.clone(),
                 user: caller.name().to_owned(),
                 operation: request.operation.clone(),
@@ -130,7 +130,7 @@ impl App {
         for _ in 0..ATTEMPTS {
             let (standing, found) =
                 self.on(caller, organization, environment, Right::Administer).await?;
-            let Some(lock) = &found.value.hold.locked else { return Ok(LockAnswer::Done) };
+            let Some(lock) = &found.value.hold.state_lock else { return Ok(LockAnswer::Done) };
             if lock.id != id || lock.user != caller.name() {
                 return Ok(LockAnswer::Held(of_workstation(lock)));
             }
@@ -152,7 +152,7 @@ impl App {
         for _ in 0..ATTEMPTS {
             let (standing, found) =
                 self.on(caller, organization, environment, Right::Administer).await?;
-            let Some(lock) = &found.value.hold.locked else { return Ok(()) };
+            let Some(lock) = &found.value.hold.state_lock else { return Ok(()) };
             if lock.id != id {
                 let message = format!("another lock is held: {}; type its id", told(lock));
                 return Err(Error::field("lock_id", message));
@@ -171,7 +171,7 @@ impl App {
         action: &str,
     ) -> Result<bool> {
         let mut next = found.value.clone();
-        let Some(lock) = next.hold.locked.take() else { return Ok(true) };
+        let Some(lock) = next.hold.state_lock.take() else { return Ok(true) };
         let details = [("lock", lock.id.as_str()), ("user", &lock.user)];
         let done = self.commit_lock(standing, found, &next, action, &details).await?;
         if done {
@@ -238,7 +238,7 @@ pub(super) fn check_free(hold: &Hold) -> Result<()> {
     if let Some(run) = hold.holder {
         return Err(held(run));
     }
-    hold.locked.as_ref().map_or(Ok(()), |lock| Err(locked(lock)))
+    hold.state_lock.as_ref().map_or(Ok(()), |lock| Err(locked(lock)))
 }
 
 /// The refusal while a run has the environment.

@@ -183,6 +183,7 @@ impl App {
             }
             tracing::info!(run_id = %next.id, state = %next.state, action, "the run moved");
             app.after_leases(&subject.run.value, &next);
+            app.note_limit(&next, &subject.environment.value);
             app.perform(&next, &subject.environment.value, effects);
             Ok(Some(Box::new(next)))
         };
@@ -280,6 +281,7 @@ impl App {
                 Effect::Cancel(job, epoch) => self.dispatch.cancel(job, epoch, Stop::Gracefully),
                 Effect::Kill(job, epoch) => self.dispatch.cancel(job, epoch, Stop::ByForce),
                 Effect::Revoke(job, epoch) => self.dispatch.revoke(job, epoch, &reason(run)),
+                Effect::Renew(job, epoch) => self.dispatch.renew(job, epoch),
                 Effect::DropPlan => self.collect_garbage_soon(),
             }
         }

@@ -16,6 +16,7 @@ mod value;
 
 use std::sync::Arc;
 
+use latchkey_domain::id::OrganizationId;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
@@ -24,13 +25,15 @@ pub use self::effective::{EffectiveVariable, Origin};
 pub(super) use self::for_run::Given;
 pub use self::for_run::JobVariable;
 use self::value::Prepared;
+use super::guarded_change::{GuardedChange, Intent, Proof};
+use super::secrets::{ACCESS_KEY, SECRET_KEY, TRIPLE};
 use super::{App, Page, PageRequest};
 use crate::audit::Draft;
 use crate::auth::{Caller, Right, Standing};
 use crate::error::{Error, Result};
 use crate::store::keys::{BlobUser, VariableScope};
 use crate::store::record::variable::{Category, Variable, stored_name};
-use crate::store::record::{decode, encode};
+use crate::store::record::{Loaded, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, Scan, Versioned, keys};
 
 /// All values of one scope together: those of three scopes and of a run fit into the one message
@@ -68,61 +71,53 @@ pub struct VariableView {
 }
 
 impl App {
+    /// Sets a variable; one of the triple by a code, where it replaces one that guards.
     pub async fn set_variable(
         self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         scope: &Scope,
         variable: NewVariable,
+        proof: Option<Proof>,
     ) -> Result<VariableView> {
-        let (standing, stored_scope) =
+        let (standing, stored) =
             self.variable_scope(caller, organization, scope, Access::Change).await?;
+        let organization = standing.organization;
         let triple = match scope {
             Scope::Environment(_) => Triple::Refused,
             Scope::Organization | Scope::Personal => Triple::Taken,
         };
         let variable = checked(triple, variable)?;
-        let prepared = self.prepare_value(standing.organization, &variable.value).await?;
-        let saved = self.save_variable(&standing, scope, stored_scope, &variable, &prepared).await;
+        let shown = (!variable.sensitive).then(|| variable.value.expose_secret().to_owned());
+        if is_of_triple(variable.category, &variable.name) {
+            let key = keys::variable(stored, &stored_name(variable.category, &variable.name));
+            let change = GuardedChange::SetVariable { stored, scope: scope.clone(), variable };
+            self.change_guarded(Intent { caller: caller.clone(), organization, change }, proof)
+                .await?;
+            let record: Loaded<Variable> = self.fetch(key).await?.ok_or_else(missing)?;
+            return Ok(VariableView { record: record.value, value: shown });
+        }
+        let prepared = self.prepare_value(organization, &variable.value).await?;
+        let place = (stored, scope);
+        let saved = self.save_variable(caller, organization, place, &variable, &prepared).await;
         if saved.is_err() {
             self.release_value(&prepared).await?;
         }
         self.collect_garbage_soon();
-        let shown = (!variable.sensitive).then(|| variable.value.expose_secret().to_owned());
         Ok(VariableView { record: saved?, value: shown })
     }
 
     async fn save_variable(
         &self,
-        standing: &Standing,
-        scope: &Scope,
-        stored_scope: VariableScope,
+        caller: &Caller,
+        organization: OrganizationId,
+        place: (VariableScope, &Scope),
         variable: &NewVariable,
         prepared: &Prepared,
     ) -> Result<Variable> {
-        let organization = standing.organization;
-        let key = keys::variable(stored_scope, &stored_name(variable.category, &variable.name));
-        let stamp = keys::variable_stamp(stored_scope);
-        let record = self.variable_record(&key, variable, prepared);
         for _ in 0..ATTEMPTS {
-            // Before the others are read: whoever changes one meanwhile writes it again.
-            let stamped = self.store.fetch(&stamp).await?;
-            let known = self.list(keys::variables_of(stored_scope)).await?;
-            check_budget(&known, &key, variable)?;
-            let before = known.iter().find(|(other, _)| *other == key);
-            let draft = self
-                .variable_draft(standing, scope, "set_variable", &variable.name)
-                .with("sensitive", variable.sensitive);
-            let mut batch = Batch::new()
-                .put(stamp.clone(), expected(stamped.as_ref()), [])
-                .put(key.clone(), expected(before.map(|(_, found)| found)), encode(&record))
-                .audit(draft);
-            if let Prepared::Stored { claim, value } = prepared {
-                batch = self.settle_claim(batch, claim, BlobUser::Value(value.id.0)).await?;
-            }
-            if let Some((key, found)) = before {
-                batch = self.end_value(batch, organization, &decode(key, found)?).await?;
-            }
+            let (batch, record) =
+                self.saving_batch(caller, organization, place, variable, prepared).await?;
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(record),
                 Err(CommitError::Conflict { .. }) => {}
@@ -130,6 +125,70 @@ impl App {
             }
         }
         Err(too_fast())
+    }
+
+    async fn saving_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        (stored, scope): (VariableScope, &Scope),
+        variable: &NewVariable,
+        prepared: &Prepared,
+    ) -> Result<(Batch, Variable)> {
+        let key = keys::variable(stored, &stored_name(variable.category, &variable.name));
+        let stamp = keys::variable_stamp(stored);
+        let record = self.variable_record(&key, variable, prepared);
+        // Before the others are read: whoever changes one meanwhile writes it again.
+        let stamped = self.store.fetch(&stamp).await?;
+        let known = self.list(keys::variables_of(stored)).await?;
+        check_budget(&known, &key, variable)?;
+        let before = known.iter().find(|(other, _)| *other == key);
+        let draft = self
+            .variable_draft(caller, organization, scope, "set_variable", &variable.name)
+            .with("sensitive", variable.sensitive);
+        let mut batch = Batch::new()
+            .put(stamp, expected(stamped.as_ref()), [])
+            .put(key, expected(before.map(|(_, found)| found)), encode(&record))
+            .audit(draft);
+        if let Prepared::Stored { claim, value } = prepared {
+            batch = self.settle_claim(batch, claim, BlobUser::Value(value.id.0)).await?;
+        }
+        if let Some((key, found)) = before {
+            batch = self.end_value(batch, organization, &decode(key, found)?).await?;
+        }
+        Ok((batch, record))
+    }
+
+    /// Makes the commit that sets a variable of the triple, whose values are small.
+    pub(super) async fn set_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        place: (VariableScope, &Scope),
+        variable: &NewVariable,
+    ) -> Result<Batch> {
+        let small = Prepared::Small;
+        let saving = self.saving_batch(caller, organization, place, variable, &small);
+        Ok(saving.await?.0)
+    }
+
+    /// Takes a stored secret key away where its access key is replaced: it belongs to no other.
+    /// The triple is incomplete then, and can be completed without a code of the old one.
+    pub(super) async fn without_old_secret(
+        &self,
+        batch: Batch,
+        stored: VariableScope,
+        variable: &NewVariable,
+    ) -> Result<Batch> {
+        if variable.name != ACCESS_KEY || variable.category != Category::Environment {
+            return Ok(batch);
+        }
+        let before = self.triple_value(stored, ACCESS_KEY).await?;
+        if before.is_some_and(|key| key.expose_secret() == variable.value.expose_secret()) {
+            return Ok(batch);
+        }
+        let secret = keys::variable(stored, &stored_name(Category::Environment, SECRET_KEY));
+        Ok(batch.delete(secret, Expect::Anything))
     }
 
     pub async fn list_variables(
@@ -170,23 +229,24 @@ impl App {
         caller: &Caller,
         organization: &str,
         scope: &Scope,
-        category: Category,
-        name: &str,
+        (category, name): (Category, &str),
+        proof: Option<Proof>,
     ) -> Result<()> {
-        let (standing, stored_scope) =
+        let (standing, stored) =
             self.variable_scope(caller, organization, scope, Access::Change).await?;
-        let key = keys::variable(stored_scope, &stored_name(category, name));
+        let organization = standing.organization;
+        if is_of_triple(category, name) {
+            let (scope, name) = (scope.clone(), name.to_owned());
+            let change = GuardedChange::DeleteVariable { stored, scope, category, name };
+            let intent = Intent { caller: caller.clone(), organization, change };
+            return match self.change_guarded(intent, proof).await {
+                Err(error) if error.reason() == Reason::ChangedMeanwhile => Err(missing()),
+                other => other,
+            };
+        }
         for _ in 0..ATTEMPTS {
-            let found = self.store.fetch(&key).await?;
-            let missing = || Error::not_found("variable in this scope and category");
-            let found = found.ok_or_else(missing)?;
-            let draft = self.variable_draft(&standing, scope, "delete_variable", name);
-            let batch = Batch::new()
-                .put(keys::variable_stamp(stored_scope), Expect::Anything, [])
-                .delete(key.clone(), Expect::At(found.version))
-                .audit(draft);
-            let record = decode(&key, &found)?;
-            let batch = self.end_value(batch, standing.organization, &record).await?;
+            let place = (stored, scope);
+            let batch = self.delete_batch(caller, organization, place, category, name).await?;
             match self.store.commit(batch).await {
                 Ok(_) => {
                     self.collect_garbage_soon();
@@ -197,6 +257,25 @@ impl App {
             }
         }
         Err(too_fast())
+    }
+
+    /// Makes the commit that deletes a variable.
+    pub(super) async fn delete_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        (stored, scope): (VariableScope, &Scope),
+        category: Category,
+        name: &str,
+    ) -> Result<Batch> {
+        let key = keys::variable(stored, &stored_name(category, name));
+        let found = self.store.fetch(&key).await?.ok_or_else(missing)?;
+        let draft = self.variable_draft(caller, organization, scope, "delete_variable", name);
+        let batch = Batch::new()
+            .put(keys::variable_stamp(stored), Expect::Anything, [])
+            .delete(key.clone(), Expect::At(found.version))
+            .audit(draft);
+        self.end_value(batch, organization, &decode(&key, &found)?).await
     }
 
     async fn variable_scope(
@@ -235,7 +314,8 @@ impl App {
     /// Owners read the audit, and a personal variable's name is not theirs to know.
     fn variable_draft(
         &self,
-        standing: &Standing,
+        caller: &Caller,
+        organization: OrganizationId,
         scope: &Scope,
         action: &str,
         name: &str,
@@ -247,9 +327,12 @@ impl App {
             Scope::Organization => (format!("variable {name}"), "organization".to_owned()),
             Scope::Personal => ("a personal variable".to_owned(), "personal".to_owned()),
         };
-        let actor = standing.caller.audit_name();
-        self.draft(standing.organization, actor, action, subject).with("scope", scope)
+        self.draft(organization, caller.audit_name(), action, subject).with("scope", scope)
     }
+}
+
+fn missing() -> Error {
+    Error::not_found("variable in this scope and category")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -286,6 +369,10 @@ fn check_budget(known: &[(Key, Versioned)], key: &Key, new: &NewVariable) -> Res
         return Ok(());
     };
     Err(Error::refused(Reason::LimitReached, message).with("limit", limit.to_string()))
+}
+
+fn is_of_triple(category: Category, name: &str) -> bool {
+    category == Category::Environment && TRIPLE.contains(&name)
 }
 
 fn expected(found: Option<&Versioned>) -> Expect {

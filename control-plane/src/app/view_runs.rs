@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use latchkey_domain::id::{Digest, EnvironmentId, RunId};
-use latchkey_domain::policy::{MfaPolicy, Phase};
+use latchkey_domain::policy::{Demands, Phase};
 use latchkey_domain::run::{Run, RunState};
 use latchkey_domain::time::Timestamp;
 use serde_json::Value;
@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::artifacts::LARGEST_CHANGES;
 use super::configurations::blob_error;
+use super::forecast::CredentialFacts;
 use super::state_lock::told;
 use super::transition::place;
 use super::{App, Page, PageRequest};
@@ -39,6 +40,8 @@ pub struct RunView {
     pub organization: String,
     pub environment: String,
     pub lock: Lock,
+    /// Why a plan rule demands a code, or has demanded one.
+    pub code_reason: Option<String>,
     pub plan_log_length: u64,
     pub apply_log_length: u64,
     pub plan_facts: JobFacts,
@@ -48,6 +51,8 @@ pub struct RunView {
     /// 1 is next; 0 when it does not wait for its turn.
     pub queue_position: u32,
     pub detail: Detail,
+    /// What is known of its credentials; only where one run is shown.
+    pub credentials: CredentialFacts,
     /// The reduced `show -json` of its plan; only where one run is shown.
     pub changes: Option<Arc<Value>>,
 }
@@ -75,7 +80,7 @@ pub enum Detail {
 struct Shown(Option<(Digest, Option<Arc<Value>>)>);
 
 /// Tells what the lock shows: the phase that waits, or else the last that was gated.
-pub fn lock(run: &Run, current: MfaPolicy) -> Lock {
+pub fn lock(run: &Run, current: &Demands) -> Lock {
     if run.awaits_code(current).is_some() {
         return if run.refused_code.is_some() { Lock::Failed } else { Lock::CodeRequired };
     }
@@ -84,6 +89,14 @@ pub fn lock(run: &Run, current: MfaPolicy) -> Lock {
         Lock::Authenticated
     } else {
         Lock::NotRequired
+    }
+}
+
+fn code_reason(run: &Run, current: &Demands) -> Option<String> {
+    let matched = || run.rule_match(Phase::Apply, current).map(|matched| matched.to_string());
+    match run.awaits_code(current) {
+        Some(Phase::Apply) => run.code_reason.clone().or_else(matched),
+        Some(Phase::Plan) | None => run.code_reason.clone(),
     }
 }
 
@@ -96,6 +109,10 @@ impl App {
     async fn run_view(&self, run: Run, organization: &str, shown: &mut Shown) -> Result<RunView> {
         let mut view = self.view_without_changes(run, organization).await?;
         view.changes = self.changes(&view.run, shown).await?;
+        if let Some(changes) = &view.changes {
+            let warnings = self.chaining_warnings(&view.run, changes).await?;
+            view.credentials.warnings.extend(warnings);
+        }
         Ok(view)
     }
 
@@ -118,6 +135,7 @@ impl App {
         view.plan_facts = self.job_facts(&view.run, Phase::Plan).await?;
         view.apply_facts = self.job_facts(&view.run, Phase::Apply).await?;
         self.say_what_is_known(&mut view);
+        view.credentials = self.credential_facts(&view.run).await?;
         Ok(view)
     }
 
@@ -233,20 +251,21 @@ impl App {
         &self,
         run: Run,
         organization: &str,
-        names: &mut HashMap<EnvironmentId, (String, MfaPolicy)>,
+        names: &mut HashMap<EnvironmentId, (String, Demands)>,
     ) -> Result<RunView> {
         let request = &run.request;
         let (environment, current) = match names.get(&request.environment) {
             Some(known) => known.clone(),
             None => {
                 let found = self.environment(request.organization, request.environment).await?;
-                let known = (found.value.name, found.value.settings.policy);
+                let known = (found.value.name, found.value.settings.demands());
                 names.insert(request.environment, known.clone());
                 known
             }
         };
         Ok(RunView {
-            lock: lock(&run, current),
+            lock: lock(&run, &current),
+            code_reason: code_reason(&run, &current),
             organization: organization.to_owned(),
             environment,
             plan_log_length: 0,
@@ -256,6 +275,7 @@ impl App {
             force_cancel_time: run.force_cancel_time(self.force_cancel_grace),
             queue_position: 0,
             detail: Detail::Line,
+            credentials: CredentialFacts::default(),
             changes: None,
             run,
         })
@@ -320,6 +340,12 @@ impl App {
     async fn what_holds_it_up(&self, run: &Run) -> Result<Option<String>> {
         let request = &run.request;
         let hold = self.environment(request.organization, request.environment).await?.value.hold;
+        if let Some(locked) = hold.locked.filter(|_| !run.is_plan_only()) {
+            return Ok(Some(format!(
+                "{} has locked the environment: {}",
+                locked.by, locked.reason
+            )));
+        }
         Ok(match (hold.frozen, hold.holder) {
             (Some(frozen), _) => Some(format!(
                 "the environment is frozen by the remains of run {}: {}",
@@ -327,7 +353,7 @@ impl App {
             )),
             (None, Some(holder)) => Some(format!("run {holder} has the environment")),
             (None, None) => {
-                hold.locked.as_ref().map(|lock| format!("the state is locked: {}", told(lock)))
+                hold.state_lock.as_ref().map(|lock| format!("the state is locked: {}", told(lock)))
             }
         })
     }

@@ -18,6 +18,7 @@ use tokio::net::UnixListener;
 
 use super::{Manifest, Source};
 use crate::app::App;
+use crate::app::break_glass::Glass;
 
 const NAME: &str = "host.sock";
 
@@ -34,6 +35,11 @@ enum Command {
     Alarm {
         clear: bool,
     },
+    BreakGlass {
+        organization: String,
+        glass: Glass,
+        reason: String,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,6 +48,8 @@ enum Answer {
     Backup(Manifest),
     /// Who proved what, if an alarm was raised.
     Alarm(Option<String>),
+    /// What was done, a sentence each.
+    BrokeGlass(Vec<String>),
     /// Reads after "failed to".
     Failed(String),
 }
@@ -102,6 +110,12 @@ async fn answer(
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Backup { to }) => backup(app, data_dir, to).await,
         Ok(Command::Alarm { clear }) => alarm(app, clear).await,
+        Ok(Command::BreakGlass { organization, glass, reason }) => {
+            match app.break_glass(&organization, &glass, &reason).await {
+                Ok(done) => Answer::BrokeGlass(done),
+                Err(error) => Answer::Failed(format!("break the glass: {error}")),
+            }
+        }
         Err(error) => Answer::Failed(format!("understand the command: {error}")),
     };
     let mut text = serde_json::to_vec(&answer)?;
@@ -155,7 +169,7 @@ pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskErr
         None => Ok(None),
         Some(Answer::Backup(manifest)) => Ok(Some(manifest)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Alarm(_)) => Err(AskError::Unexpected),
+        Some(Answer::Alarm(_) | Answer::BrokeGlass(_)) => Err(AskError::Unexpected),
     }
 }
 
@@ -165,7 +179,23 @@ pub fn ask_alarm(data_dir: &Path, clear: bool) -> Result<Option<Option<String>>,
         None => Ok(None),
         Some(Answer::Alarm(found)) => Ok(Some(found)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Backup(_)) => Err(AskError::Unexpected),
+        Some(Answer::Backup(_) | Answer::BrokeGlass(_)) => Err(AskError::Unexpected),
+    }
+}
+
+/// Asks the control plane that runs on these data to break the glass; answers nothing when none
+/// runs.
+pub fn ask_break_glass(
+    data_dir: &Path,
+    organization: String,
+    glass: Glass,
+    reason: String,
+) -> Result<Option<Vec<String>>, AskError> {
+    match ask(data_dir, &Command::BreakGlass { organization, glass, reason })? {
+        None => Ok(None),
+        Some(Answer::BrokeGlass(done)) => Ok(Some(done)),
+        Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
+        Some(Answer::Backup(_) | Answer::Alarm(_)) => Err(AskError::Unexpected),
     }
 }
 

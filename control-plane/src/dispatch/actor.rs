@@ -152,6 +152,10 @@ impl Actor {
                 self.tell_holder(job, epoch, ToRunner::Revoke { lease, reason });
                 self.release(job, epoch);
             }
+            Message::Renew { job, epoch } => {
+                let lease = self.lease_ref(job, epoch);
+                self.tell_holder(job, epoch, ToRunner::Renew { lease });
+            }
             Message::Connect { runner, introduction, frames, reply } => {
                 let id = self.connect(&runner, introduction, frames);
                 let _ = reply.send(id);

@@ -10,10 +10,12 @@ use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1;
 use serde_json::Value;
 
-use super::settings::settings_out;
+use super::settings::{plan_rule_out, settings_out};
 use crate::app::PageRequest;
 use crate::app::environments::EnvironmentView;
+use crate::app::forecast::{CodeFacts, Forecast, TopUp};
 use crate::app::quarantine::next_steps;
+use crate::app::settings::warnings;
 use crate::app::view_runs::{Detail, JobFacts, Lock, RunView};
 use crate::error::{Error, Result};
 use crate::job::{JobSpec, LeaseRef};
@@ -158,10 +160,20 @@ pub(super) fn run(view: RunView) -> v1::Run {
                 aws_request_id: refused.aws_request_id.clone().unwrap_or_default(),
             }
         }),
-        plan: Some(job(&run.plan, &view.plan_facts, view.plan_log_length)),
+        plan: Some(job(
+            &run.plan,
+            &view.plan_facts,
+            view.credentials.of(Phase::Plan),
+            view.plan_log_length,
+        )),
         apply: Some(v1::JobFacts {
             runner_revoked: run.lost_its_runner(),
-            ..job(&run.apply, &view.apply_facts, view.apply_log_length)
+            ..job(
+                &run.apply,
+                &view.apply_facts,
+                view.credentials.of(Phase::Apply),
+                view.apply_log_length,
+            )
         }),
         plan_result: run.planned.as_ref().map(|planned| plan(planned, changes.as_deref())),
         approval: run.approval.as_ref().map(|approval| v1::Approval {
@@ -183,10 +195,25 @@ pub(super) fn run(view: RunView) -> v1::Run {
         force_cancel_time: view.force_cancel_time.map(timestamp),
         retry_of: request.retry_of.map(|run| run.to_string()).unwrap_or_default(),
         given_variables: request.given.clone(),
+        apply_forecast: view.credentials.forecast.as_ref().map(forecast),
+        warnings: view.credentials.warnings.clone(),
+        code_reason: view.code_reason.clone().unwrap_or_default(),
+        second_person: request.second_person,
+        plan_rule: plan_rule_out(request.plan_rule.clone()),
     }
 }
 
-fn job(job: &Job, facts: &JobFacts, log_length: u64) -> v1::JobFacts {
+fn forecast(forecast: &Forecast) -> v1::ApplyForecast {
+    let duration = |duration: Duration| prost_types::Duration::try_from(duration).ok();
+    v1::ApplyForecast {
+        duration: forecast.duration.and_then(duration),
+        samples: u32::try_from(forecast.samples).unwrap_or(u32::MAX),
+        session: forecast.session.and_then(duration),
+        warning: forecast.warning.clone().unwrap_or_default(),
+    }
+}
+
+fn job(job: &Job, facts: &JobFacts, codes: &CodeFacts, log_length: u64) -> v1::JobFacts {
     v1::JobFacts {
         epoch: job.epoch.get(),
         runner_id: job.last_holder().map(|runner| runner.to_string()).unwrap_or_default(),
@@ -199,6 +226,9 @@ fn job(job: &Job, facts: &JobFacts, log_length: u64) -> v1::JobFacts {
                 user: user.clone(),
                 authenticate_time: Some(timestamp(*at)),
                 expire_time: Some(timestamp(*expires_at)),
+                packed_policy_percent: codes.packed_percent.unwrap_or_default(),
+                role_arn: codes.role.clone().unwrap_or_default(),
+                top_ups: codes.top_ups.iter().map(top_up).collect(),
             }
         }),
         log_length,
@@ -209,8 +239,17 @@ fn job(job: &Job, facts: &JobFacts, log_length: u64) -> v1::JobFacts {
     }
 }
 
+fn top_up(top_up: &TopUp) -> v1::Authenticated {
+    v1::Authenticated {
+        user: top_up.user.clone(),
+        authenticate_time: Some(timestamp(top_up.at)),
+        expire_time: Some(timestamp(top_up.expires_at)),
+        ..v1::Authenticated::default()
+    }
+}
+
 fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
-    let Counts { add, change, destroy, import } = planned.counts;
+    let Counts { add, change, destroy, import, replace } = planned.counts;
     let listed = changes.and_then(|changes| changes.get("resource_changes")?.as_array());
     let listed = listed.map_or(&[][..], Vec::as_slice);
     let shown = fitting(listed);
@@ -219,6 +258,7 @@ fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
         change,
         destroy,
         import,
+        replace,
         applyable: planned.applyable,
         digest: planned.digest.to_string(),
         terraform_version: planned.terraform_version.clone(),
@@ -267,7 +307,9 @@ pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
         run_id: frozen.run.to_string(),
         reason: next_steps(&environment.name, frozen),
     });
+    let warnings = warnings(&environment.settings);
     v1::Environment {
+        warnings,
         environment_id: environment.id.to_string(),
         organization: organization_name,
         environment: environment.name,
@@ -275,7 +317,17 @@ pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
         create_time: Some(timestamp(environment.created_at)),
         active_run_id: environment.hold.holder.map(|run| run.to_string()).unwrap_or_default(),
         frozen,
-        state_lock: environment.hold.locked.map(state_lock),
+        state_lock: environment.hold.state_lock.map(state_lock),
+        locked: environment.hold.locked.map(|locked| v1::Locked {
+            user: locked.by,
+            reason: locked.reason,
+            lock_time: Some(timestamp(locked.at)),
+        }),
+        break_glass: environment.break_glass.map(|broken| v1::BreakGlass {
+            reason: broken.reason,
+            what: broken.what,
+            time: Some(timestamp(broken.at.into())),
+        }),
         state_serial: environment.state.as_ref().map_or(0, |state| state.serial),
         state_lineage: environment.state.map(|state| state.lineage).unwrap_or_default(),
     }

@@ -4,10 +4,12 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::environment_service_server::EnvironmentService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller, convert, settings};
+use super::{Service, caller, convert, proof, settings};
+use crate::app::check_environment::Check;
 use crate::app::parse_run_id;
 use crate::app::settings::SettingsChange;
 use crate::error::Error;
+use crate::store::record::check::{CheckOutcome, CheckStep};
 
 #[tonic::async_trait]
 impl EnvironmentService for Service {
@@ -63,7 +65,8 @@ impl EnvironmentService for Service {
         request: Request<v1::UpdateEnvironmentRequest>,
     ) -> Result<Response<v1::UpdateEnvironmentResponse>, Status> {
         let caller = caller(&request)?;
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let proof = proof(&mut request.token_code, &mut request.request_id);
         let change = SettingsChange {
             policy: specified("mfa_policy", request.mfa_policy, convert::policy)?,
             auto_apply: request.auto_apply,
@@ -92,10 +95,47 @@ impl EnvironmentService for Service {
         };
         let view = self
             .app
-            .update_environment(&caller, &request.organization, &request.environment, change)
+            .update_environment(&caller, &request.organization, &request.environment, change, proof)
             .await?;
         let environment = Some(convert::environment(view));
         Ok(Response::new(v1::UpdateEnvironmentResponse { environment }))
+    }
+
+    async fn check_environment(
+        &self,
+        request: Request<v1::CheckEnvironmentRequest>,
+    ) -> Result<Response<v1::CheckEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::CheckEnvironmentRequest { organization, environment, token_code, request_id } =
+            request.into_inner();
+        let code = (!token_code.is_empty()).then(|| token_code.into());
+        let check = Check { organization, environment, code, request_id };
+        let steps = self.app.check_environment(&caller, check).await?;
+        let steps = steps.into_iter().map(step_out).collect();
+        Ok(Response::new(v1::CheckEnvironmentResponse { steps }))
+    }
+
+    async fn lock_environment(
+        &self,
+        request: Request<v1::LockEnvironmentRequest>,
+    ) -> Result<Response<v1::LockEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::LockEnvironmentRequest { organization, environment, reason } = request.into_inner();
+        let view =
+            self.app.lock_environment(&caller, &organization, &environment, &reason).await?;
+        let environment = Some(convert::environment(view));
+        Ok(Response::new(v1::LockEnvironmentResponse { environment }))
+    }
+
+    async fn unlock_environment(
+        &self,
+        request: Request<v1::UnlockEnvironmentRequest>,
+    ) -> Result<Response<v1::UnlockEnvironmentResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::UnlockEnvironmentRequest { organization, environment } = request.into_inner();
+        let view = self.app.unlock_environment(&caller, &organization, &environment).await?;
+        let environment = Some(convert::environment(view));
+        Ok(Response::new(v1::UnlockEnvironmentResponse { environment }))
     }
 
     async fn unfreeze_environment(
@@ -110,6 +150,16 @@ impl EnvironmentService for Service {
         let environment = Some(convert::environment(view));
         Ok(Response::new(v1::UnfreezeEnvironmentResponse { environment }))
     }
+}
+
+fn step_out(step: CheckStep) -> v1::CheckStep {
+    let CheckStep { name, outcome, sentence, remedy } = step;
+    let outcome = match outcome {
+        CheckOutcome::Ok => v1::CheckOutcome::Ok,
+        CheckOutcome::Failed => v1::CheckOutcome::Failed,
+        CheckOutcome::Skipped => v1::CheckOutcome::Skipped,
+    };
+    v1::CheckStep { name, outcome: outcome.into(), sentence, remedy }
 }
 
 /// Reads a field that, when it is set, must say something.

@@ -4,7 +4,7 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::organization_service_server::OrganizationService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller};
+use super::{Service, caller, proof};
 use crate::store::record::people::Organization;
 
 #[tonic::async_trait]
@@ -23,12 +23,20 @@ impl OrganizationService for Service {
         request: Request<v1::UpdateOrganizationRequest>,
     ) -> Result<Response<v1::UpdateOrganizationResponse>, Status> {
         let caller = caller(&request)?;
-        let v1::UpdateOrganizationRequest { organization, aws_accounts } = request.into_inner();
-        let changed = self.app.update_organization(&caller, &organization, aws_accounts).await?;
+        let v1::UpdateOrganizationRequest {
+            organization,
+            aws_accounts,
+            mut token_code,
+            mut request_id,
+        } = request.into_inner();
+        let proof = proof(&mut token_code, &mut request_id);
+        let changed =
+            self.app.update_organization(&caller, &organization, aws_accounts, proof).await?;
         Ok(Response::new(v1::UpdateOrganizationResponse { organization: Some(out(changed)) }))
     }
 }
 
 fn out(organization: Organization) -> v1::Organization {
-    v1::Organization { organization: organization.name, aws_accounts: organization.aws_accounts }
+    let Organization { name, aws_accounts, external_id, .. } = organization;
+    v1::Organization { organization: name, aws_accounts, external_id }
 }

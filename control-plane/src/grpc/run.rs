@@ -16,6 +16,7 @@ use crate::app::retry_run::Retry;
 use crate::app::variables::NewVariable;
 use crate::app::{parse_digest, parse_run_id};
 use crate::error::Error;
+use crate::store::record::authentication::Purpose;
 
 impl Service {
     async fn shown(&self, run: Run) -> Result<Option<v1::Run>, Status> {
@@ -149,9 +150,24 @@ impl RunService for Service {
             phase: convert::phase(phase)?,
             seen: convert::optional_digest("plan_digest", &plan_digest)?,
             request_id,
+            purpose: Purpose::Phase,
         };
         let (run, authentication) = self.app.authenticate_run(&caller, submission).await?;
         Ok(Response::new(v1::AuthenticateResponse {
+            run: self.shown(run).await?,
+            authentication_id: authentication.to_string(),
+        }))
+    }
+
+    async fn top_up(
+        &self,
+        request: Request<v1::TopUpRequest>,
+    ) -> Result<Response<v1::TopUpResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::TopUpRequest { run_id, token_code, request_id } = request.into_inner();
+        let (code, id) = (token_code.into(), parse_run_id(&run_id)?);
+        let (run, authentication) = self.app.top_up(&caller, id, code, request_id).await?;
+        Ok(Response::new(v1::TopUpResponse {
             run: self.shown(run).await?,
             authentication_id: authentication.to_string(),
         }))

@@ -54,7 +54,7 @@ pub(super) fn plan_rule(rule: v1::PlanRule) -> PlanRule {
     PlanRule { destructive, resource_types: resource_types.into_iter().collect(), more_than }
 }
 
-fn plan_rule_out(rule: PlanRule) -> Option<v1::PlanRule> {
+pub(super) fn plan_rule_out(rule: PlanRule) -> Option<v1::PlanRule> {
     if rule == PlanRule::default() {
         return None;
     }

@@ -29,7 +29,7 @@ impl StateService for Service {
         Ok(Response::new(v1::ListStateVersionsResponse {
             versions: page.items.into_iter().map(version).collect(),
             next_page_token: page.next.unwrap_or_default(),
-            lock: environment.hold.locked.map(convert::state_lock),
+            lock: environment.hold.state_lock.map(convert::state_lock),
         }))
     }
 

@@ -17,7 +17,9 @@ pub(crate) const fn code(reason: Reason) -> Code {
         | Reason::ArchiveRefused
         | Reason::DigestMismatch => Code::InvalidArgument,
         Reason::IdentityRequired | Reason::PoolTokenRejected => Code::Unauthenticated,
-        Reason::NotAllowed | Reason::PersonRequired => Code::PermissionDenied,
+        Reason::NotAllowed | Reason::PersonRequired | Reason::SecondPersonRequired => {
+            Code::PermissionDenied
+        }
         Reason::NotFound => Code::NotFound,
         Reason::NameTaken => Code::AlreadyExists,
         Reason::ChangedMeanwhile => Code::Aborted,

@@ -5,7 +5,7 @@ use latchkey_proto::v1::variable_scope::Scope as WireScope;
 use latchkey_proto::v1::variable_service_server::VariableService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller, convert};
+use super::{Service, caller, convert, proof};
 use crate::app::variables::{NewVariable, Origin, Scope, VariableView};
 use crate::error::Error;
 use crate::store::record::variable::Category;
@@ -17,8 +17,17 @@ impl VariableService for Service {
         request: Request<v1::SetVariableRequest>,
     ) -> Result<Response<v1::SetVariableResponse>, Status> {
         let caller = caller(&request)?;
-        let v1::SetVariableRequest { scope, name, category, value, sensitive, hcl } =
-            request.into_inner();
+        let v1::SetVariableRequest {
+            scope,
+            name,
+            category,
+            value,
+            sensitive,
+            hcl,
+            mut token_code,
+            mut request_id,
+        } = request.into_inner();
+        let proof = proof(&mut token_code, &mut request_id);
         let variable = NewVariable {
             value: value.into(),
             category: read_category(category)?,
@@ -27,7 +36,7 @@ impl VariableService for Service {
             hcl,
         };
         let (organization, scope) = read_scope(scope)?;
-        let view = self.app.set_variable(&caller, &organization, &scope, variable).await?;
+        let view = self.app.set_variable(&caller, &organization, &scope, variable, proof).await?;
         Ok(Response::new(v1::SetVariableResponse { variable: Some(out(view)) }))
     }
 
@@ -51,10 +60,17 @@ impl VariableService for Service {
         request: Request<v1::DeleteVariableRequest>,
     ) -> Result<Response<v1::DeleteVariableResponse>, Status> {
         let caller = caller(&request)?;
-        let v1::DeleteVariableRequest { scope, name, category } = request.into_inner();
+        let v1::DeleteVariableRequest {
+            scope,
+            name,
+            category,
+            mut token_code,
+            mut request_id,
+        } = request.into_inner();
+        let proof = proof(&mut token_code, &mut request_id);
         let (organization, scope) = read_scope(scope)?;
         let category = read_category(category)?;
-        self.app.delete_variable(&caller, &organization, &scope, category, &name).await?;
+        self.app.delete_variable(&caller, &organization, &scope, (category, &name), proof).await?;
         Ok(Response::new(v1::DeleteVariableResponse {}))
     }
 

@@ -67,6 +67,7 @@ kinds! {
     Variable = 0x2c
     /// Changed with each variable of a scope, so that its budget holds.
     VariableStamp = 0x2d
+    ApplyDurations = 0x2e
     Run = 0x30
     RunByEnvironment = 0x31
     RunByOrganization = 0x32
@@ -84,6 +85,8 @@ kinds! {
     Authentication = 0x40
     AuthenticationOpen = 0x41
     Device = 0x42
+    /// The attempt of a change that may be open.
+    ChangeOpen = 0x43
     Pool = 0x50
     PoolByName = 0x51
     PoolToken = 0x52
@@ -157,6 +160,7 @@ impl Key {
             | Kind::OpenRun
             | Kind::Session
             | Kind::Quarantine
+            | Kind::ApplyDurations
             | Kind::PendingRun
             | Kind::Artifact
             | Kind::Garbage
@@ -168,6 +172,7 @@ impl Key {
             | Kind::Authentication
             | Kind::AuthenticationOpen
             | Kind::Device
+            | Kind::ChangeOpen
             | Kind::Pool
             | Kind::PoolToken
             | Kind::Runner
@@ -472,6 +477,11 @@ pub fn session(run: RunId, phase: Phase) -> Key {
     key(Kind::Session, &[run.as_bytes(), &phase_byte(phase)])
 }
 
+/// How long the last applies of an environment took.
+pub fn apply_durations(environment: EnvironmentId) -> Key {
+    key(Kind::ApplyDurations, &[environment.as_bytes()])
+}
+
 /// What somebody still needs a blob for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlobUser {
@@ -606,6 +616,11 @@ pub fn authentication_open(authentication: AuthenticationId) -> Key {
 
 pub fn authentications_open() -> Prefix {
     all(Kind::AuthenticationOpen)
+}
+
+/// A change whose code is being spent.
+pub fn change_open(authentication: AuthenticationId) -> Key {
+    key(Kind::ChangeOpen, &[authentication.as_bytes()])
 }
 
 /// The attempts of one MFA device, over all organizations: AWS counts per device, not per

@@ -5,6 +5,7 @@
 //! unnoticed. A field that is added later is optional or has a default.
 
 pub mod authentication;
+pub mod check;
 pub mod environment;
 pub mod people;
 pub mod quarantine;

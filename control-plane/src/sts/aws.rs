@@ -13,14 +13,16 @@ use std::time::Duration;
 use aws_sdk_sts::Client;
 use aws_sdk_sts::config::retry::RetryConfig;
 use aws_sdk_sts::config::timeout::TimeoutConfig;
-use aws_sdk_sts::config::{BehaviorVersion, Credentials, Region, SharedCredentialsProvider};
+use aws_sdk_sts::config::{BehaviorVersion, Region, SharedCredentialsProvider};
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::RequestId;
+use aws_sdk_sts::operation::assume_role::AssumeRoleOutput;
+use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use latchkey_domain::time::Timestamp;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
-use super::errors::{Class, classify};
-use super::{Exchange, Identity, Refused, SessionCredentials, Sts, Triple};
+use super::errors::{Class, Told, classify};
+use super::{Code, Credentials, Exchange, Identity, Refused, RoleWanted, Sts, Wanted};
 use crate::store::BoxFuture;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,7 +57,14 @@ impl AwsSts {
         Self { base, endpoint }
     }
 
-    fn client(&self, credentials: Credentials, region: &str) -> Client {
+    fn client(&self, signer: &Credentials, region: &str) -> Client {
+        let credentials = aws_sdk_sts::config::Credentials::new(
+            &signer.access_key_id,
+            signer.secret_access_key.expose_secret(),
+            signer.session_token.as_ref().map(|token| token.expose_secret().to_owned()),
+            None,
+            "latchkey",
+        );
         let mut config = aws_sdk_sts::config::Builder::from(&self.base)
             .region(Region::new(region.to_owned()))
             .credentials_provider(SharedCredentialsProvider::new(credentials));
@@ -66,70 +75,127 @@ impl AwsSts {
     }
 }
 
+impl AwsSts {
+    async fn session(
+        &self,
+        signer: &Credentials,
+        code: Option<Code<'_>>,
+        wanted: &Wanted,
+    ) -> Exchange {
+        let client = self.client(signer, &wanted.region);
+        let mut call = client.get_session_token().duration_seconds(seconds(wanted.duration));
+        if let Some(Code { serial, digits }) = code {
+            call = call.serial_number(serial).token_code(digits.expose_secret());
+        }
+        match call.send().await {
+            Ok(output) => {
+                let request_id = output.request_id().map(str::to_owned);
+                issued(output.credentials, request_id, None)
+            }
+            Err(error) => answered(said(&error)),
+        }
+    }
+
+    async fn role(
+        &self,
+        signer: &Credentials,
+        code: Option<Code<'_>>,
+        wanted: &Wanted,
+        role: &RoleWanted,
+    ) -> Exchange {
+        let managed = role.policy_arns.iter();
+        let managed = managed.map(|arn| PolicyDescriptorType::builder().arn(arn).build());
+        let tags: Result<Vec<Tag>, _> = role
+            .tags
+            .iter()
+            .map(|(key, value)| Tag::builder().key(key).value(value).build())
+            .collect();
+        // Both of each are given.
+        let Ok(tags) = tags else { return Exchange::NotReached };
+        let mut call = self
+            .client(signer, &wanted.region)
+            .assume_role()
+            .role_arn(&role.arn)
+            .role_session_name(&role.session_name)
+            .duration_seconds(seconds(wanted.duration))
+            .set_source_identity(role.source_identity.clone())
+            .set_external_id(role.external_id.clone())
+            .set_policy(role.policy.clone())
+            .set_policy_arns(Some(managed.collect()).filter(|arns: &Vec<_>| !arns.is_empty()))
+            .set_tags(Some(tags).filter(|tags| !tags.is_empty()));
+        if let Some(Code { serial, digits }) = code {
+            call = call.serial_number(serial).token_code(digits.expose_secret());
+        }
+        match call.send().await {
+            Ok(output) => {
+                let request_id = output.request_id().map(str::to_owned);
+                let packed = packed_percent(&output);
+                issued(output.credentials, request_id, packed)
+            }
+            Err(error) => answered(said(&error)),
+        }
+    }
+}
+
+/// AWS is about to tell the one in place of the other.
+#[expect(deprecated, reason = "what STS has answered so far, and what its regions still do")]
+fn packed_percent(output: &AssumeRoleOutput) -> Option<u32> {
+    let percent = output.packed_policy_size.or(output.session_token_utilization)?;
+    u32::try_from(percent).ok()
+}
+
+fn seconds(duration: Duration) -> i32 {
+    i32::try_from(duration.as_secs()).unwrap_or(i32::MAX)
+}
+
+fn issued(
+    credentials: Option<aws_sdk_sts::types::Credentials>,
+    request_id: Option<String>,
+    packed_percent: Option<u32>,
+) -> Exchange {
+    let Some(issued) = credentials else { return Exchange::Unknown { request_id } };
+    let expires_at = Timestamp::from_millis(issued.expiration.to_millis().unwrap_or(0));
+    let credentials = Credentials {
+        access_key_id: issued.access_key_id,
+        secret_access_key: issued.secret_access_key.into(),
+        session_token: Some(issued.session_token.into()),
+        expires_at: Some(expires_at),
+    };
+    Exchange::Issued { credentials, request_id, packed_percent }
+}
+
+fn answered(said: Said) -> Exchange {
+    match said {
+        Said::No(refused) => Exchange::Refused(refused),
+        Said::Nothing { request_id } => Exchange::Unknown { request_id },
+        Said::NeverSent => Exchange::NotReached,
+    }
+}
+
 impl Sts for AwsSts {
     fn exchange<'a>(
         &'a self,
-        keys: &'a Triple,
-        code: Option<&'a SecretString>,
-        region: &'a str,
-        duration: Duration,
+        signer: &'a Credentials,
+        code: Option<Code<'a>>,
+        wanted: &'a Wanted,
     ) -> BoxFuture<'a, Exchange> {
         Box::pin(async move {
-            let secret = keys.secret_access_key.expose_secret();
-            let credentials = Credentials::new(&keys.access_key_id, secret, None, None, "triple");
-            let seconds = i32::try_from(duration.as_secs()).unwrap_or(i32::MAX);
-            let mut call =
-                self.client(credentials, region).get_session_token().duration_seconds(seconds);
-            if let Some(code) = code {
-                call = call.serial_number(&keys.serial).token_code(code.expose_secret());
-            }
-            match call.send().await {
-                Ok(output) => {
-                    let request_id = output.request_id().map(str::to_owned);
-                    match output.credentials {
-                        Some(issued) => Exchange::Issued {
-                            credentials: SessionCredentials {
-                                expires_at: Timestamp::from_millis(
-                                    issued.expiration.to_millis().unwrap_or(0),
-                                ),
-                                access_key_id: issued.access_key_id,
-                                secret_access_key: issued.secret_access_key.into(),
-                                session_token: issued.session_token.into(),
-                            },
-                            request_id,
-                        },
-                        None => Exchange::Unknown { request_id },
-                    }
-                }
-                Err(error) => match told(&error) {
-                    Told::No(refused) => Exchange::Refused(refused),
-                    Told::Nothing { request_id } => Exchange::Unknown { request_id },
-                    Told::NeverSent => Exchange::NotReached,
-                },
+            match &wanted.role {
+                None => self.session(signer, code, wanted).await,
+                Some(role) => self.role(signer, code, wanted, role).await,
             }
         })
     }
 
-    fn identify<'a>(
-        &'a self,
-        session: &'a SessionCredentials,
-        region: &'a str,
-    ) -> BoxFuture<'a, Identity> {
+    fn identify<'a>(&'a self, signer: &'a Credentials, region: &'a str) -> BoxFuture<'a, Identity> {
         Box::pin(async move {
-            let credentials = Credentials::new(
-                &session.access_key_id,
-                session.secret_access_key.expose_secret(),
-                Some(session.session_token.expose_secret().to_owned()),
-                None,
-                "session",
-            );
-            match self.client(credentials, region).get_caller_identity().send().await {
+            match self.client(signer, region).get_caller_identity().send().await {
                 Ok(output) => output.account.map_or(Identity::Unavailable, Identity::Account),
-                Err(error) => match told(&error) {
-                    Told::No(Refused { class: Class::Throttled, .. })
-                    | Told::Nothing { .. }
-                    | Told::NeverSent => Identity::Unavailable,
-                    Told::No(refused) => Identity::Refused(refused),
+                Err(error) => match said(&error) {
+                    Said::No(Refused { class: Class::Throttled, .. })
+                    | Said::Nothing { .. }
+                    | Said::NeverSent => Identity::Unavailable,
+                    Said::No(refused) => Identity::Refused(refused),
                 },
             }
         })
@@ -137,13 +203,13 @@ impl Sts for AwsSts {
 }
 
 /// What an error tells about the request.
-enum Told {
+enum Said {
     No(Refused),
     Nothing { request_id: Option<String> },
     NeverSent,
 }
 
-fn told<E>(error: &SdkError<E>) -> Told
+fn said<E>(error: &SdkError<E>) -> Said
 where
     E: ProvideErrorMetadata + StdError + 'static,
     SdkError<E>: RequestId,
@@ -153,19 +219,22 @@ where
         SdkError::ServiceError(answer) => {
             let status = answer.raw().status().as_u16();
             match classify(status, answer.err().code(), answer.err().message()) {
-                Some(class) => Told::No(Refused { class, request_id }),
-                None => Told::Nothing { request_id },
+                Some(class) => {
+                    let told = Told::of(class, answer.err().message().unwrap_or_default());
+                    Said::No(Refused { class, request_id, told })
+                }
+                None => Said::Nothing { request_id },
             }
         }
-        SdkError::ConstructionFailure(_) => Told::NeverSent,
+        SdkError::ConstructionFailure(_) => Said::NeverSent,
         SdkError::DispatchFailure(failure) => {
             let never_connected =
                 failure.as_connector_error().is_some_and(|error| never_connected(error));
-            if never_connected { Told::NeverSent } else { Told::Nothing { request_id } }
+            if never_connected { Said::NeverSent } else { Said::Nothing { request_id } }
         }
-        SdkError::TimeoutError(_) | SdkError::ResponseError(_) => Told::Nothing { request_id },
+        SdkError::TimeoutError(_) | SdkError::ResponseError(_) => Said::Nothing { request_id },
         // The SDK's enum may grow: what we do not know tells nothing.
-        _ => Told::Nothing { request_id },
+        _ => Said::Nothing { request_id },
     }
 }
 

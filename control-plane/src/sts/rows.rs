@@ -8,7 +8,7 @@ use latchkey_aws_simulator::{Clock, Effect, Fault, KeyStatus, Simulator, World};
 use secrecy::SecretString;
 
 use super::aws::AwsSts;
-use super::{Class, Exchange, Identity, SessionCredentials, Sts, Triple};
+use super::{Class, Code, Credentials, Exchange, Identity, RoleWanted, Sts, Triple, Wanted};
 
 const REGION: &str = "us-east-1";
 const HOUR: Duration = Duration::from_secs(3600);
@@ -38,7 +38,13 @@ impl Row {
     }
 
     async fn exchange(&self, code: &SecretString, region: &str, duration: Duration) -> Exchange {
-        self.sts.exchange(&self.triple, Some(code), region, duration).await
+        let wanted = Wanted { region: region.into(), duration, role: None };
+        self.spend(code, &wanted).await
+    }
+
+    async fn spend(&self, digits: &SecretString, wanted: &Wanted) -> Exchange {
+        let code = Code { serial: &self.triple.serial, digits };
+        self.sts.exchange(&self.triple.keys(), Some(code), wanted).await
     }
 
     #[track_caller]
@@ -52,7 +58,7 @@ impl Row {
         }
     }
 
-    async fn session(&self) -> SessionCredentials {
+    async fn session(&self) -> Credentials {
         match self.exchange(&self.right_code(), REGION, HOUR).await {
             Exchange::Issued { credentials, .. } => credentials,
             other => panic!("{other:?}"),
@@ -73,7 +79,8 @@ async fn a_right_code_buys_a_session_that_knows_its_account() {
 #[tokio::test]
 async fn a_session_without_a_code_is_issued_too() {
     let row = Row::new().await;
-    let exchange = row.sts.exchange(&row.triple, None, REGION, HOUR).await;
+    let wanted = Wanted { region: REGION.into(), duration: HOUR, role: None };
+    let exchange = row.sts.exchange(&row.triple.keys(), None, &wanted).await;
     assert!(matches!(exchange, Exchange::Issued { .. }), "{exchange:?}");
 }
 
@@ -191,7 +198,7 @@ async fn rows_that_only_a_script_can_bring_about() {
             400,
             "ValidationError",
             "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.",
-            Class::DurationRefused,
+            Class::RoleMaximum,
         ),
         (418, "Teapot", "short and stout", Class::Other),
     ];
@@ -224,7 +231,10 @@ async fn a_closed_port_is_the_proof_that_nothing_was_sent() {
     let row = Row::new().await;
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let sts = AwsSts::new(Some(format!("http://{closed}")), false).await;
-    let exchange = sts.exchange(&row.triple, Some(&row.right_code()), REGION, HOUR).await;
+    let wanted = Wanted { region: REGION.into(), duration: HOUR, role: None };
+    let digits = row.right_code();
+    let code = Code { serial: &row.triple.serial, digits: &digits };
+    let exchange = sts.exchange(&row.triple.keys(), Some(code), &wanted).await;
     assert!(matches!(exchange, Exchange::NotReached), "{exchange:?}");
 }
 
@@ -241,4 +251,78 @@ async fn an_expired_session_is_told_by_the_identity_call() {
         Identity::Refused(refused) => assert_eq!(refused.class, Class::SessionExpired),
         other => panic!("{other:?}"),
     }
+}
+
+fn role(name: &str) -> RoleWanted {
+    RoleWanted {
+        arn: format!("arn:aws:iam::123456789012:role/{name}"),
+        session_name: "run-1".into(),
+        source_identity: Some("ada".into()),
+        tags: vec![("phase".into(), "apply".into())],
+        external_id: Some("latchkey-1".into()),
+        ..RoleWanted::default()
+    }
+}
+
+fn in_role(duration: Duration, role: RoleWanted) -> Wanted {
+    Wanted { region: REGION.into(), duration, role: Some(role) }
+}
+
+#[tokio::test]
+async fn a_code_buys_a_role_with_all_that_marks_and_narrows_it() {
+    let row = Row::new().await;
+    let mut wanted = in_role(HOUR, role("deploy"));
+    let asked = wanted.role.as_mut().unwrap();
+    asked.policy = Some(r#"{"Version":"2012-10-17","Statement":[]}"#.into());
+    asked.policy_arns = vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".into()];
+    let Exchange::Issued { credentials, packed_percent, .. } =
+        row.spend(&row.right_code(), &wanted).await
+    else {
+        panic!("refused")
+    };
+    assert!(credentials.expires_at.is_some() && packed_percent.is_some_and(|size| size > 0));
+    let calls = row.aws.calls();
+    let members = &calls[0].members;
+    for (name, value) in [
+        ("RoleSessionName", "run-1"),
+        ("SourceIdentity", "ada"),
+        ("ExternalId", "latchkey-1"),
+        ("Tags.member.1.Key", "phase"),
+        ("Tags.member.1.Value", "apply"),
+        ("PolicyArns.member.1.arn", "arn:aws:iam::aws:policy/ReadOnlyAccess"),
+        ("DurationSeconds", "3600"),
+    ] {
+        assert_eq!(members.get(name).map(String::as_str), Some(value), "{name}");
+    }
+    assert!(calls[0].had_code && !members.contains_key("TokenCode"));
+}
+
+#[tokio::test]
+async fn rows_about_roles() {
+    let row = Row::new().await;
+    let keys = row.triple.keys();
+    let plain = async |wanted: &Wanted| Row::class(row.sts.exchange(&keys, None, wanted).await);
+    assert_eq!(plain(&in_role(HOUR, role("deploy"))).await, Class::RoleRefused);
+    assert_eq!(plain(&in_role(HOUR, role("no-such-role"))).await, Class::RoleRefused);
+    assert_eq!(plain(&in_role(HOUR * 2, role("read"))).await, Class::RoleMaximum);
+    let large = "x".repeat(1500);
+    let policy = format!(r#"{{"Version":"2012-10-17","Statement":"{large}"}}"#);
+    let too_large = RoleWanted { policy: Some(policy), ..role("read") };
+    assert_eq!(plain(&in_role(HOUR, too_large)).await, Class::PolicyTooLarge);
+    let malformed = RoleWanted { policy: Some("no policy".into()), ..role("read") };
+    assert_eq!(plain(&in_role(HOUR, malformed)).await, Class::PolicyMalformed);
+    row.aws.change_world(|world| {
+        world.accounts[0].roles.iter_mut().for_each(|role| role.max_session_seconds = 43_200);
+    });
+    let session = row.session().await;
+    let chained = row.sts.exchange(&session, None, &in_role(HOUR * 2, role("read"))).await;
+    assert_eq!(Row::class(chained), Class::ChainLimit);
+    let Exchange::Issued { credentials, .. } =
+        row.sts.exchange(&session, None, &in_role(HOUR, role("deploy"))).await
+    else {
+        panic!("refused")
+    };
+    let other = RoleWanted { source_identity: Some("eve".into()), ..role("read") };
+    let again = row.sts.exchange(&credentials, None, &in_role(HOUR, other)).await;
+    assert_eq!(Row::class(again), Class::SourceIdentitySet);
 }

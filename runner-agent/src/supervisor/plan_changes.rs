@@ -12,13 +12,15 @@
 //!                       "provider_name":"…","action_reason":"…","previous_address":"…",
 //!                       "deposed":"…","importing":{…}}],
 //!  "output_changes":{"name":{"action":"create","before":…,"after":…,"after_unknown":…}},
-//!  "resource_drift":[as resource_changes]}
+//!  "resource_drift":[as resource_changes],
+//!  "assumed_roles":[{"provider":"aws.prod","seconds":7200}]}
 //! ```
 //!
 //! `action` is one of create, read, update, delete, replace, no-op, forget. Absent facts are
 //! absent fields. Sensitive values are replaced by `"(sensitive)"`, and the values of the job's
 //! sensitive variables, where they are found in others, by `***`. Resources that do not change
-//! are left out, unless they move or are imported. `variables`, `prior_state`, `configuration`
+//! are left out, unless they move or are imported. `assumed_roles` is there only when a provider
+//! assumes a role for longer than an hour. `variables`, `prior_state`, `configuration`
 //! and `planned_values` hold secrets in clear and are dropped. When the whole would exceed 32
 //! MiB, `before`, `after` and `after_unknown` are null everywhere and `truncated` is true.
 //!
@@ -26,6 +28,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::assumed_roles;
 use super::mask::{self, Masker};
 use crate::digest;
 
@@ -96,6 +99,10 @@ pub(super) fn reduce(shown: &[u8], masker: &Masker) -> Result<Changes, Error> {
         "output_changes": output_changes,
         "resource_drift": resource_drift,
     });
+    let assumed_roles = assumed_roles::read(&plan, masker);
+    if !assumed_roles.is_empty() {
+        whole["assumed_roles"] = assumed_roles.into();
+    }
     let mut bytes = canonical(&whole);
     if bytes.len() > LARGEST {
         truncate(&mut whole);

@@ -1,5 +1,6 @@
 //! The encodings of the Query protocol: URI escapes, forms, XML text.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// What `uri_encode` leaves alone beside the unreserved characters.
@@ -71,6 +72,16 @@ impl Form {
             .map(|(key, value)| (text(key), text(value)))
             .collect();
         Self { members }
+    }
+
+    /// Lists the members, but for those named.
+    pub(crate) fn members(&self, without: &[&str]) -> BTreeMap<String, String> {
+        let mut members = BTreeMap::new();
+        for (key, value) in self.members.iter().filter(|(key, _)| !without.contains(&key.as_str()))
+        {
+            members.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        members
     }
 
     /// Finds a member; an empty one counts as given.

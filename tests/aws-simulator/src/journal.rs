@@ -18,6 +18,8 @@ pub struct Call {
     pub access_key_id: Option<String>,
     /// Whether a token code was sent along. The code itself is not kept here.
     pub had_code: bool,
+    /// What an STS call asked, by the names of the Query API, the code left out.
+    pub members: BTreeMap<String, String>,
     /// The ARN of the caller, once its signature was verified.
     pub caller: Option<String>,
     pub outcome: Outcome,

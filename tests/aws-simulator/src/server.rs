@@ -7,6 +7,7 @@
 //! A reset is a real one: the connection is closed with pending data discarded, so that the
 //! caller sees what a broken network path shows it and not a tidy end of stream.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -54,6 +55,7 @@ struct Asked {
     service: Service,
     action: String,
     code: Option<String>,
+    members: BTreeMap<String, String>,
 }
 
 /// What came of performing a request.
@@ -79,6 +81,7 @@ async fn front(
         action: asked.action.clone(),
         access_key_id: claimed_key(&request.headers),
         had_code: asked.code.is_some(),
+        members: asked.members.clone(),
         caller: None,
         outcome: Outcome::Pending,
         answered: false,
@@ -112,12 +115,14 @@ fn asked(request: &Incoming) -> Asked {
             service: Service::Sts,
             action: text("Action").unwrap_or_default(),
             code: text("TokenCode"),
+            members: form.members(&["TokenCode"]),
         }
     } else {
         Asked {
             service: Service::S3,
             action: s3::Operation::of(request).name().to_owned(),
             code: None,
+            members: BTreeMap::new(),
         }
     }
 }

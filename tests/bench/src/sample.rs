@@ -91,7 +91,7 @@ pub(crate) fn finished_run(
         },
         digest,
         applyable: true,
-        counts: Counts { add: 3, change: 2, destroy: 1, import: 0 },
+        counts: Counts { add: 3, change: 2, destroy: 1, import: 0, ..Counts::default() },
         engine: "terraform".into(),
         terraform_version: "1.11.4".into(),
     });

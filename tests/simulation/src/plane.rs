@@ -117,7 +117,7 @@ async fn furnish(world: &World, app: &App) -> anyhow::Result<Furniture> {
     let secret = secret.ok_or_else(|| anyhow::anyhow!("find a store that is new"))?;
     let token = app.bootstrap(&secret, ORGANIZATION, "ada").await?;
     let owner = app.caller(&token).await?;
-    app.update_organization(&owner, ORGANIZATION, vec![ACCOUNT.to_owned()]).await?;
+    app.update_organization(&owner, ORGANIZATION, vec![ACCOUNT.to_owned()], None).await?;
     let serial = format!("arn:aws:iam::{ACCOUNT}:mfa/ada");
     set(app, &owner, "AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE").await?;
     set(app, &owner, "AWS_SECRET_ACCESS_KEY", "a secret").await?;
@@ -173,6 +173,6 @@ async fn set(app: &App, owner: &Caller, name: &str, value: &str) -> anyhow::Resu
         sensitive: true,
         hcl: false,
     };
-    app.set_variable(owner, ORGANIZATION, &Scope::Organization, variable).await?;
+    app.set_variable(owner, ORGANIZATION, &Scope::Organization, variable, None).await?;
     Ok(())
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use latchkey_control_plane::clock::Clock;
 use latchkey_control_plane::store::BoxFuture;
 use latchkey_control_plane::sts::{
-    Class, Exchange, Identity, Refused, SessionCredentials, Sts, Triple,
+    Class, Code, Credentials, Exchange, Identity, Refused, Sts, Told, Wanted,
 };
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
 use crate::plan::Plant;
 use crate::world::World;
@@ -32,7 +32,8 @@ impl SimulatedSts {
         }
         let access_key_id = world.model.sts_received(code);
         if code.is_some_and(|code| code.ends_with(WRONG)) {
-            let refused = Refused { class: Class::CodeRejected, request_id: None };
+            let (class, told) = (Class::CodeRejected, Told::default());
+            let refused = Refused { class, request_id: None, told };
             return Exchange::Refused(refused);
         }
         let expires_at = world.clock.now() + duration;
@@ -40,26 +41,26 @@ impl SimulatedSts {
         if troubled && world.chance.happens(0.08) {
             return Exchange::Unknown { request_id: None };
         }
-        let credentials = SessionCredentials {
+        let credentials = Credentials {
             access_key_id,
             secret_access_key: "secret".into(),
-            session_token: "token".into(),
-            expires_at,
+            session_token: Some("token".into()),
+            expires_at: Some(expires_at),
         };
-        Exchange::Issued { credentials, request_id: None }
+        Exchange::Issued { credentials, request_id: None, packed_percent: None }
     }
 }
 
 impl Sts for SimulatedSts {
     fn exchange<'a>(
         &'a self,
-        _keys: &'a Triple,
-        code: Option<&'a SecretString>,
-        _region: &'a str,
-        duration: Duration,
+        _signer: &'a Credentials,
+        code: Option<Code<'a>>,
+        wanted: &'a Wanted,
     ) -> BoxFuture<'a, Exchange> {
         Box::pin(async move {
-            let code = code.map(ExposeSecret::expose_secret);
+            let code = code.map(|code| code.digits.expose_secret());
+            let duration = wanted.duration;
             let exchange = self.once(code, duration).await;
             match exchange {
                 // What an SDK with its retries on does.
@@ -73,7 +74,7 @@ impl Sts for SimulatedSts {
 
     fn identify<'a>(
         &'a self,
-        _session: &'a SessionCredentials,
+        _signer: &'a Credentials,
         _region: &'a str,
     ) -> BoxFuture<'a, Identity> {
         Box::pin(async move {

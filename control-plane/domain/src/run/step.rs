@@ -14,14 +14,17 @@ use std::time::Duration;
 
 use self::lease::{
     cannot_start, granted, handed_back, lease_expired, returned, runner_revoked, starting,
+    topped_up,
 };
-use self::person::{cancel_requested, code_accepted, confirmed, discarded, force_requested};
+use self::person::{
+    cancel_requested, code_accepted, confirmed, discarded, force_requested, limit_reached,
+};
 use self::result::{apply_ended, plan_ended};
-use super::{Approval, Planned, RefusedCode, Run, RunState};
+use super::{Approval, Limits, Planned, RefusedCode, Run, RunState, deadline};
 use crate::environment::Change;
 use crate::id::{Digest, Epoch, JobId, RunnerId};
 use crate::lease::{Engine, Lease};
-use crate::policy::{Evidence, MfaPolicy, Phase};
+use crate::policy::{Demands, Evidence, Phase};
 use crate::time::Timestamp;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,23 +34,25 @@ pub enum Event {
     CodeAccepted {
         evidence: Evidence,
         seen: Option<Digest>,
-        current: MfaPolicy,
+        current: Demands,
     },
     CodeRefused {
         phase: Phase,
         refused: RefusedCode,
-        current: MfaPolicy,
+        current: Demands,
     },
     /// The environment is free and this run is next.
     TurnCame,
     /// `state` is the number of the environment's newest state version, `engine` what it asks for:
-    /// both stay as they are until the lease ends.
+    /// both stay as they are until the lease ends. A session that lives shorter than `floor` is not
+    /// leased out.
     Granted {
         phase: Phase,
         runner: RunnerId,
         log_base: u64,
         state: Option<u64>,
         engine: Engine,
+        floor: Duration,
     },
     /// The runner declined or gave back a job that it has not started.
     HandedBack {
@@ -60,8 +65,12 @@ pub enum Event {
         phase: Phase,
         runner: RunnerId,
         epoch: Epoch,
-        current: MfaPolicy,
+        current: Demands,
         floor: Duration,
+    },
+    /// STS accepted a code submitted while `evidence.phase` runs, so that it can run on.
+    ToppedUp {
+        evidence: Evidence,
     },
     /// The credentials that the phase needs cannot be had, for a reason that waiting does not
     /// cure.
@@ -92,7 +101,7 @@ pub enum Event {
         runner: RunnerId,
         epoch: Epoch,
         outcome: PlanOutcome,
-        current: MfaPolicy,
+        current: Demands,
     },
     ApplyEnded {
         runner: RunnerId,
@@ -102,7 +111,7 @@ pub enum Event {
     Confirmed {
         by: String,
         seen: Digest,
-        current: MfaPolicy,
+        current: Demands,
     },
     Discarded {
         by: String,
@@ -114,6 +123,10 @@ pub enum Event {
     ForceRequested {
         by: String,
         grace: Duration,
+    },
+    /// A limit of the environment may have been reached.
+    LimitReached {
+        limits: Limits,
     },
     /// The control plane was restored from a backup in which the run had not ended: what became
     /// of it since is not known.
@@ -163,6 +176,8 @@ pub enum Effect {
     Kill(JobId, Epoch),
     /// Tell the runner that its lease is over.
     Revoke(JobId, Epoch),
+    /// Give the runner the phase's credentials again: there are others.
+    Renew(JobId, Epoch),
     /// Plan and workspace are not needed any more.
     DropPlan,
 }
@@ -187,6 +202,8 @@ pub enum Refusal {
     /// The code was meant for the other phase.
     OtherPhase,
     MfaRequired,
+    /// Who queued must not be who approves.
+    SecondPersonRequired,
     /// What the person saw is not what would be applied.
     PlanChanged,
     /// The lease is not the current one.
@@ -204,12 +221,22 @@ pub enum Refusal {
 
 /// Moves `run` by `event`.
 pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
+    let mut step = moved_by(run, event, now);
+    if let Step::Moved { next, .. } = &mut step
+        && next.state != run.state
+    {
+        next.entered_at = now;
+    }
+    step
+}
+
+fn moved_by(run: &Run, event: Event, now: Timestamp) -> Step {
     match event {
         Event::CodeAccepted { evidence, seen, current } => {
-            code_accepted(run, evidence, seen, current, now)
+            code_accepted(run, evidence, seen, &current, now)
         }
         Event::CodeRefused { phase, refused, current } => {
-            if run.awaits_code(current) != Some(phase) {
+            if run.awaits_code(&current) != Some(phase) {
                 return Step::Refused(Refusal::NotAwaitingCode);
             }
             let mut next = moved(run, run.state, now);
@@ -217,12 +244,13 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner, log_base, state, engine } => {
-            granted(run, (phase, runner), log_base, (state, engine), now)
+        Event::Granted { phase, runner, log_base, state, engine, floor } => {
+            granted(run, (phase, runner), log_base, (state, engine), floor, now)
         }
+        Event::ToppedUp { evidence } => topped_up(run, evidence, now),
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {
-            starting(run, (phase, runner, epoch), current, floor, now)
+            starting(run, (phase, runner, epoch), &current, floor, now)
         }
         Event::CannotStart { phase, runner, epoch, reason } => {
             cannot_start(run, (phase, runner, epoch), reason, now)
@@ -233,15 +261,19 @@ pub fn step(run: &Run, event: Event, now: Timestamp) -> Step {
         }
         Event::Returned { phase, runner, epoch } => returned(run, phase, runner, epoch, now),
         Event::PlanEnded { runner, epoch, outcome, current } => {
-            plan_ended(run, runner, epoch, outcome, current, now)
+            plan_ended(run, (runner, epoch), outcome, &current, now)
         }
         Event::ApplyEnded { runner, epoch, outcome } => {
             apply_ended(run, runner, epoch, outcome, now)
         }
-        Event::Confirmed { by, seen, current } => confirmed(run, by, seen, current, now),
+        Event::Confirmed { by, seen, current } => confirmed(run, by, seen, &current, now),
         Event::Discarded { by } => discarded(run, by, now),
         Event::CancelRequested { by } => cancel_requested(run, by, now),
         Event::ForceRequested { by, grace } => force_requested(run, by, grace, now),
+        Event::LimitReached { limits } => match deadline(run, &limits) {
+            Some(at) if at <= now => limit_reached(run, &limits, now),
+            Some(_) | None => Step::Refused(Refusal::WrongState),
+        },
         Event::Restored => restored(run, now),
     }
 }

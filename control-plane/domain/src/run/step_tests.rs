@@ -10,20 +10,22 @@ use proptest::test_runner::TestCaseResult;
 use proptest::{prop_assert, prop_assert_eq};
 
 use super::{
-    Actor, ApplyOutcome, Counts, Effect, Event, Failure, FailureKind, PlanDigests, PlanOutcome,
-    Planned, Refusal, Request, Run, RunKind, RunState, Step, step,
+    Actor, ApplyOutcome, Counts, Effect, Event, Failure, FailureKind, Limits, PlanDigests,
+    PlanOutcome, Planned, Refusal, Request, Run, RunKind, RunState, Step, step,
 };
 use crate::environment::{Change, Hold};
 use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
 use crate::lease::Engine;
-use crate::policy::{Evidence, MfaPolicy, Permit, Phase};
+use crate::policy::{
+    Demands, DestroyedBy, Evidence, MfaPolicy, Permit, Phase, PlanFacts, PlanRule,
+};
 use crate::time::Timestamp;
 
 pub(super) const RUNNER: RunnerId = RunnerId::from_bytes([9; 16]);
 const OTHER_RUNNER: RunnerId = RunnerId::from_bytes([8; 16]);
-const START: Timestamp = Timestamp::from_millis(0);
+pub(super) const START: Timestamp = Timestamp::from_millis(0);
 
 pub(super) fn request(policy: MfaPolicy) -> Request {
     Request {
@@ -36,6 +38,8 @@ pub(super) fn request(policy: MfaPolicy) -> Request {
         replace: vec![],
         auto_apply: false,
         policy,
+        plan_rule: PlanRule::default(),
+        second_person: false,
         queued_by: Actor::User { id: UserId::from_bytes([5; 16]), name: "ada".into() },
         queued_at: START,
         retry_of: None,
@@ -43,7 +47,7 @@ pub(super) fn request(policy: MfaPolicy) -> Request {
     }
 }
 
-fn queue(policy: MfaPolicy) -> Run {
+pub(super) fn queue(policy: MfaPolicy) -> Run {
     Run::queue(RunId::from_bytes([6; 16]), request(policy))
 }
 
@@ -64,52 +68,61 @@ pub(super) fn planned(applyable: bool) -> Planned {
         digest,
         applyable,
         counts: Counts { add: 1, ..Counts::default() },
+        facts: Some(facts()),
         engine: "terraform".into(),
         terraform_version: "1.11.4".into(),
     }
 }
 
+/// Of a plan that replaces a role.
+pub(super) fn facts() -> PlanFacts {
+    let mut facts = PlanFacts::default();
+    facts.add("aws_iam_role.admin", "aws_iam_role", Some(DestroyedBy::Replacing));
+    facts
+}
+
 #[track_caller]
-fn go(run: &Run, event: Event) -> Run {
+pub(super) fn go(run: &Run, event: Event) -> Run {
     match step(run, event.clone(), START) {
         Step::Moved { next, .. } => *next,
         other => panic!("{} on {event:?}: {other:?}", run.state),
     }
 }
 
-fn accepted(run: &Run, phase: Phase) -> Event {
+pub(super) fn accepted(run: &Run, phase: Phase) -> Event {
     Event::CodeAccepted {
         evidence: evidence(phase),
         seen: run.planned.as_ref().map(|planned| planned.digest),
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     }
 }
 
-fn started(run: &Run, phase: Phase) -> Event {
+pub(super) fn started(run: &Run, phase: Phase) -> Event {
     Event::Starting {
         phase,
         runner: RUNNER,
         epoch: run.job(phase).epoch,
-        current: MfaPolicy::Never,
+        current: Demands::default(),
         floor: Duration::from_secs(300),
     }
 }
 
-fn plan_ended(run: &Run, applyable: bool) -> Event {
+pub(super) fn plan_ended(run: &Run, applyable: bool) -> Event {
     Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
         outcome: PlanOutcome::Planned(planned(applyable)),
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     }
 }
 
-fn granted(phase: Phase) -> Event {
+pub(super) fn granted(phase: Phase) -> Event {
     asked_for(phase, Engine::default())
 }
 
 fn asked_for(phase: Phase, engine: Engine) -> Event {
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine }
+    let floor = Duration::ZERO;
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor }
 }
 
 fn forced(grace: Duration) -> Event {
@@ -171,7 +184,7 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
     ]
 }
 
-fn given(name: &str) -> Run {
+pub(super) fn given(name: &str) -> Run {
     one_of_each().into_iter().find(|(known, _)| *known == name).expect("a known circumstance").1
 }
 
@@ -181,7 +194,7 @@ fn a_confirmation_never_stands_in_for_a_code() {
         let confirm = Event::Confirmed {
             by: "ada".into(),
             seen: planned(true).digest,
-            current: MfaPolicy::Never,
+            current: Demands::default(),
         };
         assert_eq!(step(&given(name), confirm, START), Step::Refused(Refusal::MfaRequired));
     }
@@ -193,10 +206,10 @@ fn a_policy_tightened_while_a_person_reads_the_plan_demands_a_code() {
     let confirm = Event::Confirmed {
         by: "ada".into(),
         seen: planned(true).digest,
-        current: MfaPolicy::AppliesOnly,
+        current: MfaPolicy::AppliesOnly.into(),
     };
     assert_eq!(step(&run, confirm, START), Step::Refused(Refusal::MfaRequired));
-    assert_eq!(run.awaits_code(MfaPolicy::AppliesOnly), Some(Phase::Apply));
+    assert_eq!(run.awaits_code(&MfaPolicy::AppliesOnly.into()), Some(Phase::Apply));
 }
 
 #[test]
@@ -204,7 +217,7 @@ fn only_who_confirmed_may_repeat_it() {
     let confirm = |by: &str| Event::Confirmed {
         by: by.into(),
         seen: planned(true).digest,
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     };
     let run = go(&given("AwaitingConfirmation"), confirm("ada"));
     assert_eq!(step(&run, confirm("ada"), START), Step::Unchanged);
@@ -274,7 +287,7 @@ fn an_approval_of_another_plan_is_refused() {
     let event = Event::CodeAccepted {
         evidence: evidence(Phase::Apply),
         seen: Some(Digest::from_bytes([0; 32])),
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     };
     assert_eq!(step(&run, event, START), Step::Refused(Refusal::PlanChanged));
 }
@@ -438,6 +451,19 @@ fn a_killed_apply_freezes_its_environment() {
     assert!(matches!(environment, Change::Freeze { reason } if reason.contains("got signal 9")));
 }
 
+/// A rule that mostly demands nothing; one that demands something matches [`facts`] or not.
+fn rule() -> impl Strategy<Value = PlanRule> {
+    let types =
+        |name: &str| PlanRule { resource_types: [name.to_owned()].into(), ..Default::default() };
+    prop_oneof![
+        6 => Just(PlanRule::default()),
+        1 => Just(PlanRule { destructive: true, ..PlanRule::default() }),
+        1 => Just(types("aws_iam_*")),
+        1 => Just(types("aws_vpc")),
+        1 => Just(PlanRule { more_than: Some(1), ..PlanRule::default() }),
+    ]
+}
+
 /// An event drawn at random; runner, epoch, phase and digest are often not the current ones.
 #[derive(Clone, Debug)]
 struct Draw {
@@ -447,7 +473,7 @@ struct Draw {
     other_runner: bool,
     wrong_digest: bool,
     applyable: bool,
-    current: MfaPolicy,
+    current: Demands,
     wait: u32,
 }
 
@@ -460,7 +486,10 @@ fn draw() -> impl Strategy<Value = Draw> {
     ];
     let rarely = || prop_oneof![6 => Just(false), 1 => Just(true)];
     let flags = (rarely(), rarely(), rarely(), any::<bool>());
-    (0..14_u8, phase, flags, policy, 0..900_u32).prop_map(
+    let current = (policy, rule(), rarely()).prop_map(|(policy, plan_rule, second_person)| {
+        Demands { policy, plan_rule, second_person }
+    });
+    (0..15_u8, phase, flags, current, 0..900_u32).prop_map(
         |(kind, phase, (stale, other_runner, wrong_digest, applyable), current, wait)| Draw {
             kind,
             phase,
@@ -480,7 +509,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
         let current = run.job(phase).epoch.get();
         Epoch::new(if draw.stale { current.saturating_sub(1) } else { current })
     };
-    let (phase, current) = (draw.phase, draw.current);
+    let (phase, current) = (draw.phase, draw.current.clone());
     let seen = if draw.wrong_digest {
         Digest::from_bytes([0; 32])
     } else {
@@ -492,7 +521,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             evidence: Evidence {
                 authentication: AuthenticationId::from_bytes([number; 16]),
                 phase,
-                user: "ada".into(),
+                user: if draw.stale { "ada" } else { "bob" }.into(),
                 authenticated_at: now,
                 expires_at: now + Duration::from_secs(3600),
             },
@@ -500,7 +529,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             current,
         },
         1 | 2 => Event::TurnCame,
-        3 => Event::Granted { phase, runner, log_base: 0, state: None, engine: Engine::default() },
+        3 => asked_for(phase, Engine::default()),
         4 => Event::HandedBack { phase, runner, epoch: epoch(phase) },
         5 | 6 => Event::Starting {
             phase,
@@ -517,6 +546,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
             epoch: epoch(Phase::Plan),
             outcome: PlanOutcome::Planned(Planned {
                 digest: Digest::from_bytes([number; 32]),
+                facts: (!draw.stale || draw.wait.is_multiple_of(3)).then(facts),
                 ..planned(draw.applyable)
             }),
             current,
@@ -530,7 +560,14 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
                 ApplyOutcome::Failed(failed())
             },
         },
-        11 => Event::Confirmed { by: "ada".into(), seen, current },
+        11 => {
+            let by = if draw.stale { "ada" } else { "bob" }.into();
+            Event::Confirmed { by, seen, current }
+        }
+        14 => {
+            let limit = Some(Duration::from_secs(u64::from(draw.wait)));
+            Event::LimitReached { limits: Limits { person: limit, plan: limit, apply: limit } }
+        }
         12 => forced(Duration::from_secs(30)),
         _ if draw.wait.is_multiple_of(5) => Event::CancelRequested { by: "ada".into() },
         _ if draw.wait.is_multiple_of(97) => Event::Restored,
@@ -567,12 +604,23 @@ fn check_move(
             prop_assert!(approval.is_some());
         }
         // I4
+        let second = next.request.second_person
+            || matches!(event, Event::Starting { current, .. } if current.second_person);
+        if second && phase == Phase::Apply {
+            let by = next.approval.as_ref().map(|approval| approval.by.as_str());
+            prop_assert!(by.is_some_and(|by| by != next.request.queued_by.name()));
+        }
         let Event::Starting { current, .. } = event else {
             panic!("released by {event:?}");
         };
         match release.permit {
             Permit::PlainSession => {
-                prop_assert!(!next.request.policy.max(*current).requires_code(phase));
+                prop_assert!(!next.request.policy.max(current.policy).requires_code(phase));
+                let facts = next.planned.as_ref().and_then(|planned| planned.facts.as_ref());
+                for rule in [&next.request.plan_rule, &current.plan_rule] {
+                    let matched = phase == Phase::Apply && rule.matches(facts).is_some();
+                    prop_assert!(!matched, "{rule:?} was passed by");
+                }
             }
             Permit::MfaSession { authentication } => {
                 let evidence = new.evidence.as_ref().expect("what was released is kept");
@@ -605,6 +653,8 @@ fn check_stale(before: &Run, event: &Event, moved: bool) -> TestCaseResult {
         | Event::Discarded { .. }
         | Event::CancelRequested { .. }
         | Event::ForceRequested { .. }
+        | Event::LimitReached { .. }
+        | Event::ToppedUp { .. }
         | Event::Restored => return Ok(()),
     };
     let speaks = before.job(phase).lease.as_ref().is_some_and(|lease| lease.is(runner, epoch));
@@ -620,11 +670,13 @@ proptest! {
         policy in prop_oneof![
             Just(MfaPolicy::Never), Just(MfaPolicy::AppliesOnly), Just(MfaPolicy::PlansAndApplies)
         ],
-        auto_apply in any::<bool>(),
+        (auto_apply, plan_rule, second_person) in (any::<bool>(), rule(), any::<bool>()),
         draws in vec(draw(), 1..120),
     ) {
         let mut run = queue(policy);
         run.request.auto_apply = auto_apply;
+        run.request.plan_rule = plan_rule;
+        run.request.second_person = second_person;
         let mut hold = Hold::default();
         let mut now = START;
         let mut released = HashSet::new();

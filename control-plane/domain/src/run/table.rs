@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use super::step_tests::{self as given, RUNNER, planned};
 use super::{
-    ApplyOutcome, Event, Failure, FailureKind, PlanOutcome, Refusal, RefusedCode, Run, RunState,
-    Step, step,
+    ApplyOutcome, Event, Failure, FailureKind, Limits, PlanOutcome, Refusal, RefusedCode, Run,
+    RunState, Step, step,
 };
 use crate::environment::Change;
 use crate::id::AuthenticationId;
 use crate::lease::Engine;
-use crate::policy::{MfaPolicy, Phase};
+use crate::policy::{Demands, Phase};
 use crate::time::Timestamp;
 
 /// One column: its title, and the event for a run. Messages of runners speak for the run's
@@ -21,15 +21,15 @@ type Column = (&'static str, fn(&Run) -> Event);
 
 const COLUMNS: &[Column] = &[
     ("code accepted", |run| {
-        let phase = run.awaits_code(MfaPolicy::Never).unwrap_or(Phase::Plan);
+        let phase = run.awaits_code(&Demands::default()).unwrap_or(Phase::Plan);
         Event::CodeAccepted {
             evidence: given::evidence(phase),
             seen: run.planned.as_ref().map(|planned| planned.digest),
-            current: MfaPolicy::Never,
+            current: Demands::default(),
         }
     }),
     ("code refused", |run| Event::CodeRefused {
-        phase: run.awaits_code(MfaPolicy::Never).unwrap_or(Phase::Plan),
+        phase: run.awaits_code(&Demands::default()).unwrap_or(Phase::Plan),
         refused: RefusedCode {
             authentication: AuthenticationId::from_bytes([3; 16]),
             reason: "CODE_REJECTED".into(),
@@ -37,7 +37,7 @@ const COLUMNS: &[Column] = &[
             at: Timestamp::from_millis(1),
             aws_request_id: None,
         },
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     }),
     ("turn came", |_| Event::TurnCame),
     ("plan granted", |_| granted(Phase::Plan)),
@@ -51,9 +51,10 @@ const COLUMNS: &[Column] = &[
         phase: phase_of(run),
         runner: RUNNER,
         epoch: run.job(phase_of(run)).epoch,
-        current: MfaPolicy::Never,
+        current: Demands::default(),
         floor: Duration::ZERO,
     }),
+    ("topped up", |run| Event::ToppedUp { evidence: given::evidence(phase_of(run)) }),
     ("cannot start", |run| Event::CannotStart {
         phase: phase_of(run),
         runner: RUNNER,
@@ -78,13 +79,13 @@ const COLUMNS: &[Column] = &[
         runner: RUNNER,
         epoch: run.plan.epoch,
         outcome: PlanOutcome::Planned(planned(true)),
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     }),
     ("plan failed", |run| Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
         outcome: PlanOutcome::Failed(failure(FailureKind::Errored)),
-        current: MfaPolicy::Never,
+        current: Demands::default(),
     }),
     ("applied", |run| Event::ApplyEnded {
         runner: RUNNER,
@@ -104,21 +105,30 @@ const COLUMNS: &[Column] = &[
     ("confirmed", |run| Event::Confirmed {
         by: "ada".into(),
         seen: planned(true).digest,
-        current: run.request.policy,
+        current: run.request.policy.into(),
     }),
     ("discarded", |_| Event::Discarded { by: "ada".into() }),
     ("cancel requested", |_| Event::CancelRequested { by: "ada".into() }),
     ("force requested, after the grace", |_| force(Duration::ZERO)),
     ("force requested, within the grace", |_| force(Duration::from_secs(30))),
+    ("limit reached", |_| Event::LimitReached { limits: limits(0) }),
+    ("limit not reached", |_| Event::LimitReached { limits: limits(60) }),
     ("restored", |_| Event::Restored),
 ];
 
 fn granted(phase: Phase) -> Event {
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine: Engine::default() }
+    let (engine, floor) = (Engine::default(), Duration::ZERO);
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor }
 }
 
 fn force(grace: Duration) -> Event {
     Event::ForceRequested { by: "ada".into(), grace }
+}
+
+/// Limits that the run reaches this much later than the table's moment.
+fn limits(later: u64) -> Limits {
+    let limit = Some(Duration::from_secs(1 + later));
+    Limits { person: limit, plan: limit, apply: limit }
 }
 
 fn failure(kind: FailureKind) -> Failure {

@@ -12,6 +12,7 @@ use crate::app::people::TokenScope;
 use crate::app::start_job::Start;
 use crate::app::variables::{NewVariable, Scope};
 use crate::app::view_runs::Lock;
+use crate::store::record::authentication::Purpose;
 use crate::store::record::people::{Access, Role};
 use crate::store::record::variable::Category;
 
@@ -70,6 +71,7 @@ async fn a_hundred_submissions_of_one_code_reach_aws_once() {
                 code: code.into(),
                 seen: None,
                 request_id: format!("r{n}"),
+                purpose: Purpose::Phase,
             };
             app.authenticate_run(&owner, submission).await
         })
@@ -174,6 +176,7 @@ async fn a_code_that_was_provably_not_sent_is_still_good() {
         code: code.clone().into(),
         seen: None,
         request_id: "cut".into(),
+        purpose: Purpose::Phase,
     };
     let error = cut_off.authenticate_run(&fixture.owner, submission).await.unwrap_err();
     assert_eq!(error.reason(), Reason::AwsUnreachable, "{error}");
@@ -193,9 +196,8 @@ async fn whose_session_it_is_may_be_asked_again_without_another_code() {
 #[tokio::test]
 async fn keys_of_an_account_that_is_not_listed_spend_no_code() {
     let (fixture, run) = waiting().await;
-    let (app, owner) = (&fixture.app, &fixture.owner);
     for accounts in [vec![], vec!["210987654321".to_owned()]] {
-        app.update_organization(owner, ORGANIZATION, accounts).await.unwrap();
+        fixture.list_accounts(accounts).await;
         let error = fixture.submit(&run, &fixture.code(), "one").await.unwrap_err();
         assert_eq!(error.reason(), Reason::AccountNotListed);
     }
@@ -205,13 +207,8 @@ async fn keys_of_an_account_that_is_not_listed_spend_no_code() {
 #[tokio::test]
 async fn a_missing_part_of_the_triple_is_named() {
     let (fixture, run) = waiting().await;
-    let scope = Scope::Organization;
     let name = "AWS_MFA_SERIAL_NUMBER";
-    fixture
-        .app
-        .delete_variable(&fixture.owner, ORGANIZATION, &scope, Category::Environment, name)
-        .await
-        .unwrap();
+    fixture.unset(name).await;
     let error = fixture.submit(&run, &fixture.code(), "one").await.unwrap_err();
     assert_eq!(error.reason(), Reason::TripleIncomplete);
     assert!(error.message().contains(name) && error.message().contains("latchkey var set"));
@@ -229,7 +226,7 @@ async fn a_persons_own_keys_come_before_the_organizations() {
         hcl: false,
     };
     let scope = Scope::Personal;
-    fixture.app.set_variable(&fixture.owner, ORGANIZATION, &scope, own).await.unwrap();
+    fixture.app.set_variable(&fixture.owner, ORGANIZATION, &scope, own, None).await.unwrap();
     let error = fixture.submit(&run, &fixture.code(), "one").await.unwrap_err();
     assert!(error.message().contains("your personal variables"), "{error}");
 }
@@ -295,6 +292,7 @@ async fn an_attempt_that_a_crash_cut_off_is_unknown_after_the_start() {
                 code: code.into(),
                 seen: None,
                 request_id: "cut".into(),
+                purpose: Purpose::Phase,
             };
             app.authenticate_run(&owner, submission).await
         })

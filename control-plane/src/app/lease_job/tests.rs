@@ -209,7 +209,7 @@ async fn a_policy_tightened_after_the_confirmation_stops_the_release() {
         SettingsChange { policy: Some(MfaPolicy::AppliesOnly), ..SettingsChange::default() };
     fixture
         .app
-        .update_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT, stricter)
+        .update_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT, stricter, None)
         .await
         .unwrap();
     let (_, _, start) = fixture.start(&run, Phase::Apply).await;

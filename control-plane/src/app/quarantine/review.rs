@@ -157,7 +157,7 @@ impl App {
                 return Ok(accepted.state.clone());
             }
             let hold = &environment.value.hold;
-            if let Some(lock) = &hold.locked {
+            if let Some(lock) = &hold.state_lock {
                 return Err(locked(lock));
             }
             if let (None, Some(holder)) = (&hold.frozen, hold.holder) {

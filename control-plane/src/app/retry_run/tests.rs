@@ -40,7 +40,7 @@ async fn a_retry_asks_for_the_same_under_the_policy_of_now() {
     let tighter =
         SettingsChange { policy: Some(MfaPolicy::PlansAndApplies), ..SettingsChange::default() };
     let app = &fixture.app;
-    app.update_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT, tighter).await.unwrap();
+    app.update_environment(&fixture.owner, ORGANIZATION, ENVIRONMENT, tighter, None).await.unwrap();
     let second = app.retry_run(&fixture.owner, retry(&first, "a")).await.unwrap();
     assert_eq!(second.state, RunState::AwaitingPlanMfa);
     assert_eq!(second.request.retry_of, Some(first.id));
@@ -70,7 +70,7 @@ async fn what_was_given_for_the_first_run_has_to_be_given_again() {
 #[tokio::test]
 async fn a_destroy_is_named_again_and_strangers_learn_nothing() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
-    let first = fixture.queue_kind("first", RunKind::Destroy).await;
+    let first = fixture.queue_kind(RunKind::Destroy, "first").await;
     fixture.app.cancel_run(&fixture.owner, first.id).await.unwrap();
     let refused = fixture.app.retry_run(&fixture.owner, retry(&first, "a")).await.unwrap_err();
     assert_eq!(refused.field_name(), Some("destroy_confirmation"));

@@ -21,7 +21,7 @@ async fn enrolled(fixture: &Fixture) -> RunnerIdentity {
     let (app, owner) = (&fixture.app, &fixture.owner);
     let pool = app.create_pool(owner, ORGANIZATION, "build", "pool").await.unwrap();
     let change = SettingsChange { pool: Some("build".into()), ..SettingsChange::default() };
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     record(fixture, pool.id.0, 7).await
 }
 
@@ -230,7 +230,7 @@ async fn a_waiting_run_says_what_it_waits_for() {
         ..SettingsChange::default()
     };
     let (app, owner) = (&fixture.app, &fixture.owner);
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let mut frames = connect(&fixture, &runner).await;
     let lacking = "waits for a runner of pool build with tofu 1.9.0 and label gpu=yes";
     assert_eq!(reason(&fixture, &run).await, lacking);
@@ -240,7 +240,7 @@ async fn a_waiting_run_says_what_it_waits_for() {
         engine_version: Some("1.11.4".into()),
         ..SettingsChange::default()
     };
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     // Settings that were changed while it waits count at once.
     assert_eq!(offer(&mut frames).await.job.run, run.id);
 }
@@ -257,13 +257,13 @@ async fn a_plan_is_asked_for_by_its_settings_and_an_apply_by_its_plan() {
         ..SettingsChange::default()
     };
     let change = set("terraform", "1.11.4");
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let run = fixture.queue("first").await;
     let (lease, spec) = app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap();
     assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.11.4"));
     app.hand_back(&runner, lease).await.unwrap();
     let run = fixture.plan(&run).await;
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0")).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None).await.unwrap();
     let seen = run.planned.as_ref().unwrap().digest;
     app.confirm_run(owner, run.id, seen).await.unwrap();
     let (_, spec) = app.grant(run.job_id(Phase::Apply), runner.id).await.unwrap();
@@ -302,10 +302,10 @@ async fn settings_that_change_in_the_middle_of_a_plan_break_nothing() {
         ..SettingsChange::default()
     };
     let change = set("terraform", "1.11.4");
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let run = fixture.queue("first").await;
     let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0")).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None).await.unwrap();
     let run = fixture.planned(&runner, lease).await;
     assert_eq!(run.state, RunState::AwaitingConfirmation, "{:?}", run.reason);
 }

@@ -60,7 +60,7 @@ impl Sending {
         if hold.holder.is_some() || hold.frozen.is_some() {
             return check_free(hold);
         }
-        match &hold.locked {
+        match &hold.state_lock {
             Some(found) if found.id == *lock && found.user == caller.name() => Ok(()),
             Some(found) => Err(locked(found)),
             None => Err(Error::refused(

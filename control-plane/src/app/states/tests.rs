@@ -321,7 +321,7 @@ async fn a_workstation_keeps_the_next_run_waiting_and_gives_way_when_it_unlocks(
     assert_eq!(unlock(&fixture, "id").await, LockAnswer::Done, "a repeat");
     fixture.app.give_all_turns().await.unwrap();
     assert_eq!(fixture.run(&run).await.state, RunState::PlanQueued);
-    assert_eq!(hold(&fixture).await.locked, None);
+    assert_eq!(hold(&fixture).await.state_lock, None);
 }
 
 #[tokio::test]
@@ -331,10 +331,10 @@ async fn a_lock_left_behind_is_taken_away_by_its_id_alone() {
     lock(&fixture, &fixture.owner, "id").await.unwrap();
     let force = |id: &'static str| fixture.app.force_unlock_state(&admin, ENV.0, ENV.1, id);
     refused(force("other").await, Reason::FieldInvalid, "lock id;");
-    assert!(hold(&fixture).await.locked.is_some());
+    assert!(hold(&fixture).await.state_lock.is_some());
     force("id").await.unwrap();
     force("id").await.unwrap();
-    assert_eq!(hold(&fixture).await.locked, None);
+    assert_eq!(hold(&fixture).await.state_lock, None);
     assert_eq!(audited(&fixture, "force_unlock_state").await, 1);
     // Who had it writes no more.
     refused(push(&fixture, "id", &state("l", 1)).await, Reason::WrongState, "taken away");

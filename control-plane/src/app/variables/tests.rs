@@ -33,7 +33,7 @@ fn variable(name: &str, value: &str) -> NewVariable {
 
 async fn set(fixture: &Fixture, scope: &Scope, new: NewVariable) -> Result<()> {
     let app = &fixture.app;
-    app.set_variable(&fixture.owner, ORGANIZATION, scope, new).await.map(drop)
+    app.set_variable(&fixture.owner, ORGANIZATION, scope, new, None).await.map(drop)
 }
 
 /// What a job of the run would be given, by name.
@@ -77,7 +77,7 @@ async fn a_large_value_is_a_blob_that_goes_with_its_record() {
 
     set(&fixture, &here(), variable("large", "small")).await.unwrap();
     let app = &fixture.app;
-    app.delete_variable(&fixture.owner, ORGANIZATION, &here(), Category::Terraform, "other")
+    app.delete_variable(&fixture.owner, ORGANIZATION, &here(), (Category::Terraform, "other"), None)
         .await
         .unwrap();
     fixture.app.collect_garbage().await.unwrap();
@@ -99,9 +99,7 @@ async fn a_run_keeps_what_it_was_queued_with_until_it_ends() {
         &fixture.owner,
         ORGANIZATION,
         &Scope::Personal,
-        Category::Terraform,
-        "mine",
-    )
+        (Category::Terraform, "mine"), None)
     .await
     .unwrap();
     app.collect_garbage().await.unwrap();
@@ -183,7 +181,7 @@ async fn the_budget_of_a_scope_holds_for_those_who_save_at_once() {
         let app = fixture.app.clone();
         let (owner, new) = (fixture.owner.clone(), variable(&format!("v{number}"), &value));
         tokio::spawn(
-            async move { app.set_variable(&owner, ORGANIZATION, &here(), new).await.map(drop) },
+            async move { app.set_variable(&owner, ORGANIZATION, &here(), new, None).await.map(drop) },
         )
     });
     let mut refused = 0;

@@ -164,6 +164,14 @@ impl Service {
                     let Some(message) = message else {
                         return Err(Status::aborted("the stream was not read; connect again"));
                     };
+                    if let ToRunner::Renew { lease } = message {
+                        let (service, speaker) = (self.clone(), speaker.clone());
+                        let answers = answers.clone();
+                        answering.spawn(async move {
+                            service.renew(&speaker.runner, lease, &answers).await
+                        });
+                        continue;
+                    }
                     let Some(frame) = from_dispatch_out(message) else {
                         return Err(Status::aborted("another stream of this runner took over"));
                     };
@@ -236,6 +244,22 @@ impl Service {
                     Err(error) => self.lost(runner, answers, lease, error).await,
                 }
             }
+        }
+    }
+
+    /// Gives the holder of a lease the credentials that its phase has now.
+    async fn renew(
+        &self,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        answers: &Outgoing,
+    ) -> Result<(), Status> {
+        match self.app.start_again(runner, lease).await {
+            Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
+            // What took them away told the runner itself.
+            Ok(Start::Revoked { .. } | Start::Forced) => Ok(()),
+            Err(error) if error.reason() == Reason::LeaseLost => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -313,6 +337,7 @@ impl Service {
             | Reason::PlanChanged
             | Reason::PersonRequired
             | Reason::CancelGrace
+            | Reason::SecondPersonRequired
             | Reason::TripleIncomplete
             | Reason::SerialUnusable
             | Reason::AccountNotListed

@@ -35,7 +35,7 @@ async fn connected() -> Connected {
     let (app, owner) = (&fixture.app, &fixture.owner);
     let pool = app.create_pool(owner, ORGANIZATION, "build", "pool").await.unwrap().id;
     let change = SettingsChange { pool: Some("build".into()), ..SettingsChange::default() };
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let runner = RunnerIdentity {
         id: RunnerId::from_bytes([7; 16]),
         name: "builder".into(),

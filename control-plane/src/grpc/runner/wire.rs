@@ -32,7 +32,8 @@ pub(super) fn from_dispatch_out(message: ToRunner) -> Option<Out> {
         }
         ToRunner::Drain => Some(Out::Drain(v1::Drain {})),
         ToRunner::Resume => Some(Out::Resume(v1::Resume {})),
-        ToRunner::Superseded => None,
+        // Answered with what is fetched for it.
+        ToRunner::Renew { .. } | ToRunner::Superseded => None,
     }
 }
 
@@ -48,8 +49,11 @@ pub(super) fn go_out(lease: LeaseRef, go: Go, history: Option<Mark>) -> Out {
     let credentials = go.session.map(|session| v1::SessionCredentials {
         access_key_id: session.access_key_id,
         secret_access_key: session.secret_access_key.expose_secret().to_owned(),
-        session_token: session.session_token.expose_secret().to_owned(),
-        expire_time: Some(convert::timestamp(session.expires_at)),
+        session_token: session
+            .session_token
+            .map(|token| token.expose_secret().to_owned())
+            .unwrap_or_default(),
+        expire_time: session.expires_at.map(convert::timestamp),
     });
     let variables = go
         .variables
@@ -138,7 +142,7 @@ pub(super) fn job_result(result: Option<WireResult>) -> Result<JobResult, Error>
             Ok(JobResult::Planned {
                 digests,
                 applyable,
-                counts: Counts { add, change, destroy, import },
+                counts: Counts { add, change, destroy, import, replace: 0 },
                 engine: plan.engine,
                 terraform_version: version,
             })

@@ -23,6 +23,46 @@ pub struct Authentication {
     pub seen: Option<Text<Digest>>,
     pub submitted_at: Millis,
     pub outcome: Outcome,
+    #[serde(default)]
+    pub purpose: Purpose,
+    /// The role that the code assumes; absent for a session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<String>,
+    /// How much of the space for policies and tags was used, where AWS says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packed_percent: Option<u32>,
+}
+
+impl Authentication {
+    /// Of what kind the session is that the code buys.
+    pub fn kind(&self) -> CredentialsKind {
+        match &self.role {
+            Some(role) => CredentialsKind::Role(role.clone()),
+            None => CredentialsKind::Session,
+        }
+    }
+}
+
+/// What a code was submitted for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// To let the phase start.
+    #[default]
+    Phase,
+    /// To let the phase, which runs, run on.
+    TopUp,
+}
+
+/// Of what kind credentials are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CredentialsKind {
+    Session,
+    /// Of this role.
+    Role(String),
+    /// Long-term keys.
+    Static,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,7 +117,14 @@ pub struct Session {
     /// Absent for a session without MFA.
     pub authentication: Option<Text<AuthenticationId>>,
     pub credentials: SealedBytes,
-    pub expires_at: Millis,
+    /// Absent for long-term keys.
+    pub expires_at: Option<Millis>,
+    /// Absent where an earlier release wrote the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<CredentialsKind>,
+    /// As AWS told it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use latchkey_domain::environment::{Frozen, Hold, StateLock};
+use latchkey_domain::environment::{Frozen, Hold, Locked, StateLock};
 use latchkey_domain::id::{Digest, EnvironmentId, OrganizationId, PoolId, RunId};
-use latchkey_domain::policy::{MfaPolicy, Phase, PlanRule};
+use latchkey_domain::policy::{Demands, MfaPolicy, Phase, PlanRule};
 use latchkey_domain::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,8 @@ pub struct Environment {
     pub name: String,
     pub settings: Settings,
     pub hold: Hold,
+    /// Set while what it demands was last set on the host, without a code.
+    pub break_glass: Option<BreakGlass>,
     pub state: Option<StateHead>,
     pub created_at: Timestamp,
 }
@@ -48,6 +50,26 @@ pub struct Settings {
     /// The least life of credentials at a start; the control plane's where that is longer.
     pub session_floor: Duration,
     pub limits: Limits,
+}
+
+/// A policy that was set on the control plane's host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BreakGlass {
+    pub at: Millis,
+    pub reason: String,
+    /// What was done.
+    pub what: String,
+}
+
+impl Settings {
+    /// What a phase must be approved by.
+    pub fn demands(&self) -> Demands {
+        Demands {
+            policy: self.policy,
+            plan_rule: self.plan_rule.clone(),
+            second_person: self.second_person,
+        }
+    }
 }
 
 /// The roles of the credential modes `role`.
@@ -89,6 +111,14 @@ pub struct Limits {
     pub apply: Option<u64>,
 }
 
+impl From<Limits> for latchkey_domain::run::Limits {
+    fn from(limits: Limits) -> Self {
+        let Limits { person, plan, apply } = limits;
+        let [person, plan, apply] = [person, plan, apply].map(|l| l.map(Duration::from_secs));
+        Self { person, plan, apply }
+    }
+}
+
 /// What a code buys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -123,7 +153,7 @@ impl From<PlanRuleRecord> for PlanRule {
     }
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
@@ -159,6 +189,12 @@ impl Default for Settings {
             limits: Limits::default(),
         }
     }
+}
+
+/// How long the last applies took, in seconds, oldest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApplyDurations {
+    pub seconds: Vec<u64>,
 }
 
 /// The newest state.
@@ -248,6 +284,10 @@ pub struct EnvironmentRecord {
     frozen: Option<FrozenRecord>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     state_lock: Option<StateLockRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    locked: Option<LockedRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    break_glass: Option<BreakGlass>,
     state: Option<StateHead>,
     created_at: Millis,
 }
@@ -283,6 +323,13 @@ impl From<StateLockRecord> for StateLock {
     }
 }
 
+#[derive(Debug, Serialize, Deserialize)]
+struct LockedRecord {
+    by: String,
+    reason: String,
+    at: Millis,
+}
+
 impl From<&Environment> for EnvironmentRecord {
     fn from(environment: &Environment) -> Self {
         let settings = environment.settings.clone();
@@ -311,7 +358,13 @@ impl From<&Environment> for EnvironmentRecord {
                 run: Text(frozen.run),
                 reason: frozen.reason.clone(),
             }),
-            state_lock: environment.hold.locked.as_ref().map(StateLockRecord::from),
+            state_lock: environment.hold.state_lock.as_ref().map(StateLockRecord::from),
+            locked: environment.hold.locked.as_ref().map(|locked| LockedRecord {
+                by: locked.by.clone(),
+                reason: locked.reason.clone(),
+                at: locked.at.into(),
+            }),
+            break_glass: environment.break_glass.clone(),
             state: environment.state.clone(),
             created_at: environment.created_at.into(),
         }
@@ -347,8 +400,14 @@ impl From<EnvironmentRecord> for Environment {
                 frozen: record
                     .frozen
                     .map(|frozen| Frozen { run: frozen.run.0, reason: frozen.reason }),
-                locked: record.state_lock.map(StateLock::from),
+                state_lock: record.state_lock.map(StateLock::from),
+                locked: record.locked.map(|locked| Locked {
+                    by: locked.by,
+                    reason: locked.reason,
+                    at: locked.at.into(),
+                }),
             },
+            break_glass: record.break_glass,
             state: record.state,
             created_at: record.created_at.into(),
         }

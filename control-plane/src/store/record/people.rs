@@ -21,6 +21,9 @@ pub struct Organization {
     pub name: String,
     /// Accounts that triples may belong to, twelve digits each.
     pub aws_accounts: Vec<String>,
+    /// What its runs give when they assume a role; empty until that is first needed.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub external_id: String,
     pub created_at: Millis,
 }
 

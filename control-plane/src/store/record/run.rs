@@ -1,16 +1,21 @@
 //! Runs as they are stored.
 
+use std::collections::BTreeSet;
+
 use latchkey_domain::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
 use latchkey_domain::lease::{Engine, Lease, Released};
-use latchkey_domain::policy::{Evidence, MfaPolicy, Permit, Phase};
+use latchkey_domain::policy::{
+    DestroyedBy, Destroys, Evidence, MfaPolicy, Permit, Phase, PlanFacts,
+};
 use latchkey_domain::run::{
     Actor, Approval, Authenticated, Counts, Job, PlanDigests, Planned, RefusedCode, Request, Run,
     RunKind, RunState,
 };
 use serde::{Deserialize, Serialize};
 
+use super::environment::{PlanRuleRecord, is_default};
 use super::{Millis, Text};
 
 #[derive(Serialize, Deserialize)]
@@ -80,6 +85,10 @@ pub struct RunRecord {
     auto_apply: bool,
     #[serde(with = "PolicyRecord")]
     policy: MfaPolicy,
+    #[serde(default, skip_serializing_if = "is_default")]
+    plan_rule: PlanRuleRecord,
+    #[serde(default, skip_serializing_if = "is_default")]
+    second_person: bool,
     queued_by: ActorRecord,
     queued_at: Millis,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -89,6 +98,9 @@ pub struct RunRecord {
     #[serde(with = "StateRecord")]
     state: RunState,
     updated_at: Millis,
+    /// Of runs of before there were limits: when they last moved.
+    #[serde(default)]
+    entered_at: Option<Millis>,
     plan: JobRecord,
     apply: JobRecord,
     planned: Option<PlannedRecord>,
@@ -100,6 +112,8 @@ pub struct RunRecord {
     #[serde(default)]
     forced_by: Option<String>,
     refused_code: Option<RefusedCodeRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    code_reason: Option<String>,
     reason: Option<String>,
 }
 
@@ -162,10 +176,51 @@ struct PlannedRecord {
     change: u32,
     destroy: u32,
     import: u32,
+    #[serde(default)]
+    replace: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    facts: Option<FactsRecord>,
     /// Of plans made before there was a choice: terraform.
     #[serde(default = "terraform")]
     engine: String,
     terraform_version: String,
+}
+
+/// [`PlanFacts`] as they are stored.
+#[derive(Debug, Serialize, Deserialize)]
+struct FactsRecord {
+    changes: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    destroys: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replaces: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    types: BTreeSet<String>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    more_types: bool,
+}
+
+impl From<&PlanFacts> for FactsRecord {
+    fn from(facts: &PlanFacts) -> Self {
+        let PlanFacts { changes, destroys, types, more_types } = facts.clone();
+        let (destroys, replaces) = match destroys {
+            Some(Destroys { address, by: DestroyedBy::Destroying }) => (Some(address), None),
+            Some(Destroys { address, by: DestroyedBy::Replacing }) => (None, Some(address)),
+            None => (None, None),
+        };
+        Self { changes, destroys, replaces, types, more_types }
+    }
+}
+
+impl From<FactsRecord> for PlanFacts {
+    fn from(record: FactsRecord) -> Self {
+        let FactsRecord { changes, destroys, replaces, types, more_types } = record;
+        let by = |by| move |address| Destroys { address, by };
+        let destroys = destroys
+            .map(by(DestroyedBy::Destroying))
+            .or_else(|| replaces.map(by(DestroyedBy::Replacing)));
+        PlanFacts { changes, destroys, types, more_types }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -200,6 +255,8 @@ impl From<&Run> for RunRecord {
             replace,
             auto_apply,
             policy,
+            plan_rule,
+            second_person,
             queued_by,
             queued_at,
             retry_of,
@@ -216,6 +273,8 @@ impl From<&Run> for RunRecord {
             replace,
             auto_apply,
             policy,
+            plan_rule: PlanRuleRecord::from(&plan_rule),
+            second_person,
             queued_by: match queued_by {
                 Actor::User { id, name } => ActorRecord::User { id: Text(id), name },
                 Actor::Service { name } => ActorRecord::Service { name },
@@ -225,6 +284,7 @@ impl From<&Run> for RunRecord {
             given,
             state: run.state,
             updated_at: run.updated_at.into(),
+            entered_at: Some(run.entered_at.into()),
             plan: (&run.plan).into(),
             apply: (&run.apply).into(),
             planned: run.planned.as_ref().map(PlannedRecord::from),
@@ -244,6 +304,7 @@ impl From<&Run> for RunRecord {
                 at: refused.at.into(),
                 aws_request_id: refused.aws_request_id.clone(),
             }),
+            code_reason: run.code_reason.clone(),
             reason: run.reason.clone(),
         }
     }
@@ -263,6 +324,8 @@ impl From<RunRecord> for Run {
                 replace: record.replace,
                 auto_apply: record.auto_apply,
                 policy: record.policy,
+                plan_rule: record.plan_rule.into(),
+                second_person: record.second_person,
                 queued_by: match record.queued_by {
                     ActorRecord::User { id, name } => Actor::User { id: id.0, name },
                     ActorRecord::Service { name } => Actor::Service { name },
@@ -273,6 +336,7 @@ impl From<RunRecord> for Run {
             },
             state: record.state,
             updated_at: record.updated_at.into(),
+            entered_at: record.entered_at.unwrap_or(record.updated_at).into(),
             plan: record.plan.into(),
             apply: record.apply.into(),
             planned: record.planned.map(Planned::from),
@@ -292,6 +356,7 @@ impl From<RunRecord> for Run {
                 at: refused.at.into(),
                 aws_request_id: refused.aws_request_id,
             }),
+            code_reason: record.code_reason,
             reason: record.reason,
         }
     }
@@ -396,7 +461,7 @@ impl From<LeaseRecord> for Lease {
 impl From<&Planned> for PlannedRecord {
     fn from(planned: &Planned) -> Self {
         let PlanDigests { plan, workspace, lock_file, changes } = planned.digests.clone();
-        let Counts { add, change, destroy, import } = planned.counts;
+        let Counts { add, change, destroy, import, replace } = planned.counts;
         Self {
             plan: Text(plan),
             workspace: Text(workspace),
@@ -408,6 +473,8 @@ impl From<&Planned> for PlannedRecord {
             change,
             destroy,
             import,
+            replace,
+            facts: planned.facts.as_ref().map(FactsRecord::from),
             engine: planned.engine.clone(),
             terraform_version: planned.terraform_version.clone(),
         }
@@ -430,7 +497,9 @@ impl From<PlannedRecord> for Planned {
                 change: record.change,
                 destroy: record.destroy,
                 import: record.import,
+                replace: record.replace,
             },
+            facts: record.facts.map(PlanFacts::from),
             engine: record.engine,
             terraform_version: record.terraform_version,
         }
@@ -439,6 +508,8 @@ impl From<PlannedRecord> for Planned {
 
 #[cfg(test)]
 mod tests {
+    use latchkey_domain::policy::PlanRule;
+
     use super::*;
     use crate::store::record::encode;
 
@@ -459,6 +530,8 @@ mod tests {
                 replace: vec!["c.d".into()],
                 auto_apply: true,
                 policy: MfaPolicy::PlansAndApplies,
+                plan_rule: PlanRule { destructive: true, ..PlanRule::default() },
+                second_person: true,
                 queued_by: Actor::User { id: UserId::from_bytes(id(4)), name: "ada".into() },
                 queued_at: at,
                 retry_of: Some(RunId::from_bytes(id(7))),
@@ -500,7 +573,16 @@ mod tests {
             },
             digest,
             applyable: true,
-            counts: Counts { add: 1, change: 2, destroy: 3, import: 4 },
+            counts: Counts { add: 1, change: 2, destroy: 3, import: 4, replace: 1 },
+            facts: Some(PlanFacts {
+                changes: 7,
+                destroys: Some(Destroys {
+                    address: "aws_iam_role.admin".into(),
+                    by: DestroyedBy::Replacing,
+                }),
+                types: ["aws_iam_role".to_owned()].into(),
+                more_types: true,
+            }),
             engine: "tofu".into(),
             terraform_version: "1.11.4".into(),
         });
@@ -516,6 +598,7 @@ mod tests {
             at,
             aws_request_id: Some("x".into()),
         });
+        run.code_reason = Some("the plan replaces aws_iam_role.admin".into());
         run.reason = Some("because".into());
         let bytes = encode(&RunRecord::from(&run));
         let back: RunRecord = serde_json::from_slice(&bytes).unwrap();

@@ -10,7 +10,7 @@ use super::{
 use crate::environment::Change;
 use crate::id::{Epoch, RunnerId};
 use crate::lease::{Engine, Lease, Released};
-use crate::policy::{Denial, MfaPolicy, Phase, Release, judge};
+use crate::policy::{Demands, Denial, Evidence, Phase, Release, judge};
 use crate::run::{Run, RunState};
 use crate::time::Timestamp;
 
@@ -25,10 +25,17 @@ pub(super) fn granted(
     (phase, runner): (Phase, RunnerId),
     log_base: u64,
     (state, engine): (Option<u64>, Engine),
+    floor: Duration,
     now: Timestamp,
 ) -> Step {
     if run.state != queued(phase) {
         return Step::Refused(Refusal::WrongState);
+    }
+    if let Some(evidence) = &run.job(phase).evidence
+        && evidence.expires_at.since(now) < floor
+    {
+        let denial = Denial::ExpiresTooSoon { expires_at: evidence.expires_at, floor };
+        return withdrawn(run, phase, denial, now);
     }
     let mut next = moved(run, running(phase), now);
     let job = next.job_mut(phase);
@@ -81,7 +88,7 @@ fn is_lost_with(run: &Run, phase: Phase, runner: RunnerId, epoch: Epoch) -> bool
 pub(super) fn starting(
     run: &Run,
     (phase, runner, epoch): (Phase, RunnerId, Epoch),
-    current: MfaPolicy,
+    current: &Demands,
     floor: Duration,
     now: Timestamp,
 ) -> Step {
@@ -97,10 +104,14 @@ pub(super) fn starting(
     if phase == Phase::Apply && !is_approved(run) {
         return Step::Refused(Refusal::PlanChanged);
     }
+    if phase == Phase::Apply && !is_approved_by_another(run, current) {
+        return denied(run, (phase, epoch), Denial::SecondPersonRequired, current, now);
+    }
     let release = Release {
         phase,
         carried: run.request.policy,
-        current,
+        current: current.policy,
+        matched: run.rule_match(phase, current),
         evidence: run.job(phase).evidence.as_ref(),
         floor,
     };
@@ -114,8 +125,43 @@ pub(super) fn starting(
             }
             done(next, vec![])
         }
-        Err(denial) => denied(run, (phase, epoch), denial, now),
+        Err(denial) => denied(run, (phase, epoch), denial, current, now),
     }
+}
+
+/// Sends a run that nobody has been granted back to wait for a code.
+fn withdrawn(run: &Run, phase: Phase, denial: Denial, now: Timestamp) -> Step {
+    let epoch = run.job(phase).epoch;
+    match denied(run, (phase, epoch), denial, &Demands::default(), now) {
+        Step::Moved { next, environment, mut effects } => {
+            effects.retain(|effect| !matches!(effect, Effect::Revoke(..)));
+            effects.push(Effect::Withdraw(run.job_id(phase)));
+            Step::Moved { next, environment, effects }
+        }
+        other @ (Step::Unchanged | Step::Refused(_)) => other,
+    }
+}
+
+/// Puts another session in place of the one that a running phase has. Who approved it stays who
+/// did.
+pub(super) fn topped_up(run: &Run, evidence: Evidence, now: Timestamp) -> Step {
+    let phase = evidence.phase;
+    if run.running_phase() != Some(phase) {
+        return Step::Refused(Refusal::WrongState);
+    }
+    if run.forced_by.is_some() {
+        return Step::Refused(Refusal::Forced);
+    }
+    let lease = run.job(phase).lease.as_ref().filter(|lease| lease.released.is_some());
+    let Some(lease) = lease else { return Step::Refused(Refusal::WrongState) };
+    let renew = Effect::Renew(run.job_id(phase), lease.epoch);
+    let mut next = moved(run, run.state, now);
+    let job = next.job_mut(phase);
+    if let Some(authenticated) = &mut job.authenticated {
+        authenticated.expires_at = evidence.expires_at;
+    }
+    job.evidence = Some(evidence);
+    done(next, vec![renew])
 }
 
 pub(super) fn cannot_start(
@@ -140,15 +186,34 @@ fn is_approved(run: &Run) -> bool {
     }
 }
 
-/// Sends the run back to wait for a code. A plan gives its turn up: a person may take long. An
+/// Tells whether the approval is of a second person, where one is demanded.
+fn is_approved_by_another(run: &Run, current: &Demands) -> bool {
+    run.approval.as_ref().is_some_and(|approval| run.may_be_approved_by(&approval.by, current))
+}
+
+/// Sends the run back to wait for a person, who is mostly to give a code. A plan gives its turn up: a person may take long. An
 /// apply keeps it: the plan would be stale otherwise.
-fn denied(run: &Run, (phase, epoch): (Phase, Epoch), denial: Denial, now: Timestamp) -> Step {
-    let state = match phase {
-        Phase::Plan => RunState::AwaitingPlanMfa,
-        Phase::Apply => RunState::AwaitingApplyMfa,
+fn denied(
+    run: &Run,
+    (phase, epoch): (Phase, Epoch),
+    denial: Denial,
+    current: &Demands,
+    now: Timestamp,
+) -> Step {
+    let state = match (phase, &denial) {
+        (Phase::Plan, _) => RunState::AwaitingPlanMfa,
+        (Phase::Apply, Denial::SecondPersonRequired)
+            if !run.requires_code(Phase::Apply, current) =>
+        {
+            RunState::AwaitingConfirmation
+        }
+        (Phase::Apply, _) => RunState::AwaitingApplyMfa,
     };
     let mut next = moved(run, state, now);
     next.reason = Some(denial.to_string());
+    if let Denial::RuleMatched(matched) = &denial {
+        next.code_reason = Some(matched.to_string());
+    }
     next.approval = None;
     let mut effects = vec![Effect::Revoke(run.job_id(phase), epoch)];
     let job = next.job_mut(phase);

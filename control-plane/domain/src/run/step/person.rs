@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use super::{Effect, Refusal, Step, approve, done, ended, lost_reason, moved, stopping};
 use crate::id::Digest;
-use crate::policy::{Evidence, MfaPolicy, Phase};
-use crate::run::{Authenticated, Job, Run, RunState};
+use crate::policy::{Demands, Evidence, Phase};
+use crate::run::{Authenticated, Job, Limits, Run, RunState};
 use crate::time::Timestamp;
 
 pub(super) fn code_accepted(
     run: &Run,
     evidence: Evidence,
     seen: Option<Digest>,
-    current: MfaPolicy,
+    current: &Demands,
     now: Timestamp,
 ) -> Step {
     let phase = evidence.phase;
@@ -20,6 +20,9 @@ pub(super) fn code_accepted(
         None => return Step::Refused(Refusal::NotAwaitingCode),
         Some(awaited) if awaited != phase => return Step::Refused(Refusal::OtherPhase),
         Some(_) => {}
+    }
+    if phase == Phase::Apply && !run.may_be_approved_by(&evidence.user, current) {
+        return Step::Refused(Refusal::SecondPersonRequired);
     }
     let state = match phase {
         Phase::Plan => RunState::Pending,
@@ -36,6 +39,8 @@ pub(super) fn code_accepted(
             };
             next.approval = Some(approval);
             next.apply.queued_at = Some(now);
+            let matched = run.rule_match(phase, current).map(|matched| matched.to_string());
+            next.code_reason = next.code_reason.or(matched);
             Effect::Offer(run.job_id(Phase::Apply))
         }
     };
@@ -53,7 +58,7 @@ pub(super) fn confirmed(
     run: &Run,
     by: String,
     seen: Digest,
-    current: MfaPolicy,
+    current: &Demands,
     now: Timestamp,
 ) -> Step {
     match run.state {
@@ -61,11 +66,15 @@ pub(super) fn confirmed(
             if run.awaits_code(current).is_some() {
                 return Step::Refused(Refusal::MfaRequired);
             }
+            if !run.may_be_approved_by(&by, current) {
+                return Step::Refused(Refusal::SecondPersonRequired);
+            }
             let Some(approval) = approve(run, by, Some(seen), now) else {
                 return Step::Refused(Refusal::PlanChanged);
             };
             let mut next = moved(run, RunState::ApplyQueued, now);
             next.approval = Some(approval);
+            next.reason = None;
             next.apply.queued_at = Some(now);
             done(next, vec![Effect::Offer(run.job_id(Phase::Apply))])
         }
@@ -169,6 +178,36 @@ fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {
     next.cancel_requested_at = Some(now);
     next.reason = stopping(&next);
     done(next, vec![Effect::Cancel(run.job_id(phase), lease.epoch)])
+}
+
+/// Cancels what has waited or run for too long, as if a person had asked for it.
+pub(super) fn limit_reached(run: &Run, limits: &Limits, now: Timestamp) -> Step {
+    let said = |what: &str, limit: Option<Duration>| {
+        format!("system ({what}: {} s)", limit.unwrap_or_default().as_secs())
+    };
+    match run.state {
+        RunState::AwaitingPlanMfa | RunState::AwaitingConfirmation | RunState::AwaitingApplyMfa => {
+            let by = said("no person decided within the environment's limit", limits.person);
+            cancel_at_once(run, by, vec![], now)
+        }
+        RunState::Planning => {
+            let by = said("the plan ran longer than the environment's limit", limits.plan);
+            cancel_running(run, Phase::Plan, by, now)
+        }
+        RunState::Applying => {
+            let by = said("the apply ran longer than the environment's limit", limits.apply);
+            cancel_running(run, Phase::Apply, by, now)
+        }
+        RunState::Pending
+        | RunState::PlanQueued
+        | RunState::ApplyQueued
+        | RunState::Planned
+        | RunState::Applied
+        | RunState::Errored
+        | RunState::Canceled
+        | RunState::Discarded
+        | RunState::Lost => Step::Refused(Refusal::WrongState),
+    }
 }
 
 /// Notes that a lost run is to stop, for its runner when it comes back. Never gives it up: who

@@ -7,16 +7,18 @@ use super::{
 use crate::environment::Change;
 use crate::id::{Epoch, RunnerId};
 use crate::lease::Engine;
-use crate::policy::{MfaPolicy, Phase};
+use crate::policy::{Demands, Phase};
 use crate::run::{Approval, Planned, Run, RunState};
 use crate::time::Timestamp;
 
+const WAITS_FOR_ANOTHER: &str =
+    "it does not apply by itself: somebody else than who queued it has to confirm";
+
 pub(super) fn plan_ended(
     run: &Run,
-    runner: RunnerId,
-    epoch: Epoch,
+    (runner, epoch): (RunnerId, Epoch),
     outcome: PlanOutcome,
-    current: MfaPolicy,
+    current: &Demands,
     now: Timestamp,
 ) -> Step {
     let lease = match current_lease(run, Phase::Plan, runner, epoch) {
@@ -54,9 +56,11 @@ pub(super) fn plan_ended(
     }
     let mut effects = vec![];
     next.plan.evidence = None;
-    if run.request.policy.max(current).requires_code(Phase::Apply) {
+    if next.requires_code(Phase::Apply, current) {
         next.state = RunState::AwaitingApplyMfa;
-    } else if run.request.auto_apply {
+        next.code_reason = next.rule_match(Phase::Apply, current).map(|why| why.to_string());
+        next.reason = next.code_reason.clone();
+    } else if run.request.auto_apply && !run.requires_second_person(current) {
         next.state = RunState::ApplyQueued;
         next.apply.queued_at = Some(now);
         let by = run.request.queued_by.name().to_owned();
@@ -64,6 +68,9 @@ pub(super) fn plan_ended(
         effects.push(Effect::Offer(run.job_id(Phase::Apply)));
     } else {
         next.state = RunState::AwaitingConfirmation;
+        if run.request.auto_apply {
+            next.reason = Some(WAITS_FOR_ANOTHER.to_owned());
+        }
     }
     done(next, effects)
 }
