@@ -22,6 +22,8 @@ mod runner;
 mod settings;
 mod state;
 pub mod status;
+#[cfg(test)]
+mod tenants_tests;
 mod variable;
 
 use std::pin::Pin;

@@ -87,6 +87,8 @@ impl App {
         for _ in 0..ATTEMPTS {
             let (standing, found) =
                 self.on(caller, organization, environment, Right::Administer).await?;
+            // An old state would be worked on.
+            self.check_history()?;
             let hold = &found.value.hold;
             if let Some(lock) = hold.state_lock.as_ref() {
                 if lock.id == request.id && lock.user == caller.name() {

@@ -122,6 +122,7 @@ impl App {
             if number == 0 {
                 return Err(Error::field("version", "name the version to go back to"));
             }
+            self.check_history()?;
             check_free(&found.value.hold)?;
             let old = self.state_version(&found.value, number).await?.version;
             let head = found.value.state.as_ref().ok_or_else(|| Error::not_found("state"))?;

@@ -95,8 +95,10 @@ async fn handle(app: &Arc<App>, request: &Request<()>, body: &mut Body) -> Resul
             let wish =
                 LockRequest { id, operation, workstation: who, info, engine_version: version };
             let Place { organization, environment } = &place;
-            let answer = app.lock_state(&caller, organization, environment, wish).await?;
-            Ok(locked(answer, StatusCode::LOCKED))
+            match app.lock_state(&caller, organization, environment, wish).await {
+                Ok(answer) => Ok(locked(answer, StatusCode::LOCKED)),
+                Err(error) => not_now(app, error),
+            }
         }
         "UNLOCK" => {
             let LockInfo { id, .. } = lock_info(body).await?;
@@ -245,11 +247,25 @@ fn too_large(message: &str) -> Error {
 fn locked(answer: LockAnswer, refused: StatusCode) -> Response<Body> {
     match answer {
         LockAnswer::Done => finished(StatusCode::OK, None, Bytes::new()),
-        LockAnswer::Held(holder) => info(refused, holder),
+        LockAnswer::Held(holder) => info_of(refused, holder),
     }
 }
 
-fn info(status: StatusCode, holder: Holder) -> Response<Body> {
+/// Answers a lock that cannot be had, so that terraform shows why.
+fn not_now(app: &App, error: Error) -> Result<Response<Body>> {
+    match code(error.reason()) {
+        Code::FailedPrecondition | Code::Aborted => {
+            let id = format!("none: {error}");
+            let (operation, who) = (String::new(), String::new());
+            let (info, version, since) = (String::new(), String::new(), app.now());
+            let holder = Holder { id, operation, who, info, version, since };
+            Ok(info_of(StatusCode::CONFLICT, holder))
+        }
+        _ => Err(error),
+    }
+}
+
+fn info_of(status: StatusCode, holder: Holder) -> Response<Body> {
     let Holder { id, operation, who, info, version, since } = holder;
     let created = rfc3339(since);
     let info = LockInfo { id, operation, info, who, version, created, path: String::new() };

@@ -44,7 +44,11 @@ impl App {
         let standing = self.member(caller, organization).await?;
         let organization = standing.organization;
         let environment = match run {
-            Some(run) => self.run(run).await.ok().map(|run| run.value.request.environment),
+            Some(run) => {
+                let run = self.run(run).await.ok().map(|run| run.value.request);
+                // Another organization's is as one that does not exist.
+                run.filter(|run| run.organization == organization).map(|run| run.environment)
+            }
             None => None,
         };
         // What is of no known environment, owners alone may see: a run that a restore forgot.

@@ -102,6 +102,7 @@ impl App {
     ) -> Result<StateUpload> {
         let (standing, found) =
             self.on(caller, organization, environment, Right::Administer).await?;
+        self.check_history()?;
         sending.check(caller, &found.value.hold)?;
         let place = self.uploads.state().await?;
         let blob = self.blobs.begin(standing.organization, None, LARGEST_STATE).await;
@@ -160,6 +161,7 @@ impl App {
             // The right may have ended while the state came.
             let (standing, found) =
                 self.on(caller, organization, environment, Right::Administer).await?;
+            self.check_history()?;
             sending.check(caller, &found.value.hold)?;
             if let Some(head) = &found.value.state {
                 if head.digest.0 == claim.digest {

@@ -213,6 +213,26 @@ async fn a_run_keeps_a_workstation_out_and_is_named() {
 }
 
 #[tokio::test]
+async fn an_old_copy_of_the_data_gives_no_state_away_to_be_worked_on() {
+    let scene = Scene::new().await;
+    let ann = scene.person("ann", Access::Admin).await;
+    assert_eq!(scene.status(&ann, "LOCK", PATH, &lock("id")).await, 200);
+    let fixture = &scene.fixture;
+    let (runner, later) = (fixture.runner().await, fixture.told_later().await);
+    fixture.app.greet(&runner, Some(&later)).await.unwrap_err();
+    assert_eq!(scene.status(&ann, "POST", &format!("{PATH}?ID=id"), &state(1)).await, 409);
+    // Terraform shows the ID alone, also of a lock that nobody has.
+    let refused = scene.ask(&ann, "LOCK", PATH, &[], &lock("id")).await;
+    assert_eq!(refused.status, 409);
+    let told = refused.json()["ID"].as_str().unwrap().to_owned();
+    assert!(told.starts_with("none: a runner has seen a later history"), "{told}");
+    let app = &fixture.app;
+    let lost = app.rollback_state(&fixture.owner, "acme", "web", 1, "web").await.unwrap_err();
+    assert_eq!(lost.reason(), Reason::HistoryLost);
+    assert_eq!(scene.status(&ann, "GET", PATH, b"").await, 204, "people can still look");
+}
+
+#[tokio::test]
 async fn bodies_are_bounded_and_all_else_is_left_to_grpc() {
     let scene = Scene::new().await;
     let ann = scene.person("ann", Access::Admin).await;
