@@ -17,6 +17,7 @@ mod queue;
 mod run;
 mod runner;
 mod service_token;
+mod top_up;
 mod user;
 mod var;
 mod whoami;
@@ -33,6 +34,7 @@ pub(crate) enum Command {
     Whoami(whoami::WhoAmI),
     Queue(queue::Queue),
     Authenticate(authenticate::Authenticate),
+    TopUp(top_up::TopUp),
     Confirm(confirm::Confirm),
     Discard(discard::Discard),
     Cancel(cancel::Cancel),
@@ -42,7 +44,7 @@ pub(crate) enum Command {
     Run(run::Run),
     /// Environments and their settings
     #[command(subcommand)]
-    Env(env::Env),
+    Env(Box<env::Env>),
     /// Variables of environments, of the organization and your own
     #[command(subcommand)]
     Var(var::Var),
@@ -81,6 +83,7 @@ impl Command {
             | Command::Logout(_)
             | Command::Whoami(_)
             | Command::Authenticate(_)
+            | Command::TopUp(_)
             | Command::Confirm(_)
             | Command::Discard(_)
             | Command::Cancel(_)
@@ -104,6 +107,7 @@ impl Command {
             Command::Whoami(command) => command.run(context).await,
             Command::Queue(command) => command.run(context).await,
             Command::Authenticate(command) => command.run(context).await,
+            Command::TopUp(command) => command.run(context).await,
             Command::Confirm(command) => command.run(context).await,
             Command::Discard(command) => command.run(context).await,
             Command::Cancel(command) => command.run(context).await,
