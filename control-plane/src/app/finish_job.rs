@@ -96,7 +96,7 @@ impl App {
                 let settings = &subject.environment.value.settings;
                 let outcome = match unpinned(settings, &engine, &terraform_version) {
                     Some(reason) => PlanOutcome::Failed(failure(FailureKind::Errored, reason)),
-                    None => PlanOutcome::Planned(Planned {
+                    None => PlanOutcome::Planned(Box::new(Planned {
                         digest: digest_of(&digests),
                         digests,
                         applyable,
@@ -104,7 +104,7 @@ impl App {
                         facts,
                         engine,
                         terraform_version,
-                    }),
+                    })),
                 };
                 self.advance_by(runner, job.run, "finish_plan", |subject| {
                     Ok(Event::PlanEnded {
@@ -133,7 +133,7 @@ impl App {
                 let event = Event::ApplyEnded {
                     runner: runner_id,
                     epoch,
-                    outcome: ApplyOutcome::Applied { outputs: outputs },
+                    outcome: ApplyOutcome::Applied { outputs },
                 };
                 self.end_apply(runner, job.run, "finish_apply", event).await?;
             }
