@@ -5,7 +5,7 @@ use secrecy::{ExposeSecret, SecretString};
 use uuid::Uuid;
 
 use latchkey_proto::v1;
-use latchkey_proto::v1::{Phase, Reason};
+use latchkey_proto::v1::{Lock, Phase, Reason, RunState};
 
 use crate::client::{Client, Patience};
 use crate::failure::{Failure, Refusal};
@@ -21,7 +21,12 @@ pub(crate) struct Wanted {
 impl Wanted {
     /// Reads from a run which code it waits for.
     pub(crate) fn of(run: &v1::Run) -> Option<Wanted> {
-        let phase = awaited_phase(run.state())?;
+        // The policy may have become stricter since the run began to wait.
+        let demanded = matches!(run.lock(), Lock::CodeRequired | Lock::Failed);
+        let phase = match run.state() {
+            RunState::AwaitingConfirmation if demanded => Phase::Apply,
+            state => awaited_phase(state)?,
+        };
         let plan_digest = match phase {
             Phase::Apply => digest(run),
             Phase::Plan | Phase::Unspecified => String::new(),
@@ -51,11 +56,7 @@ pub(crate) async fn submit(
     code: &SecretString,
     patience: Patience,
 ) -> Result<v1::Run, Failure> {
-    let digits = code.expose_secret().trim();
-    if digits.len() != 6 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        // What was typed is not repeated: it may be a password in the wrong window.
-        return Err(Refusal::of_field("token_code", "a token code is exactly six digits").into());
-    }
+    let digits = digits(code)?;
     let request_id = Uuid::new_v4().to_string();
     let answer = client
         .call_with(patience, || {
@@ -71,6 +72,16 @@ pub(crate) async fn submit(
         })
         .await?;
     Ok(answer.run.unwrap_or_default())
+}
+
+/// Checks what was typed, before it goes anywhere.
+pub(crate) fn digits(code: &SecretString) -> Result<&str, Failure> {
+    let digits = code.expose_secret().trim();
+    if digits.len() != 6 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        // What was typed is not repeated: it may be a password in the wrong window.
+        return Err(Refusal::of_field("token_code", "a token code is exactly six digits").into());
+    }
+    Ok(digits)
 }
 
 /// What follows a refused code.
@@ -123,6 +134,7 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::LogOffset
         | Reason::DigestMismatch
         | Reason::CancelGrace
+        | Reason::SecondPersonRequired
         | Reason::HistoryLost => Next::GiveUp,
     }
 }

@@ -19,6 +19,7 @@ mod run;
 mod runner;
 mod service_token;
 mod state;
+mod top_up;
 mod user;
 mod var;
 mod whoami;
@@ -36,6 +37,7 @@ pub(crate) enum Command {
     Queue(Box<queue::Queue>),
     Retry(Box<retry::Retry>),
     Authenticate(authenticate::Authenticate),
+    TopUp(top_up::TopUp),
     Confirm(confirm::Confirm),
     Discard(discard::Discard),
     Cancel(cancel::Cancel),
@@ -93,6 +95,7 @@ impl Command {
             | Command::Logout(_)
             | Command::Whoami(_)
             | Command::Authenticate(_)
+            | Command::TopUp(_)
             | Command::Confirm(_)
             | Command::Discard(_)
             | Command::Cancel(_)
@@ -118,6 +121,7 @@ impl Command {
             Command::Queue(command) => command.run(context).await,
             Command::Retry(command) => command.run(context).await,
             Command::Authenticate(command) => command.run(context).await,
+            Command::TopUp(command) => command.run(context).await,
             Command::Confirm(command) => command.run(context).await,
             Command::Discard(command) => command.run(context).await,
             Command::Cancel(command) => command.run(context).await,

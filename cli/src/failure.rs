@@ -303,6 +303,9 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
         Reason::ChangedMeanwhile => "look again, then repeat".to_owned(),
         Reason::StoreUnavailable => "repeat in a moment; nothing was changed".to_owned(),
         Reason::Internal => "the log of the control plane has the details".to_owned(),
+        Reason::MfaRequired if !refusal.fields.is_empty() => {
+            "at a terminal the command asks for a code; else give it on standard input".to_owned()
+        }
         Reason::MfaRequired => "submit a code: `latchkey authenticate RUN`".to_owned(),
         Reason::NotAwaitingCode | Reason::WrongState => match of("state") {
             state if state.is_empty() => "`latchkey run show RUN` shows its state".to_owned(),
@@ -318,6 +321,11 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
                 .to_owned()
         }
         Reason::PlanChanged => "look at the plan again: `latchkey run show RUN`".to_owned(),
+        Reason::SecondPersonRequired => {
+            "ask somebody else who may write to the environment; `latchkey run show RUN` says who \
+             queued it"
+                .to_owned()
+        }
         Reason::PersonRequired => "sign in as a person: `latchkey login ADDRESS`".to_owned(),
         Reason::TripleIncomplete => {
             let missing = match of("missing") {

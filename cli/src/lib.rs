@@ -5,6 +5,7 @@
 //! whoever embeds it.
 
 mod archive;
+mod change;
 mod client;
 mod code;
 mod commands;

@@ -2,6 +2,7 @@
 //! hand so that the wire can change without them, and their text for people.
 
 pub(crate) mod account;
+pub(crate) mod check;
 pub(crate) mod environment;
 pub(crate) mod pool;
 pub(crate) mod quarantine;

@@ -378,6 +378,15 @@ impl Watch<'_> {
         {
             let counts = output.paint(BOLD, &view::counts(plan));
             output.note(&counts);
+            if !self.run.code_reason.is_empty() {
+                let why = clean(&self.run.code_reason);
+                let why = output.paint(AMBER, &why);
+                output.note(&why);
+            }
+            for line in view::before_apply(&self.run) {
+                let line = output.paint(AMBER, &line);
+                output.note(&line);
+            }
         }
         let lock = view::lock(&self.run);
         if !lock.is_empty() {

@@ -7,8 +7,8 @@ use prost_types::Duration as WireDuration;
 use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
-    Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
-    StateChangeAction, StateOrigin, VariableCategory, VariableOrigin,
+    CheckOutcome, CodeCredentials, Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role,
+    RunKind, RunState, StateChangeAction, StateOrigin, VariableCategory, VariableOrigin,
 };
 
 use crate::exit::Exit;
@@ -52,6 +52,8 @@ macro_rules! words {
 }
 
 words! {
+    CheckOutcome: "CHECK_OUTCOME_",
+    CodeCredentials: "CODE_CREDENTIALS_",
     Lock: "LOCK_",
     MfaPolicy: "MFA_POLICY_",
     Phase: "PHASE_",

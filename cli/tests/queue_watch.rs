@@ -168,6 +168,13 @@ impl RunService for Service {
         Ok(Response::new(Box::pin(runs)))
     }
 
+    async fn top_up(
+        &self,
+        _: Request<v1::TopUpRequest>,
+    ) -> Result<Response<v1::TopUpResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
     async fn authenticate(
         &self,
         request: Request<v1::AuthenticateRequest>,

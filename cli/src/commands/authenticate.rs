@@ -39,6 +39,9 @@ impl Authenticate {
         {
             context.output.note("This plan will be applied:");
             context.output.note(view::changes(plan).trim_end());
+            for line in view::before_apply(&run) {
+                context.output.note(&line);
+            }
             context.output.note("A token code approves it.");
         }
         let question = Question::Hidden(format!("{}: ", wanted.prompt()));

@@ -36,6 +36,9 @@ impl Confirm {
             if let Some(plan) = &run.plan_result {
                 context.output.note(view::changes(plan).trim_end());
             }
+            for line in view::before_apply(&run) {
+                context.output.note(&line);
+            }
             let question = Question::Visible("Apply this plan? Only `yes` confirms it: ".into());
             let answer = context.input.answer(question).await?;
             if answer.expose_secret().trim() != "yes" {

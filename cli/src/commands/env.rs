@@ -1,5 +1,6 @@
 //! `env`: environments and their settings.
 
+mod doctor;
 mod flags;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -9,6 +10,7 @@ use latchkey_proto::v1;
 
 use self::flags::{Approval, LimitFlags, RoleFlags};
 use crate::Done;
+use crate::change::{self, Ask};
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -40,7 +42,28 @@ pub(crate) enum Env {
         environment: String,
         #[command(flatten)]
         settings: Settings,
+        /// Ask for a token code at once. Without, one is asked for where the change takes one:
+        /// where it protects less than before
+        #[arg(long)]
+        with_code: bool,
     },
+    /// Keeps runs that would change anything from starting, for a reason
+    Lock {
+        /// Name of the environment
+        #[arg(value_name = "ENV")]
+        environment: String,
+        /// Why; everybody who waits is told
+        #[arg(long)]
+        reason: String,
+    },
+    /// Takes the lock away, whoever has put it
+    Unlock {
+        /// Name of the environment
+        #[arg(value_name = "ENV")]
+        environment: String,
+    },
+    /// Tries the AWS set-up step by step and says what to fix; spends a code only when given one
+    Doctor(doctor::Doctor),
     /// Starts runs again after you have dealt with the remains of a run; owners only
     Unfreeze {
         environment: String,
@@ -147,9 +170,13 @@ impl From<Plain> for v1::PlainCredentials {
 
 impl Env {
     pub(crate) async fn run(self, context: &mut Context) -> Done {
+        if let Env::Doctor(doctor) = self {
+            return doctor.run(context).await;
+        }
         let session = context.session()?;
         let (client, organization) = (&session.client, session.organization()?);
         let environment = match self {
+            Env::Doctor(_) => return Ok(Exit::Ok),
             Env::Create { environment, settings } => {
                 let request = settings.create(organization, environment);
                 client
@@ -170,12 +197,35 @@ impl Env {
                     .await?
                     .environment
             }
-            Env::Set { environment, settings } => {
+            Env::Set { environment, settings, with_code } => {
                 let request = settings.update(organization, environment)?;
+                let ask = if with_code { Ask::First } else { Ask::WhenNeeded };
+                change::make(context, client, ask, |token_code, request_id| {
+                    let request = request.clone();
+                    let request =
+                        v1::UpdateEnvironmentRequest { token_code, request_id, ..request };
+                    let mut service = client.environments();
+                    async move { service.update_environment(request).await }
+                })
+                .await?
+                .environment
+            }
+            Env::Lock { environment, reason } => {
+                let request = v1::LockEnvironmentRequest { organization, environment, reason };
                 client
                     .call(|| {
                         let (mut service, request) = (client.environments(), request.clone());
-                        async move { service.update_environment(request).await }
+                        async move { service.lock_environment(request).await }
+                    })
+                    .await?
+                    .environment
+            }
+            Env::Unlock { environment } => {
+                let request = v1::UnlockEnvironmentRequest { organization, environment };
+                client
+                    .call(|| {
+                        let (mut service, request) = (client.environments(), request.clone());
+                        async move { service.unlock_environment(request).await }
                     })
                     .await?
                     .environment

@@ -5,6 +5,7 @@ use clap::Subcommand;
 use latchkey_proto::v1;
 
 use crate::Done;
+use crate::change::{self, Ask};
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::view::account::OrganizationView;
@@ -14,6 +15,8 @@ pub(crate) enum Org {
     /// Shows the organization
     Show,
     /// Replaces the list of AWS accounts whose keys may be used with codes; owners only
+    ///
+    /// Another list than before takes a token code, which is asked for.
     Set {
         /// Twelve digits; may be given several times
         #[arg(long = "aws-account", value_name = "ID", required_unless_present = "no_aws_account")]
@@ -40,14 +43,18 @@ impl Org {
                     .organization
             }
             Org::Set { aws_accounts, no_aws_account: _ } => {
-                let request = v1::UpdateOrganizationRequest { organization, aws_accounts };
-                client
-                    .call(|| {
-                        let (mut service, request) = (client.organizations(), request.clone());
-                        async move { service.update_organization(request).await }
-                    })
-                    .await?
-                    .organization
+                change::make(context, client, Ask::WhenNeeded, |token_code, request_id| {
+                    let request = v1::UpdateOrganizationRequest {
+                        organization: organization.clone(),
+                        aws_accounts: aws_accounts.clone(),
+                        token_code,
+                        request_id,
+                    };
+                    let mut service = client.organizations();
+                    async move { service.update_organization(request).await }
+                })
+                .await?
+                .organization
             }
         };
         let view = OrganizationView::new(&organization.unwrap_or_default());

@@ -8,6 +8,7 @@ use latchkey_proto::v1::VariableCategory;
 use latchkey_proto::v1::variable_scope::Scope;
 
 use crate::Done;
+use crate::change::{self, Ask};
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -25,7 +26,8 @@ pub(crate) enum Var {
     /// The value is asked for by a hidden prompt, or is the whole of standard input without its
     /// last line end. AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_MFA_SERIAL_NUMBER, set with
     /// --env-var and --personal or --organization-wide, are the keys and the device that token
-    /// codes are used with.
+    /// codes are used with. To replace them takes a code of the device before, which is asked for;
+    /// set the access key first: the secret key of the old one goes with it.
     Set {
         /// Name of the variable
         name: String,
@@ -110,20 +112,21 @@ impl Var {
                     }
                 };
                 let scope = scope.scope(organization);
-                let answer = client
-                    .call(|| {
-                        let mut service = client.variables();
-                        let request = v1::SetVariableRequest {
-                            scope: Some(scope.clone()),
-                            name: name.clone(),
-                            category: category(env_var).into(),
-                            value: value.expose_secret().to_owned(),
-                            sensitive,
-                            hcl,
-                        };
-                        async move { service.set_variable(request).await }
-                    })
-                    .await?;
+                let set = |token_code, request_id| {
+                    let mut service = client.variables();
+                    let request = v1::SetVariableRequest {
+                        scope: Some(scope.clone()),
+                        name: name.clone(),
+                        category: category(env_var).into(),
+                        value: value.expose_secret().to_owned(),
+                        sensitive,
+                        hcl,
+                        token_code,
+                        request_id,
+                    };
+                    async move { service.set_variable(request).await }
+                };
+                let answer = change::make(context, client, Ask::WhenNeeded, set).await?;
                 let view = VariableView::new(&answer.variable.unwrap_or_default());
                 context.output.data(&view, VariableView::human)?;
             }
@@ -163,17 +166,19 @@ impl Var {
                 context.output.data(&VariableListView { variables }, VariableListView::human)?;
             }
             Var::Delete { name, scope, env_var } => {
-                let request = v1::DeleteVariableRequest {
-                    scope: Some(scope.scope(organization)),
-                    name: name.clone(),
-                    category: category(env_var).into(),
+                let scope = scope.scope(organization);
+                let delete = |token_code, request_id| {
+                    let mut service = client.variables();
+                    let request = v1::DeleteVariableRequest {
+                        scope: Some(scope.clone()),
+                        name: name.clone(),
+                        category: category(env_var).into(),
+                        token_code,
+                        request_id,
+                    };
+                    async move { service.delete_variable(request).await }
                 };
-                client
-                    .call(|| {
-                        let (mut service, request) = (client.variables(), request.clone());
-                        async move { service.delete_variable(request).await }
-                    })
-                    .await?;
+                change::make(context, client, Ask::WhenNeeded, delete).await?;
                 let view = serde_json::json!({ "name": name, "deleted": true });
                 context.output.data(&view, |_| format!("Deleted {}\n", clean(&name)))?;
             }

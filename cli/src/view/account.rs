@@ -72,6 +72,7 @@ impl CallerView {
 pub(crate) struct OrganizationView {
     organization: String,
     aws_accounts: Vec<String>,
+    external_id: Option<String>,
 }
 
 impl OrganizationView {
@@ -79,6 +80,7 @@ impl OrganizationView {
         OrganizationView {
             organization: organization.organization.clone(),
             aws_accounts: organization.aws_accounts.clone(),
+            external_id: Some(organization.external_id.clone()).filter(|id| !id.is_empty()),
         }
     }
 
@@ -88,7 +90,8 @@ impl OrganizationView {
             accounts => accounts,
         };
         let mut text = format!("Organization {}\n", crate::log_view::clean(&self.organization));
-        text.push_str(&fields(&[("aws accounts", accounts)]));
+        let external_id = self.external_id.clone().unwrap_or_default();
+        text.push_str(&fields(&[("aws accounts", accounts), ("external id", external_id)]));
         text
     }
 }

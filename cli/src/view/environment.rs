@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use latchkey_proto::v1;
 
@@ -22,6 +23,11 @@ pub(crate) struct EnvironmentView {
     pool: Option<String>,
     session_duration_seconds: Option<i64>,
     plain_credentials: String,
+    code_credentials: String,
+    plan_role: Option<RoleView>,
+    apply_role: Option<RoleView>,
+    session_floor_seconds: Option<i64>,
+    warnings: Vec<String>,
     region: String,
     runner_labels: BTreeMap<String, String>,
     engine: Option<String>,
@@ -29,14 +35,118 @@ pub(crate) struct EnvironmentView {
     create_time: Option<String>,
     active_run_id: Option<String>,
     frozen: Option<FrozenView>,
+    locked: Option<LockedView>,
+    break_glass: Option<BreakGlassView>,
+    second_person: bool,
+    plan_rule: Option<PlanRuleView>,
+    limits: LimitsView,
     state: Option<StateView>,
     state_lock: Option<StateLockView>,
+}
+
+#[derive(Debug, Serialize)]
+struct RoleView {
+    arn: String,
+    policy: Option<Value>,
+    policy_arns: Vec<String>,
+}
+
+impl RoleView {
+    fn new(role: Option<v1::RoleSettings>) -> Option<RoleView> {
+        let role = role.filter(|role| !role.arn.is_empty())?;
+        Some(RoleView {
+            arn: role.arn,
+            policy: serde_json::from_str(&role.policy_json).ok(),
+            policy_arns: role.policy_arns,
+        })
+    }
+
+    fn human(&self) -> String {
+        let policy = if self.policy.is_some() { ", with a session policy" } else { "" };
+        let managed = match self.policy_arns.len() {
+            0 => String::new(),
+            1 => ", with 1 managed policy".to_owned(),
+            count => format!(", with {count} managed policies"),
+        };
+        format!("{}{policy}{managed}", self.arn)
+    }
 }
 
 #[derive(Debug, Serialize)]
 struct FrozenView {
     run_id: String,
     reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct LockedView {
+    user: String,
+    reason: String,
+    lock_time: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct BreakGlassView {
+    what: String,
+    reason: String,
+    time: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct LimitsView {
+    person_seconds: Option<i64>,
+    plan_seconds: Option<i64>,
+    apply_seconds: Option<i64>,
+}
+
+impl LimitsView {
+    fn new(limits: v1::Limits) -> LimitsView {
+        let seconds = |limit: Option<prost_types::Duration>| limit.map(|limit| limit.seconds);
+        LimitsView {
+            person_seconds: seconds(limits.person),
+            plan_seconds: seconds(limits.plan),
+            apply_seconds: seconds(limits.apply),
+        }
+    }
+
+    fn human(&self) -> String {
+        let limits = [
+            ("waiting for a person", self.person_seconds),
+            ("plan", self.plan_seconds),
+            ("apply", self.apply_seconds),
+        ];
+        let shown = limits.into_iter().filter_map(|(what, limit)| {
+            limit.map(|seconds| format!("{what} {}", human_duration(seconds)))
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// What a plan rule demands, for programs and in words.
+#[derive(Debug, Serialize)]
+pub(crate) struct PlanRuleView {
+    destructive: bool,
+    resource_types: Vec<String>,
+    more_than: Option<u32>,
+}
+
+impl PlanRuleView {
+    pub(crate) fn new(rule: v1::PlanRule) -> PlanRuleView {
+        let v1::PlanRule { destructive, resource_types, more_than } = rule;
+        PlanRuleView { destructive, resource_types, more_than }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let mut parts = vec![];
+        if self.destructive {
+            parts.push("destroys or replaces anything".to_owned());
+        }
+        if !self.resource_types.is_empty() {
+            parts.push(format!("changes {}", self.resource_types.join(", ")));
+        }
+        parts.extend(self.more_than.map(|more| format!("changes more than {more} resources")));
+        format!("a code if a plan {}", parts.join("; or "))
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -49,6 +159,9 @@ struct StateView {
 pub(crate) struct EnvironmentListView {
     pub(crate) environments: Vec<EnvironmentView>,
 }
+
+/// What is said of an environment that demands a second person.
+const ANOTHER: &str = "who approves an apply must not be who queued it";
 
 fn some(text: &str) -> Option<String> {
     Some(text.to_owned()).filter(|text| !text.is_empty())
@@ -66,6 +179,11 @@ impl EnvironmentView {
             pool: some(&settings.pool),
             session_duration_seconds: settings.session_duration.map(|duration| duration.seconds),
             plain_credentials: settings.plain_credentials().snake(),
+            code_credentials: settings.code_credentials().snake(),
+            plan_role: RoleView::new(settings.roles.clone().and_then(|roles| roles.plan)),
+            apply_role: RoleView::new(settings.roles.clone().and_then(|roles| roles.apply)),
+            session_floor_seconds: settings.session_floor.map(|floor| floor.seconds),
+            warnings: environment.warnings.clone(),
             region: settings.region,
             runner_labels: settings.runner_labels.into_iter().collect(),
             engine: some(&settings.engine),
@@ -77,6 +195,19 @@ impl EnvironmentView {
                 run_id: frozen.run_id.clone(),
                 reason: frozen.reason.clone(),
             }),
+            locked: environment.locked.as_ref().map(|locked| LockedView {
+                user: locked.user.clone(),
+                reason: locked.reason.clone(),
+                lock_time: time(locked.lock_time.as_ref()),
+            }),
+            break_glass: environment.break_glass.as_ref().map(|broken| BreakGlassView {
+                what: broken.what.clone(),
+                reason: broken.reason.clone(),
+                time: time(broken.time.as_ref()),
+            }),
+            second_person: settings.second_person,
+            plan_rule: settings.plan_rule.map(PlanRuleView::new),
+            limits: LimitsView::new(settings.limits.unwrap_or_default()),
             state: some(&environment.state_lineage)
                 .map(|lineage| StateView { lineage, serial: environment.state_serial }),
             state_lock: environment.state_lock.as_ref().map(StateLockView::new),
@@ -94,6 +225,15 @@ impl EnvironmentView {
             .as_ref()
             .map(|frozen| format!("{} (run {})", frozen.reason, frozen.run_id))
             .unwrap_or_default();
+        let at = |time: &Option<String>| time.clone().unwrap_or_default();
+        let locked = self.locked.as_ref().map(|locked| {
+            format!("by {} since {}: {}", locked.user, at(&locked.lock_time), locked.reason)
+        });
+        let locked = locked.unwrap_or_default();
+        let broken = self.break_glass.as_ref().map(|broken| {
+            format!("{} on the host, {}: {}", broken.what, at(&broken.time), broken.reason)
+        });
+        let broken = broken.unwrap_or_default();
         let state = self
             .state
             .as_ref()
@@ -104,19 +244,37 @@ impl EnvironmentView {
         let mut text = crate::log_view::clean(&heading);
         text.push_str(&fields(&[
             ("frozen", frozen),
+            ("locked", locked),
+            ("break-glass", broken),
             ("mfa policy", self.mfa_policy.replace('_', " ")),
+            ("plan rule", self.plan_rule.as_ref().map(PlanRuleView::human).unwrap_or_default()),
+            ("second person", if self.second_person { ANOTHER } else { "" }.to_owned()),
             ("auto apply", auto_apply.to_owned()),
             ("pool", pool),
             ("runner labels", labels(&self.runner_labels)),
             ("engine", engine),
             ("session", self.session_duration_seconds.map(human_duration).unwrap_or_default()),
+            (
+                "session floor",
+                self.session_floor_seconds
+                    .filter(|seconds| *seconds > 0)
+                    .map(human_duration)
+                    .unwrap_or_default(),
+            ),
+            ("with a code", self.code_credentials.replace('_', " ")),
             ("without a code", self.plain_credentials.replace('_', " ")),
+            ("plan role", self.plan_role.as_ref().map(RoleView::human).unwrap_or_default()),
+            ("apply role", self.apply_role.as_ref().map(RoleView::human).unwrap_or_default()),
+            ("limits", self.limits.human()),
             ("region", self.region.clone()),
             ("directory", self.working_directory.clone()),
             ("active run", self.active_run_id.clone().unwrap_or_default()),
             ("state", state),
             ("state lock", lock.trim_end().to_owned()),
         ]));
+        for warning in &self.warnings {
+            text.push_str(&format!("\nWARNING: {}\n", crate::log_view::clean(warning)));
+        }
         if self.mfa_policy == "applies_only" {
             text.push_str(
                 "\nnote: with `applies only`, plan code runs with credentials and without a code; \
@@ -136,9 +294,10 @@ impl EnvironmentListView {
             .environments
             .iter()
             .map(|environment| {
-                let locked = environment.state_lock.as_ref();
-                let status = match (&environment.frozen, &environment.active_run_id, locked) {
+                let workstation = environment.state_lock.as_ref();
+                let status = match (&environment.frozen, &environment.active_run_id, workstation) {
                     (Some(_), _, _) => "frozen".to_owned(),
+                    (None, _, _) if environment.locked.is_some() => "locked".to_owned(),
                     (None, Some(run), _) => format!("run {run}"),
                     (None, None, Some(_)) => "a workstation".to_owned(),
                     (None, None, None) => String::new(),

@@ -7,7 +7,8 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::{Lock, Phase, RunState};
 
 use crate::output::{fields, table};
-use crate::words::{Word, explain, human_time, time};
+use crate::view::environment::PlanRuleView;
+use crate::words::{Word, explain, human_duration, human_time, time};
 
 /// Changes shown to people before the rest is only counted.
 const SHOWN_CHANGES: usize = 100;
@@ -40,6 +41,11 @@ pub(crate) struct RunView {
     cancel_request_time: Option<String>,
     force_cancel_time: Option<String>,
     queue_position: Option<u32>,
+    code_reason: Option<String>,
+    second_person: bool,
+    plan_rule: Option<PlanRuleView>,
+    apply_forecast: Option<ForecastView>,
+    warnings: Vec<String>,
     retry_of: Option<String>,
     given_variables: Vec<String>,
 }
@@ -71,6 +77,41 @@ struct AuthenticatedView {
     user: String,
     authenticate_time: Option<String>,
     expire_time: Option<String>,
+    packed_policy_percent: Option<u32>,
+    role_arn: Option<String>,
+    top_ups: Vec<AuthenticatedView>,
+}
+
+impl AuthenticatedView {
+    fn new(authenticated: &v1::Authenticated) -> AuthenticatedView {
+        AuthenticatedView {
+            user: authenticated.user.clone(),
+            authenticate_time: time(authenticated.authenticate_time.as_ref()),
+            expire_time: time(authenticated.expire_time.as_ref()),
+            packed_policy_percent: Some(authenticated.packed_policy_percent).filter(|p| *p > 0),
+            role_arn: some(&authenticated.role_arn),
+            top_ups: authenticated.top_ups.iter().map(AuthenticatedView::new).collect(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct ForecastView {
+    duration_seconds: Option<i64>,
+    samples: u32,
+    session_seconds: Option<i64>,
+    warning: Option<String>,
+}
+
+impl ForecastView {
+    fn new(forecast: &v1::ApplyForecast) -> ForecastView {
+        ForecastView {
+            duration_seconds: forecast.duration.map(|duration| duration.seconds),
+            samples: forecast.samples,
+            session_seconds: forecast.session.map(|session| session.seconds),
+            warning: some(&forecast.warning),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -79,6 +120,7 @@ struct PlanView {
     change: u32,
     destroy: u32,
     import: u32,
+    replace: u32,
     applyable: bool,
     digest: String,
     terraform_version: String,
@@ -144,6 +186,11 @@ impl RunView {
             cancel_request_time: time(run.cancel_request_time.as_ref()),
             force_cancel_time: time(run.force_cancel_time.as_ref()),
             queue_position: Some(run.queue_position).filter(|position| *position > 0),
+            code_reason: some(&run.code_reason),
+            second_person: run.second_person,
+            plan_rule: run.plan_rule.clone().map(PlanRuleView::new),
+            apply_forecast: run.apply_forecast.as_ref().map(ForecastView::new),
+            warnings: run.warnings.clone(),
             retry_of: some(&run.retry_of),
             given_variables: run.given_variables.clone(),
         }
@@ -160,11 +207,7 @@ impl JobView {
             queue_time: time(job.queue_time.as_ref()),
             start_time: time(job.start_time.as_ref()),
             end_time: time(job.end_time.as_ref()),
-            authenticated: job.authenticated.as_ref().map(|authenticated| AuthenticatedView {
-                user: authenticated.user.clone(),
-                authenticate_time: time(authenticated.authenticate_time.as_ref()),
-                expire_time: time(authenticated.expire_time.as_ref()),
-            }),
+            authenticated: job.authenticated.as_ref().map(AuthenticatedView::new),
             log_length: job.log_length,
             quarantined: job.quarantined,
         }
@@ -178,6 +221,7 @@ impl PlanView {
             change: plan.change,
             destroy: plan.destroy,
             import: plan.import,
+            replace: plan.replace,
             applyable: plan.applyable,
             digest: plan.digest.clone(),
             terraform_version: plan.terraform_version.clone(),
@@ -223,6 +267,7 @@ pub(crate) fn show(run: &v1::Run) -> String {
         ("message", run.message.clone()),
         ("retry of", run.retry_of.clone()),
         ("queued", format!("by {} at {}", run.queued_by, human_time(run.create_time.as_ref()))),
+        ("code", code_reason(run)),
         ("policy", policy(run)),
         ("target", run.target.join(", ")),
         ("replace", run.replace.join(", ")),
@@ -241,6 +286,9 @@ pub(crate) fn show(run: &v1::Run) -> String {
         text.push('\n');
         text.push_str(&changes(plan));
     }
+    for line in before_apply(run) {
+        text.push_str(&format!("{line}\n"));
+    }
     let outputs = outputs(run);
     if !outputs.is_empty() {
         text.push('\n');
@@ -250,6 +298,11 @@ pub(crate) fn show(run: &v1::Run) -> String {
         text.push_str(&format!("\nnext: {next}\n"));
     }
     crate::log_view::clean(&text)
+}
+
+/// Says why a plan rule demands a code; nothing where the reason says it already.
+pub(crate) fn code_reason(run: &v1::Run) -> String {
+    if run.code_reason == run.reason { String::new() } else { run.code_reason.clone() }
 }
 
 /// Says how the lock stands, by shape and words.
@@ -272,8 +325,12 @@ pub(crate) fn counts(plan: &v1::Plan) -> String {
         0 => String::new(),
         import => format!("{import} to import, "),
     };
+    let replace = match plan.replace {
+        0 => String::new(),
+        replace => format!(" ({replace} replaced)"),
+    };
     format!(
-        "Plan: {import}{} to add, {} to change, {} to destroy",
+        "Plan: {import}{} to add, {} to change, {} to destroy{replace}",
         plan.add, plan.change, plan.destroy
     )
 }
@@ -301,21 +358,50 @@ pub(crate) fn changes(plan: &v1::Plan) -> String {
     crate::log_view::clean(&text)
 }
 
+/// Says what a person should know before they let the run apply; nothing when there is nothing.
+pub(crate) fn before_apply(run: &v1::Run) -> Vec<String> {
+    let mut lines = vec![];
+    if let Some(forecast) = &run.apply_forecast {
+        let life = forecast.session.map(|session| human_duration(session.seconds));
+        let taken = forecast.duration.map(|duration| human_duration(duration.seconds.max(1)));
+        match (taken, life) {
+            (Some(taken), Some(life)) => lines.push(format!(
+                "forecast: applies here took up to {taken} (95th percentile of {}); the session \
+                 lives {life}",
+                forecast.samples
+            )),
+            (Some(taken), None) => lines.push(format!(
+                "forecast: applies here took up to {taken} (95th percentile of {})",
+                forecast.samples
+            )),
+            (None, _) => {}
+        }
+        if !forecast.warning.is_empty() {
+            lines.push(format!("WARNING: {}", forecast.warning));
+        }
+    }
+    lines.extend(run.warnings.iter().map(|warning| format!("WARNING: {warning}")));
+    lines.iter().map(|line| crate::log_view::clean(line)).collect()
+}
+
 /// Names whose codes were accepted, one line each.
 pub(crate) fn authenticated(run: &v1::Run) -> Vec<String> {
-    [(Phase::Plan, &run.plan), (Phase::Apply, &run.apply)]
-        .into_iter()
-        .filter_map(|(phase, job)| {
-            let authenticated = job.as_ref()?.authenticated.as_ref()?;
-            let at = human_time(authenticated.authenticate_time.as_ref());
-            let at = if at.is_empty() { at } else { format!(", {at}") };
-            Some(crate::log_view::clean(&format!(
-                "Authenticated with MFA by {} ({}{at})",
-                authenticated.user,
-                phase.snake()
-            )))
-        })
-        .collect()
+    let mut lines = vec![];
+    for (phase, job) in [(Phase::Plan, &run.plan), (Phase::Apply, &run.apply)] {
+        let Some(authenticated) = job.as_ref().and_then(|job| job.authenticated.as_ref()) else {
+            continue;
+        };
+        lines.push(authenticated_by("Authenticated", phase, authenticated));
+        let top_ups = authenticated.top_ups.iter();
+        lines.extend(top_ups.map(|top_up| authenticated_by("Topped up", phase, top_up)));
+    }
+    lines
+}
+
+fn authenticated_by(what: &str, phase: Phase, by: &v1::Authenticated) -> String {
+    let at = human_time(by.authenticate_time.as_ref());
+    let at = if at.is_empty() { at } else { format!(", {at}") };
+    crate::log_view::clean(&format!("{what} with MFA by {} ({}{at})", by.user, phase.snake()))
 }
 
 /// Writes terraform's outputs; empty when there is none.
@@ -344,6 +430,12 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
     match run.state() {
         RunState::AwaitingPlanMfa => Some(format!("latchkey authenticate {id}")),
         RunState::AwaitingApplyMfa => {
+            Some(format!("latchkey authenticate {id}, or latchkey discard {id}"))
+        }
+        // The policy has become stricter since.
+        RunState::AwaitingConfirmation
+            if matches!(run.lock(), Lock::CodeRequired | Lock::Failed) =>
+        {
             Some(format!("latchkey authenticate {id}, or latchkey discard {id}"))
         }
         RunState::AwaitingConfirmation => {
@@ -428,7 +520,9 @@ pub(crate) fn list(runs: &RunListView) -> String {
 
 fn policy(run: &v1::Run) -> String {
     let auto = if run.auto_apply { "; applies by itself" } else { "" };
-    format!("{}{auto}", run.mfa_policy().spaced())
+    let second = if run.second_person { "; another than who queued approves" } else { "" };
+    let rule = run.plan_rule.clone().map(|rule| format!("; {}", PlanRuleView::new(rule).human()));
+    format!("{}{}{second}{auto}", run.mfa_policy().spaced(), rule.unwrap_or_default())
 }
 
 fn job(run: &v1::Run, phase: Phase) -> String {
@@ -497,6 +591,7 @@ mod tests {
                     user: "alice".into(),
                     authenticate_time: at(5),
                     expire_time: at(3605),
+                    ..Default::default()
                 }),
                 ..Default::default()
             }),

@@ -128,7 +128,7 @@ impl App {
         let (standing, found) = self.on(caller, organization, name, right).await?;
         let (id, before) = (found.value.id, found.value.settings);
         let organization = standing.organization;
-        let change = GuardedChange::Settings { environment: id, change };
+        let change = GuardedChange::Settings { environment: id, change: Box::new(change) };
         let intent = Intent { caller: caller.clone(), organization, change };
         self.change_guarded(intent, proof).await?;
         let next = self.environment(organization, id).await?.value;

@@ -97,7 +97,7 @@ impl App {
                 };
                 let engine = engine_of(&engine)?;
                 let outcome = if is_exact(&terraform_version) {
-                    PlanOutcome::Planned(Planned {
+                    PlanOutcome::Planned(Box::new(Planned {
                         digest: digest_of(&digests),
                         digests,
                         applyable,
@@ -105,7 +105,7 @@ impl App {
                         facts,
                         engine,
                         terraform_version,
-                    })
+                    }))
                 } else {
                     PlanOutcome::Failed(failure(FailureKind::Errored, UNPINNED.to_owned()))
                 };
@@ -136,7 +136,7 @@ impl App {
                 let event = Event::ApplyEnded {
                     runner: runner_id,
                     epoch,
-                    outcome: ApplyOutcome::Applied { outputs: outputs },
+                    outcome: ApplyOutcome::Applied { outputs },
                 };
                 self.end_apply(runner, job.run, "finish_apply", event).await?;
             }

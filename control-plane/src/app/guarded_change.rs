@@ -62,7 +62,7 @@ pub struct Proof {
 /// A change that may take a code.
 #[derive(Clone, Debug)]
 pub(super) enum GuardedChange {
-    Settings { environment: EnvironmentId, change: SettingsChange },
+    Settings { environment: EnvironmentId, change: Box<SettingsChange> },
     Accounts(Vec<String>),
     SetVariable { stored: VariableScope, scope: Scope, variable: NewVariable },
     DeleteVariable { stored: VariableScope, scope: Scope, category: Category, name: String },
@@ -167,7 +167,7 @@ impl App {
         match change {
             GuardedChange::Settings { environment, change } => {
                 let found = self.environment(*organization, *environment).await?;
-                self.settings_batch(caller, found, change.clone(), backing).await
+                self.settings_batch(caller, found, *change.clone(), backing).await
             }
             GuardedChange::Accounts(accounts) => {
                 self.accounts_batch(caller, *organization, accounts).await
@@ -201,7 +201,7 @@ impl App {
             GuardedChange::Settings { environment, change } => {
                 let found = self.environment(organization, *environment).await?.value;
                 let before = found.settings;
-                let after = self.changed(organization, before.clone(), change.clone()).await?;
+                let after = self.changed(organization, before.clone(), *change.clone()).await?;
                 let mends = given && found.break_glass.is_some() && change.sets_policy();
                 if !weakens(&before, &after) && !mends {
                     return Ok(None);

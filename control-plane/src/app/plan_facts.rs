@@ -103,7 +103,7 @@ mod tests {
         assert!(facts(&changes(one.clone())).is_some());
         let mut cut = changes(one.clone());
         cut["truncated"] = true.into();
-        let mut other = changes(one.clone());
+        let mut other = changes(one);
         other["format"] = 2.into();
         let odd = |change: Value| changes(json!([change]));
         for unreadable in [

@@ -164,9 +164,9 @@ fn harmless(message: &str) -> String {
     let mut digits = String::new();
     let flush = |digits: &mut String, shown: &mut String| {
         if digits.len() >= 6 {
-            shown.push('#')
+            shown.push('#');
         } else {
-            shown.push_str(digits)
+            shown.push_str(digits);
         }
         digits.clear();
     };

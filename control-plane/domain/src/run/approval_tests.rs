@@ -28,7 +28,7 @@ fn unguarded() -> Run {
 
 fn ends(run: &Run, planned: Planned, current: &Demands) -> Run {
     let (runner, epoch) = (RUNNER, run.plan.epoch);
-    let outcome = PlanOutcome::Planned(planned);
+    let outcome = PlanOutcome::Planned(Box::new(planned));
     go(run, Event::PlanEnded { runner, epoch, outcome, current: current.clone() })
 }
 

@@ -135,7 +135,7 @@ pub enum Event {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanOutcome {
-    Planned(Planned),
+    Planned(Box<Planned>),
     Failed(Failure),
 }
 

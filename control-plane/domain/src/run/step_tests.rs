@@ -111,7 +111,7 @@ pub(super) fn plan_ended(run: &Run, applyable: bool) -> Event {
     Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
-        outcome: PlanOutcome::Planned(planned(applyable)),
+        outcome: PlanOutcome::Planned(Box::new(planned(applyable))),
         current: Demands::default(),
     }
 }
@@ -544,11 +544,11 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
         9 => Event::PlanEnded {
             runner,
             epoch: epoch(Phase::Plan),
-            outcome: PlanOutcome::Planned(Planned {
+            outcome: PlanOutcome::Planned(Box::new(Planned {
                 digest: Digest::from_bytes([number; 32]),
                 facts: (!draw.stale || draw.wait.is_multiple_of(3)).then(facts),
                 ..planned(draw.applyable)
-            }),
+            })),
             current,
         },
         10 => Event::ApplyEnded {

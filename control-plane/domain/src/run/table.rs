@@ -78,7 +78,7 @@ const COLUMNS: &[Column] = &[
     ("planned", |run| Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
-        outcome: PlanOutcome::Planned(planned(true)),
+        outcome: PlanOutcome::Planned(Box::new(planned(true))),
         current: Demands::default(),
     }),
     ("plan failed", |run| Event::PlanEnded {

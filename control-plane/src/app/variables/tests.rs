@@ -158,8 +158,8 @@ async fn a_personal_variable_is_nobody_elses_to_know() {
         &fixture.owner,
         ORGANIZATION,
         &Scope::Personal,
-        Category::Terraform,
-        "canary-name",
+        (Category::Terraform, "canary-name"),
+        None,
     )
     .await
     .unwrap();

@@ -32,7 +32,7 @@ pub(super) fn plan_ended(
         return ended(next, RunState::Canceled, Some(format!("canceled by {by}")), vec![]);
     }
     let planned = match outcome {
-        PlanOutcome::Planned(planned) => planned,
+        PlanOutcome::Planned(planned) => *planned,
         PlanOutcome::Failed(failure) => {
             let state = match failure.kind {
                 FailureKind::Canceled => RunState::Canceled,
