@@ -7,6 +7,7 @@
 mod account;
 mod audit;
 mod convert;
+mod enrolling;
 mod environment;
 #[cfg(test)]
 mod health_tests;
@@ -56,6 +57,9 @@ const LARGEST_MESSAGE: usize = 4 << 20;
 /// half comes, on each of a connection's streams.
 const LARGEST_OF_RUNNERS: usize = (1 << 20) + (64 << 10);
 
+/// The largest message of whoever shows no more than a secret in it.
+const LARGEST_WITH_SECRET: usize = 64 << 10;
+
 /// What streaming rpcs answer.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -100,7 +104,9 @@ pub async fn people(app: Arc<App>) -> Routes {
         .expect("the descriptor set was made by this build");
     Routes::new(serving)
         .add_service(reflection)
-        .add_service(limited!(AccountServiceServer, service))
+        .add_service(
+            limited!(AccountServiceServer, service).max_decoding_message_size(LARGEST_WITH_SECRET),
+        )
         .add_service(limited!(OrganizationServiceServer, service))
         .add_service(limited!(EnvironmentServiceServer, service))
         .add_service(limited!(VariableServiceServer, service))
@@ -112,10 +118,7 @@ pub async fn people(app: Arc<App>) -> Routes {
 
 /// The service of the runners' listener.
 pub fn runners(app: Arc<App>) -> Routes {
-    let service = RunnerServiceServer::new(Service { app })
-        .max_decoding_message_size(LARGEST_OF_RUNNERS)
-        .max_encoding_message_size(LARGEST_MESSAGE);
-    Routes::new(service)
+    Routes::new(enrolling::Runners::new(app))
 }
 
 /// How many streams one connection of a person or program has.
