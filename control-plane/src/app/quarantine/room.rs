@@ -1,7 +1,9 @@
 //! Makes room in a full quarantine: what can be missed gives way to what is new.
 //!
 //! Workspaces, plans' changes and logs of old leases help a person to understand; of them the
-//! oldest goes first, when an organization's bound is reached. A state may be all that is left of
+//! oldest goes first, when an organization's bound is reached; to something of their own sort as
+//! much as it takes itself, and no more, since what is refused stays on its runner while what gave
+//! way is gone. A state may be all that is left of
 //! an apply, and a result all that tells how it ended: neither is ever dropped but by a person. So
 //! when nothing else is left, a state is refused, which its runner keeps and brings again until
 //! there is room, and which the audit trail tells. Nothing gives way to what rests on a runner's
