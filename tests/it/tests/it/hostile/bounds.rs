@@ -82,7 +82,8 @@ async fn a_runner_with_many_slots_has_streams_for_all_of_them() {
 
 #[tokio::test]
 async fn the_oldest_connection_of_one_runner_gives_way_to_the_newest() {
-    let mut scene = Scene::new().await.unwrap();
+    // Its silence is not what ends the first.
+    let mut scene = Scene::with(&["--stream-patience", "3600"]).await.unwrap();
     let mut clients = vec![];
     let mut first = silent(&scene.client).await.unwrap();
     for _ in 0..CONNECTIONS {
