@@ -166,12 +166,14 @@ async fn next_part_within<T>(
     patience: Duration,
     parts: &mut Streaming<T>,
 ) -> Result<Option<T>, Status> {
-    tokio::time::timeout(patience, parts.message()).await.map_err(|_| {
-        Status::deadline_exceeded(format!(
-            "no whole message came for {} s; go on from what was acknowledged",
-            patience.as_secs()
-        ))
-    })?
+    tokio::time::timeout(patience, parts.message()).await.map_err(|_| silent_for(patience))?
+}
+
+fn silent_for(patience: Duration) -> Status {
+    Status::deadline_exceeded(format!(
+        "no whole message came for {} s; go on from what was acknowledged",
+        patience.as_secs()
+    ))
 }
 
 /// Sends what a caller has to take; one that has stopped reading does not keep its place.
