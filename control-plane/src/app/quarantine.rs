@@ -37,6 +37,7 @@ use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Version, keys};
 
 pub use self::review::{QuarantinedView, next_steps};
+pub(super) use self::room::Full;
 
 const ATTEMPTS: usize = 16;
 
@@ -213,8 +214,7 @@ impl App {
     ) -> Result<Vec<QuarantinedId>> {
         let Err(error) = tallies.check(header.kind) else { return Ok(vec![]) };
         if let Some(excess) = tallies.excess(header.kind, header.size) {
-            let replaced = before.map(|before| before.id.0);
-            let found = self.what_gives_way(runner.organization, excess, replaced).await?;
+            let found = self.what_gives_way(runner.organization, excess, before).await?;
             if let Some(gives_way) = found
                 && (is_kept(header.kind) || gives_way.len() <= MOST_IN_A_TURN)
             {
