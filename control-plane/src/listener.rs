@@ -31,6 +31,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use crate::authority::{ServerIdentity, key_of};
+use crate::seldom::Seldom;
 
 /// How long a connection may take until its first bytes of HTTP/2 are here.
 const OPENING: Duration = Duration::from_secs(10);
@@ -119,7 +120,7 @@ pub(crate) fn incoming(
 type Ready = mpsc::Sender<io::Result<Connection>>;
 
 async fn accept(listener: TcpListener, security: Security, ready: Ready) {
-    let callers = Callers::default();
+    let (callers, exhausted) = (Callers::default(), Seldom::default());
     loop {
         let accepted = tokio::select! {
             () = ready.closed() => return,
@@ -140,7 +141,9 @@ async fn accept(listener: TcpListener, security: Security, ready: Ready) {
             }
             Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
-                tracing::warn!(%error, "no connection can be accepted; trying again");
+                if let Some(times) = exhausted.count() {
+                    tracing::warn!(%error, times, "no connection can be accepted; trying again");
+                }
                 tokio::time::sleep(EXHAUSTED).await;
             }
         }
@@ -351,7 +354,13 @@ struct Callers(Arc<Mutex<Known>>);
 #[derive(Default)]
 struct Known {
     entered: u64,
-    of: HashMap<Who, VecDeque<(u64, oneshot::Sender<()>)>>,
+    of: HashMap<Who, Theirs>,
+}
+
+#[derive(Default)]
+struct Theirs {
+    connections: VecDeque<(u64, oneshot::Sender<()>)>,
+    ended: Seldom,
 }
 
 /// One connection's place among its caller's, until it is dropped.
@@ -369,15 +378,20 @@ impl Callers {
         let mut known = self.known();
         known.entered += 1;
         let number = known.entered;
-        let connections = known.of.entry(who).or_default();
-        connections.push_back((number, give_way));
-        if connections.len() > who.most()
-            && let Some((_, oldest)) = connections.pop_front()
+        let theirs = known.of.entry(who).or_default();
+        theirs.connections.push_back((number, give_way));
+        let mut told = None;
+        if theirs.connections.len() > who.most()
+            && let Some((_, oldest)) = theirs.connections.pop_front()
         {
-            tracing::warn!(?who, most = who.most(), "too many connections; the oldest is ended");
             let _ = oldest.send(());
+            told = theirs.ended.count();
         }
         drop(known);
+        if let Some(times) = told {
+            let most = who.most();
+            tracing::warn!(?who, most, times, "too many connections; the oldest is ended");
+        }
         Caller { callers: self.clone(), who, number, gives_way: Some(gives_way) }
     }
 
@@ -402,9 +416,9 @@ impl Caller {
 impl Drop for Caller {
     fn drop(&mut self) {
         let mut known = self.callers.known();
-        if let Some(connections) = known.of.get_mut(&self.who) {
-            connections.retain(|(number, _)| *number != self.number);
-            if connections.is_empty() {
+        if let Some(theirs) = known.of.get_mut(&self.who) {
+            theirs.connections.retain(|(number, _)| *number != self.number);
+            if theirs.connections.is_empty() {
                 known.of.remove(&self.who);
             }
         }
