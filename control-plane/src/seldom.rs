@@ -42,7 +42,7 @@ mod tests {
         let told = || (0..1000).filter_map(|_| seldom.count()).collect::<Vec<_>>();
         assert_eq!(told(), [1]);
         tokio::time::advance(EACH / 2).await;
-        assert_eq!(told(), []);
+        assert!(told().is_empty());
         tokio::time::advance(EACH / 2).await;
         assert_eq!(told(), [2000]);
     }
