@@ -11,6 +11,9 @@
 //! lock alone knows all links there are, and no link is being made. A package leaves its name under
 //! the lock, whole, and is removed after it.
 //!
+//! Jobs can read the cache, so one may take the lock and keep it, and a lock is all that file gives.
+//! Nobody waits for it without an end: who does not get it goes without the cache.
+//!
 //! A record counts while the job's private cache exists: a supervisor may die and terraform live.
 //! Runners that share a cache must therefore see each other's work directories by the same paths.
 
@@ -19,10 +22,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_lc_rs::digest::{SHA256, digest as sha256};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, failed, files, remove};
@@ -32,6 +37,11 @@ const LOCK: &str = ".lock";
 const RECORD: &str = ".job-";
 const DRAFT: &str = ".draft";
 const USED: &str = "used";
+
+/// Whoever removes something holds the lock for milliseconds.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What one job has links to.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,16 +53,31 @@ struct Record {
 
 /// Held while links are made: nothing is removed meanwhile. `None` where nobody can remove
 /// anything, such as in a cache that can only be read.
-pub(super) fn hold(shared: &Path) -> Option<File> {
+pub(super) fn hold(shared: &Path) -> Result<Option<File>, Error> {
     let held = open(shared).and_then(|lock| {
-        flock(&lock, FlockOperation::LockShared)?;
+        lock_shared(&lock)?;
         Ok(lock)
     });
     match held {
-        Ok(lock) => Some(lock),
+        Ok(lock) => Ok(Some(lock)),
+        // Without a record of the links, what they lead to could go.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::WOULDBLOCK) => {
+            Err(failed("wait for the lock of", shared)(error))
+        }
         Err(error) => {
             tracing::debug!(%error, "the provider cache is used without its lock");
-            None
+            Ok(None)
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "nothing tells when another lets go of the lock")]
+fn lock_shared(lock: &File) -> Result<(), Errno> {
+    let since = Instant::now();
+    loop {
+        match flock(lock, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) if since.elapsed() < PATIENCE => thread::sleep(PAUSE),
+            done => return done,
         }
     }
 }
@@ -233,6 +258,7 @@ mod tests {
         let shared = cache(&["a"]);
         let held = hold(shared.path()).unwrap();
         let also = hold(shared.path()).unwrap();
+        assert!(held.is_some() && also.is_some());
         drop(also);
         assert_eq!(shrink(shared.path(), 1).unwrap(), 0);
         drop(held);
