@@ -125,16 +125,17 @@ struct Candidate {
 }
 
 /// Removes what is over the limit, as far as nobody uses it, and answers how many packages that
-/// were. Leaves it to others while they are at work here: each looks at its end.
+/// were. Leaves it to others while they are at work here: each looks at its end. Without a limit
+/// only the records of jobs that are gone go.
 pub(super) fn shrink(shared: &Path, limit: u64) -> Result<usize, Error> {
-    if limit == 0 {
-        return Ok(0);
-    }
     let lock = open(shared).map_err(failed("open the lock of", shared))?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(0);
     }
-    let gone = take_out(shared, limit)?;
+    let gone = match limit {
+        0 => in_use(shared).map(|_| Vec::new())?,
+        limit => take_out(shared, limit)?,
+    };
     drop(lock);
     for directory in &gone {
         remove(directory)?;
@@ -144,21 +145,11 @@ pub(super) fn shrink(shared: &Path, limit: u64) -> Result<usize, Error> {
 
 /// Takes the names from what must go. Under the lock, alone.
 fn take_out(shared: &Path, limit: u64) -> Result<Vec<PathBuf>, Error> {
-    let (mut in_use, mut packages) = (HashSet::new(), Vec::new());
-    for entry in fs::read_dir(shared).map_err(failed("list", shared))?.flatten() {
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        let path = entry.path();
-        if name.starts_with(RECORD) {
-            let draft = name.ends_with(DRAFT);
-            match read(&path).filter(|record| !draft && record.private.exists()) {
-                Some(record) => in_use.extend(record.packages),
-                // Of a job that is gone, or of one that was killed before it had links.
-                None => drop(fs::remove_file(&path)),
-            }
-        } else if !name.starts_with('.') {
-            packages.push(Candidate { used: last_use(&path), bytes: size(&path), name });
-        }
-    }
+    let in_use = in_use(shared)?;
+    let packages = entries(shared)?.filter(|(name, _)| !name.starts_with('.'));
+    let mut packages: Vec<_> = packages
+        .map(|(name, path)| Candidate { used: last_use(&path), bytes: size(&path), name })
+        .collect();
     let mut total: u64 = packages.iter().map(|package| package.bytes).sum();
     packages.retain(|package| !in_use.contains(&package.name));
     packages.sort_by_key(|package| package.used);
@@ -175,6 +166,26 @@ fn take_out(shared: &Path, limit: u64) -> Result<Vec<PathBuf>, Error> {
         gone.push(to);
     }
     Ok(gone)
+}
+
+/// Answers what jobs have links to, and removes the records of those that are gone. Under the lock,
+/// alone.
+fn in_use(shared: &Path) -> Result<HashSet<String>, Error> {
+    let mut in_use = HashSet::new();
+    for (name, path) in entries(shared)?.filter(|(name, _)| name.starts_with(RECORD)) {
+        let draft = name.ends_with(DRAFT);
+        match read(&path).filter(|record| !draft && record.private.exists()) {
+            Some(record) => in_use.extend(record.packages),
+            // Of a job that is gone, or of one that was killed before it had links.
+            None => drop(fs::remove_file(&path)),
+        }
+    }
+    Ok(in_use)
+}
+
+fn entries(shared: &Path) -> Result<impl Iterator<Item = (String, PathBuf)>, Error> {
+    let entries = fs::read_dir(shared).map_err(failed("list", shared))?.flatten();
+    Ok(entries.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path()))))
 }
 
 /// By its mark, or since it is there.

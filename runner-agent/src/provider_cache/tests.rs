@@ -254,6 +254,25 @@ fn what_a_killed_process_left_unfinished_is_removed_in_time() {
     assert_eq!(host.packages(), [".new-now"]);
 }
 
+#[test]
+fn records_of_jobs_that_are_gone_go_in_a_cache_without_a_limit_too() {
+    let host = Host { limit: 0, ..Host::new() };
+    let first = host.job("first", None);
+    host.init(&first, &[]);
+    let lock_file = lock_file_of(&first);
+    fs::remove_dir_all(&first).unwrap();
+    for name in ["second", "third"] {
+        let job = host.job(name, Some(&lock_file));
+        host.init(&job, &["-lockfile=readonly"]);
+        let shared = fs::read_dir(host.at("cache").join(target())).unwrap().flatten();
+        let names = shared.map(|entry| entry.file_name().into_string().unwrap());
+        let records: Vec<_> = names.filter(|name| name.starts_with(".job-")).collect();
+        assert_eq!(records.len(), 1, "{name}: {records:?}");
+        assert_eq!(host.packages().len(), 1);
+        fs::remove_dir_all(&job).unwrap();
+    }
+}
+
 /// As a job could: it may read the cache, and a lock wants no more.
 pub(crate) fn taken(cache: &Path) -> File {
     let shared = cache.join(target());
