@@ -7,6 +7,7 @@
 mod account;
 mod audit;
 mod convert;
+mod enrolling;
 mod environment;
 #[cfg(test)]
 mod health_tests;
@@ -64,6 +65,9 @@ const LARGEST_MESSAGE: usize = 4 << 20;
 /// half comes, on each of a connection's streams.
 const LARGEST_OF_RUNNERS: usize = (1 << 20) + (64 << 10);
 
+/// The largest message of whoever shows no more than a secret in it.
+const LARGEST_WITH_SECRET: usize = 64 << 10;
+
 /// What streaming rpcs answer.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -108,7 +112,9 @@ pub async fn people(app: Arc<App>) -> Routes {
         .expect("the descriptor set was made by this build");
     Routes::new(serving)
         .add_service(reflection)
-        .add_service(limited!(AccountServiceServer, service))
+        .add_service(
+            limited!(AccountServiceServer, service).max_decoding_message_size(LARGEST_WITH_SECRET),
+        )
         .add_service(limited!(OrganizationServiceServer, service))
         .add_service(limited!(EnvironmentServiceServer, service))
         .add_service(limited!(VariableServiceServer, service))
@@ -121,10 +127,7 @@ pub async fn people(app: Arc<App>) -> Routes {
 
 /// The service of the runners' listener.
 pub fn runners(app: Arc<App>) -> Routes {
-    let service = RunnerServiceServer::new(Service { app })
-        .max_decoding_message_size(LARGEST_OF_RUNNERS)
-        .max_encoding_message_size(LARGEST_MESSAGE);
-    Routes::new(service)
+    Routes::new(enrolling::Runners::new(app))
 }
 
 /// How many streams one connection of a person or program has.
@@ -201,12 +204,14 @@ async fn next_part_within<T>(
     patience: Duration,
     parts: &mut Streaming<T>,
 ) -> Result<Option<T>, Status> {
-    tokio::time::timeout(patience, parts.message()).await.map_err(|_| {
-        Status::deadline_exceeded(format!(
-            "no whole message came for {} s; go on from what was acknowledged",
-            patience.as_secs()
-        ))
-    })?
+    tokio::time::timeout(patience, parts.message()).await.map_err(|_| silent_for(patience))?
+}
+
+fn silent_for(patience: Duration) -> Status {
+    Status::deadline_exceeded(format!(
+        "no whole message came for {} s; go on from what was acknowledged",
+        patience.as_secs()
+    ))
 }
 
 /// Sends what a caller has to take; one that has stopped reading does not keep its place.

@@ -34,6 +34,7 @@ pub mod reaper;
 pub mod run_log;
 pub mod runtime;
 pub mod seal;
+mod seldom;
 pub mod store;
 pub mod sts;
 

@@ -3,9 +3,10 @@
 //!
 //! Whoever reaches a port can open connections, and needs no certificate to leave a handshake
 //! half done. So there is a time for it, a number of those that are not done, and a number of
-//! connections for each who has proved something. Of the last, the oldest gives way and never the
-//! newest: an honest runner whose network broke is the one that has just come back, while what it
-//! had before hangs half open until its keep-alive ends it.
+//! connections for each who has proved something. Of all these the oldest gives way and never the
+//! newest. Who is honest opens a connection in milliseconds, while one that is silent takes all
+//! its time; and an honest runner whose network broke is the one that has just come back, while
+//! what it had before hangs half open until its keep-alive ends it.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -22,7 +23,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -30,6 +31,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use crate::authority::{ServerIdentity, key_of};
+use crate::seldom::Seldom;
 
 /// How long a connection may take until its first bytes of HTTP/2 are here.
 const OPENING: Duration = Duration::from_secs(10);
@@ -37,9 +39,9 @@ const OPENING: Duration = Duration::from_secs(10);
 /// The preface that every client begins with.
 const PREFACE: usize = 24;
 
-/// How many connections of a listener may be that far. More wait in the kernel's queue: when a
-/// thousand runners come back at once, none of them ends another's handshake.
-const MOST_OPENING: usize = 512;
+/// How many connections of a listener may be that far: when a thousand runners come back at once,
+/// none of them ends another's handshake. A test opens that many and has few files.
+const MOST_OPENING: usize = if cfg!(test) { 32 } else { 1024 };
 
 /// How many connections one runner has; an honest one has one.
 const MOST_OF_RUNNER: usize = 16;
@@ -118,19 +120,16 @@ pub(crate) fn incoming(
 type Ready = mpsc::Sender<io::Result<Connection>>;
 
 async fn accept(listener: TcpListener, security: Security, ready: Ready) {
-    let (opening, callers) = (Arc::new(Semaphore::new(MOST_OPENING)), Callers::default());
+    let (callers, exhausted) = (Callers::default(), Seldom::default());
     loop {
-        let accepted = async {
-            let place = Arc::clone(&opening).acquire_owned().await.map_err(io::Error::other)?;
-            Ok::<_, io::Error>((listener.accept().await?.0, place))
-        };
         let accepted = tokio::select! {
             () = ready.closed() => return,
-            accepted = accepted => accepted,
+            accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, place)) => {
+            Ok((stream, _)) => {
                 let (security, callers) = (security.clone(), callers.clone());
+                let place = callers.enter(Who::Opening);
                 let ready = ready.clone();
                 tokio::spawn(async move {
                     match Connection::open(stream, security, &callers, place).await {
@@ -142,7 +141,9 @@ async fn accept(listener: TcpListener, security: Security, ready: Ready) {
             }
             Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
-                tracing::warn!(%error, "no connection can be accepted; trying again");
+                if let Some(times) = exhausted.count() {
+                    tracing::warn!(%error, times, "no connection can be accepted; trying again");
+                }
                 tokio::time::sleep(EXHAUSTED).await;
             }
         }
@@ -178,7 +179,7 @@ enum Transport {
 struct Opening {
     left: usize,
     deadline: Pin<Box<Sleep>>,
-    _place: OwnedSemaphorePermit,
+    place: Caller,
 }
 
 impl Connection {
@@ -186,7 +187,7 @@ impl Connection {
         stream: TcpStream,
         security: Security,
         callers: &Callers,
-        place: OwnedSemaphorePermit,
+        mut place: Caller,
     ) -> io::Result<Self> {
         // Small frames would wait for the peer's delayed acknowledgement: 40 ms each.
         stream.set_nodelay(true)?;
@@ -194,11 +195,11 @@ impl Connection {
         let (transport, peer, caller) = match security {
             Security::Plaintext => (Transport::Plain(stream), Peer::default(), None),
             Security::Tls(config) => {
-                let stream = shake_hands(stream, config, deadline).await?;
+                let stream = shake_hands(stream, config, deadline, &mut place).await?;
                 (Transport::Tls(Box::new(stream)), Peer::default(), None)
             }
             Security::MutualTls(config) => {
-                let stream = shake_hands(stream, config, deadline).await?;
+                let stream = shake_hands(stream, config, deadline, &mut place).await?;
                 let chain = stream.get_ref().1.peer_certificates();
                 let certificate = chain.and_then(|chain| chain.first()).cloned();
                 let key = certificate.as_ref().and_then(|leaf| key_of(leaf).ok());
@@ -207,20 +208,19 @@ impl Connection {
             }
         };
         let deadline = Box::pin(tokio::time::sleep_until(deadline));
-        let opening = Some(Opening { left: PREFACE, deadline, _place: place });
+        let opening = Some(Opening { left: PREFACE, deadline, place });
         Ok(Self { transport, peer, opening, caller })
     }
 
     /// Fails a connection that has to give way.
     fn stand(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        let Some(caller) = &mut self.caller else { return Ok(()) };
-        if let Some(gives_way) = &mut caller.gives_way
-            && Pin::new(gives_way).poll(context).is_pending()
-        {
-            return Ok(());
+        let opening = self.opening.as_mut().map(|opening| &mut opening.place);
+        for place in [opening, self.caller.as_mut()].into_iter().flatten() {
+            if place.poll_give_way(context).is_ready() {
+                return Err(given_way());
+            }
         }
-        caller.gives_way = None;
-        Err(io::Error::new(io::ErrorKind::ConnectionAborted, "newer connections took over"))
+        Ok(())
     }
 }
 
@@ -228,10 +228,18 @@ async fn shake_hands(
     stream: TcpStream,
     config: Arc<ServerConfig>,
     deadline: tokio::time::Instant,
+    place: &mut Caller,
 ) -> io::Result<TlsStream<TcpStream>> {
-    tokio::time::timeout_at(deadline, TlsAcceptor::from(config).accept(stream))
-        .await
-        .map_err(|_| late())?
+    let shaken = tokio::time::timeout_at(deadline, TlsAcceptor::from(config).accept(stream));
+    tokio::select! {
+        biased;
+        () = std::future::poll_fn(|context| place.poll_give_way(context)) => Err(given_way()),
+        shaken = shaken => shaken.map_err(|_| late())?,
+    }
+}
+
+fn given_way() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "newer connections took over")
 }
 
 fn late() -> io::Error {
@@ -320,12 +328,13 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Whose a connection is, by its handshake.
+/// Whose a connection is, by its handshake; it has one more place until it has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Who {
     /// By the key of the certificate.
     Runner(Digest),
     Stranger,
+    Opening,
 }
 
 impl Who {
@@ -333,6 +342,7 @@ impl Who {
         match self {
             Who::Runner(_) => MOST_OF_RUNNER,
             Who::Stranger => MOST_OF_STRANGERS,
+            Who::Opening => MOST_OPENING,
         }
     }
 }
@@ -344,7 +354,13 @@ struct Callers(Arc<Mutex<Known>>);
 #[derive(Default)]
 struct Known {
     entered: u64,
-    of: HashMap<Who, VecDeque<(u64, oneshot::Sender<()>)>>,
+    of: HashMap<Who, Theirs>,
+}
+
+#[derive(Default)]
+struct Theirs {
+    connections: VecDeque<(u64, oneshot::Sender<()>)>,
+    ended: Seldom,
 }
 
 /// One connection's place among its caller's, until it is dropped.
@@ -362,15 +378,20 @@ impl Callers {
         let mut known = self.known();
         known.entered += 1;
         let number = known.entered;
-        let connections = known.of.entry(who).or_default();
-        connections.push_back((number, give_way));
-        if connections.len() > who.most()
-            && let Some((_, oldest)) = connections.pop_front()
+        let theirs = known.of.entry(who).or_default();
+        theirs.connections.push_back((number, give_way));
+        let mut told = None;
+        if theirs.connections.len() > who.most()
+            && let Some((_, oldest)) = theirs.connections.pop_front()
         {
-            tracing::warn!(?who, most = who.most(), "too many connections; the oldest is ended");
             let _ = oldest.send(());
+            told = theirs.ended.count();
         }
         drop(known);
+        if let Some(times) = told {
+            let most = who.most();
+            tracing::warn!(?who, most, times, "too many connections; the oldest is ended");
+        }
         Caller { callers: self.clone(), who, number, gives_way: Some(gives_way) }
     }
 
@@ -380,12 +401,24 @@ impl Callers {
     }
 }
 
+impl Caller {
+    fn poll_give_way(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if let Some(gives_way) = &mut self.gives_way
+            && Pin::new(gives_way).poll(context).is_pending()
+        {
+            return Poll::Pending;
+        }
+        self.gives_way = None;
+        Poll::Ready(())
+    }
+}
+
 impl Drop for Caller {
     fn drop(&mut self) {
         let mut known = self.callers.known();
-        if let Some(connections) = known.of.get_mut(&self.who) {
-            connections.retain(|(number, _)| *number != self.number);
-            if connections.is_empty() {
+        if let Some(theirs) = known.of.get_mut(&self.who) {
+            theirs.connections.retain(|(number, _)| *number != self.number);
+            if theirs.connections.is_empty() {
                 known.of.remove(&self.who);
             }
         }
@@ -424,6 +457,16 @@ mod tests {
         assert!(callers.known().of.is_empty());
     }
 
+    fn tls() -> Security {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let identity = ServerIdentity {
+            chain_pem: certified.cert.pem(),
+            key_pem: certified.signing_key.serialize_pem().into(),
+        };
+        Security::tls(&identity).unwrap()
+    }
+
     async fn listening(security: Security) -> (TcpStream, ReceiverStream<io::Result<Connection>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -457,16 +500,39 @@ mod tests {
 
     #[tokio::test]
     async fn a_handshake_that_is_not_done_is_ended() {
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let identity = ServerIdentity {
-            chain_pem: certified.cert.pem(),
-            key_pem: certified.signing_key.serialize_pem().into(),
-        };
-        let (mut client, _connections) = listening(Security::tls(&identity).unwrap()).await;
+        let (mut client, _connections) = listening(tls()).await;
         // The beginning of a `ClientHello`.
         client.write_all(&[0x16, 3, 1]).await.unwrap();
         tokio::time::pause();
         assert_eq!(client.read(&mut [0; 64]).await.unwrap_or(0), 0);
+    }
+
+    #[tokio::test]
+    async fn who_opens_one_too_many_ends_the_oldest_that_is_silent_and_is_served() {
+        for security in [tls(), Security::Plaintext] {
+            let is_plain = matches!(security, Security::Plaintext);
+            let (mut oldest, mut connections) = listening(security).await;
+            let address = oldest.peer_addr().unwrap();
+            // A server takes what is ready; over TLS none of these is.
+            let mut taken = vec![];
+            let mut silent = vec![];
+            for _ in 0..MOST_OPENING {
+                silent.push(TcpStream::connect(address).await.unwrap());
+                if is_plain {
+                    taken.push(connections.next().await.unwrap().unwrap());
+                }
+            }
+            let ended = async {
+                if is_plain {
+                    let error = taken[0].read(&mut [0; 64]).await.unwrap_err();
+                    assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+                } else {
+                    assert_eq!(oldest.read(&mut [0; 64]).await.unwrap_or(0), 0);
+                }
+            };
+            tokio::time::timeout(OPENING / 2, ended).await.unwrap();
+            let last = silent.last_mut().unwrap().read_u8();
+            assert!(tokio::time::timeout(OPENING / 100, last).await.is_err());
+        }
     }
 }

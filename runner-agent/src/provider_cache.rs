@@ -98,7 +98,7 @@ impl Loan {
         make(&self.shared)?;
         make(&self.private)?;
         self.sweep();
-        let held = bound::hold(&self.shared);
+        let held = bound::hold(&self.shared)?;
         let mut found = Vec::new();
         for Locked { path, hashes } in self.locked()? {
             let kept = hashes.into_iter().find(|hash| self.is_whole(hash));
@@ -150,7 +150,7 @@ impl Loan {
     }
 
     fn take_in_all(&self) -> Result<usize, Error> {
-        let _held = bound::hold(&self.shared);
+        let _held = bound::hold(&self.shared)?;
         let mut kept = 0;
         for locked in self.locked()? {
             let at = self.private.join(&locked.path).join(target());

@@ -34,6 +34,10 @@ use crate::supervisor::control::{Stage, Status};
 /// How long one answer may take before the attempt counts as failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long a log may bring nothing new before its stream is closed: less than a control plane's
+/// patience for such a stream.
+const QUIET: Duration = Duration::from_secs(20);
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("read what is to be sent")]
@@ -86,6 +90,7 @@ pub(crate) struct Shipper {
     lease: Lease,
     directory: JobDirectory,
     standing: watch::Sender<Standing>,
+    quiet: Duration,
 }
 
 enum Failure {
@@ -103,7 +108,13 @@ impl Shipper {
         lease: Lease,
         directory: JobDirectory,
     ) -> Self {
-        Self { client, lease, directory, standing: watch::channel(Standing::Stands).0 }
+        let standing = watch::channel(Standing::Stands).0;
+        Self { client, lease, directory, standing, quiet: QUIET }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_quiet(self, quiet: Duration) -> Self {
+        Self { quiet, ..self }
     }
 
     /// By `Welcome`.

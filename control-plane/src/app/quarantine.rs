@@ -22,6 +22,7 @@ use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
 
 use self::bounds::Tallies;
+use self::room::is_kept;
 use super::App;
 use super::artifacts::{ArtifactHeader, Made};
 use super::claims::{Claim, Settled};
@@ -36,8 +37,13 @@ use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Version, keys};
 
 pub use self::review::{QuarantinedView, next_steps};
+pub(super) use self::room::Full;
 
 const ATTEMPTS: usize = 16;
+
+/// How many things give way in one turn, each by a commit of its own; and to something bulky, at
+/// all.
+const MOST_IN_A_TURN: usize = 64;
 
 /// What is read of a thing before it goes to quarantine.
 #[derive(Clone, Debug, Default)]
@@ -101,7 +107,7 @@ impl App {
         claim: &Claim,
     ) -> Result<Settled> {
         let organization = runner.organization;
-        let _turn = self.uploads.quarantine.lock().await;
+        let mut turn = self.uploads.quarantine.lock().await;
         for _ in 0..ATTEMPTS {
             // What an old copy acknowledges is thrown away with it.
             self.check_history()?;
@@ -121,10 +127,12 @@ impl App {
             let tallies = tallies.with(known, header.size);
             let gives_way = self.find_room(runner, header, &tallies, known).await?;
             if !gives_way.is_empty() {
-                for id in gives_way {
+                for id in gives_way.into_iter().take(MOST_IN_A_TURN) {
                     self.take_out(organization, id, ("system", "quarantine_gave_way")).await?;
                 }
-                // Counted anew.
+                // Counted anew, and others have their turn before.
+                drop(turn);
+                turn = self.uploads.quarantine.lock().await;
                 continue;
             }
             let replaced = self.check_replaced(slot, known)?;
@@ -205,10 +213,11 @@ impl App {
         before: Option<&Quarantined>,
     ) -> Result<Vec<QuarantinedId>> {
         let Err(error) = tallies.check(header.kind) else { return Ok(vec![]) };
-        if let Some(excess) = tallies.excess(header.kind) {
-            let replaced = before.map(|before| before.id.0);
-            let found = self.what_gives_way(runner.organization, excess, replaced).await?;
-            if let Some(gives_way) = found {
+        if let Some(excess) = tallies.excess(header.kind, header.size) {
+            let found = self.what_gives_way(runner.organization, excess, before).await?;
+            if let Some(gives_way) = found
+                && (is_kept(header.kind) || gives_way.len() <= MOST_IN_A_TURN)
+            {
                 return Ok(gives_way);
             }
         }

@@ -153,8 +153,10 @@ impl App {
                 return Ok(Standing { drained, version });
             }
             if *spending.get_or_insert_with(|| budget.spend()) == Spending::Beyond {
-                tracing::warn!(runner_id = %runner.id,
-                    "a runner says something else of itself too often; not recorded");
+                if let Some(times) = budget.beyond.count() {
+                    tracing::warn!(runner_id = %runner.id, times,
+                        "a runner says something else of itself too often; not recorded");
+                }
                 return Ok(Standing { drained, version });
             }
             let next = Runner { said: Some(said.clone()), ..value };

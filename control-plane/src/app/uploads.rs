@@ -8,12 +8,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use latchkey_domain::id::{OrganizationId, RunnerId};
+use latchkey_domain::id::RunnerId;
 use latchkey_proto::v1::Reason;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
-use tokio::time::Instant;
 
 use super::garbage::Collection;
+use super::quarantine::Full;
 use crate::error::{Error, Result};
 
 /// How many archives may be on their way in.
@@ -48,8 +48,8 @@ pub struct Uploads {
     /// Orders what changes the totals of quarantine, so that many that come at once don't run
     /// each other's races over and over. The store decides all the same.
     pub(super) quarantine: tokio::sync::Mutex<()>,
-    /// When it was last told that an organization's quarantine is full.
-    pub(super) told_full: Mutex<HashMap<OrganizationId, Instant>>,
+    /// What was told and found of quarantines that are full.
+    pub(super) full: Full,
     /// One collection of garbage at a time.
     pub(super) collection: tokio::sync::Mutex<Collection>,
 }
@@ -77,7 +77,7 @@ impl Default for Uploads {
             states: Arc::new(Semaphore::new(MOST_STATES)),
             comparing: tokio::sync::Mutex::default(),
             quarantine: tokio::sync::Mutex::default(),
-            told_full: Mutex::default(),
+            full: Full::default(),
             collection: tokio::sync::Mutex::default(),
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use http::{Request, Response};
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
@@ -25,6 +26,13 @@ use crate::listener::Peer;
 
 /// What anybody may ask of the people's listener without a proof.
 const OPEN: &[&str] = &["/grpc.health.v1.Health/", "/grpc.reflection.v1.ServerReflection/"];
+
+/// How many calls of a listener may be in progress whose only proof is a secret in the request:
+/// anybody can send half of one.
+const MOST_WITH_SECRET: usize = 64;
+
+/// How long such a call may take. It is one small message.
+const WITH_SECRET: Duration = Duration::from_secs(10);
 
 /// Proves people and programs by their token.
 #[derive(Clone, Debug)]
@@ -51,7 +59,7 @@ impl<S> Layer<S> for PeopleLayer {
     type Service = Proved<S>;
 
     fn layer(&self, inner: S) -> Proved<S> {
-        Proved { inner, app: Arc::clone(&self.app), listener: Listener::People }
+        Proved::new(inner, Arc::clone(&self.app), Listener::People)
     }
 }
 
@@ -60,7 +68,7 @@ impl<S> Layer<S> for RunnersLayer {
 
     fn layer(&self, inner: S) -> Proved<S> {
         let Self { app, places, patience } = self.clone();
-        Proved { inner, app, listener: Listener::Runners { places, patience } }
+        Proved::new(inner, app, Listener::Runners { places, patience })
     }
 }
 
@@ -71,12 +79,12 @@ enum Listener {
 }
 
 /// How long a request may take until it is answered.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 enum Allowed {
     /// Its parts are waited for one by one.
     Parts,
-    /// It is one message, of which half may never come.
-    Whole(Duration),
+    /// It is one message, of which half may never come; and its place, if it has one here.
+    Whole(Duration, Option<OwnedSemaphorePermit>),
 }
 
 /// A service behind the proof.
@@ -85,6 +93,13 @@ pub struct Proved<S> {
     inner: S,
     app: Arc<App>,
     listener: Listener,
+    with_secret: Arc<Semaphore>,
+}
+
+impl<S> Proved<S> {
+    fn new(inner: S, app: Arc<App>, listener: Listener) -> Self {
+        Self { inner, app, listener, with_secret: Arc::new(Semaphore::new(MOST_WITH_SECRET)) }
+    }
 }
 
 impl<S> Service<Request<Body>> for Proved<S>
@@ -105,16 +120,17 @@ where
         let ready = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, ready);
         let (app, listener) = (Arc::clone(&self.app), self.listener.clone());
+        let with_secret = Arc::clone(&self.with_secret);
         Box::pin(async move {
             let proved = match listener {
-                Listener::People => prove_caller(&app, &mut request).await,
+                Listener::People => prove_caller(&app, &mut request, with_secret).await,
                 Listener::Runners { places, patience } => {
-                    prove_runner(&app, &mut request, &places, patience).await
+                    prove_runner(&app, &mut request, with_secret, &places, patience).await
                 }
             };
             match proved {
                 Ok(Allowed::Parts) => inner.call(request).await,
-                Ok(Allowed::Whole(time)) => {
+                Ok(Allowed::Whole(time, _place)) => {
                     let answer = tokio::time::timeout(time, inner.call(request)).await;
                     answer.unwrap_or_else(|_| {
                         let message = "the request was not answered in time; send it again";
@@ -127,15 +143,26 @@ where
     }
 }
 
-async fn prove_caller(app: &App, request: &mut Request<Body>) -> Result<Allowed, Status> {
+/// Gives a call its place before a byte of its body is read, or refuses it with a code alone:
+/// this is soon over.
+fn with_secret(places: Arc<Semaphore>) -> Result<Allowed, Status> {
+    let place = places.try_acquire_owned().map_err(|_| {
+        Status::resource_exhausted("too many such calls are in progress; try again")
+    })?;
+    Ok(Allowed::Whole(WITH_SECRET, Some(place)))
+}
+
+async fn prove_caller(
+    app: &App,
+    request: &mut Request<Body>,
+    secrets: Arc<Semaphore>,
+) -> Result<Allowed, Status> {
     let path = request.uri().path();
     if OPEN.iter().any(|open| path.starts_with(open)) {
         return Ok(Allowed::Parts);
     }
     match rule_for(path) {
-        Some(Rule::SecretInRequest) if !path.contains("RunnerService") => {
-            Ok(Allowed::Whole(PART_TIMEOUT))
-        }
+        Some(Rule::SecretInRequest) if !path.contains("RunnerService") => with_secret(secrets),
         Some(Rule::Anyone | Rule::Within(_)) => {
             let token = bearer(request)?;
             let caller: Caller = app.caller(&token).await?;
@@ -150,18 +177,17 @@ async fn prove_caller(app: &App, request: &mut Request<Body>) -> Result<Allowed,
 async fn prove_runner(
     app: &App,
     request: &mut Request<Body>,
+    secrets: Arc<Semaphore>,
     places: &Places,
     patience: Duration,
 ) -> Result<Allowed, Status> {
     let path = request.uri().path();
     match rule_for(path) {
-        Some(Rule::SecretInRequest) if path.contains("RunnerService") => {
-            Ok(Allowed::Whole(PART_TIMEOUT))
-        }
+        Some(Rule::SecretInRequest) if path.contains("RunnerService") => with_secret(secrets),
         Some(Rule::Runner) => {
             let (kind, allowed) = match path.rsplit('/').next() {
                 Some("Lease") => (Kind::Lease, Allowed::Parts),
-                Some("FetchArtifact") => (Kind::Bulk, Allowed::Whole(PART_TIMEOUT)),
+                Some("FetchArtifact") => (Kind::Bulk, Allowed::Whole(PART_TIMEOUT, None)),
                 Some(_) | None => (Kind::Bulk, Allowed::Parts),
             };
             let peer = request.extensions().get::<Peer>();
@@ -192,4 +218,64 @@ fn bearer(request: &Request<Body>) -> Result<SecretString> {
 
 fn identity_required() -> Error {
     Error::refused(Reason::IdentityRequired, "sign in first: this needs a proof of who is calling")
+}
+
+#[cfg(test)]
+mod tests {
+    use latchkey_domain::policy::MfaPolicy;
+    use tonic::Code;
+
+    use super::*;
+    use crate::app::fixture::Fixture;
+
+    /// Asks a listener 65 times what needs a secret alone; nothing behind the layer answers.
+    async fn codes<L>(layer: L, path: &str) -> Vec<Code>
+    where
+        L: Layer<Silent, Service = Proved<Silent>>,
+    {
+        let mut proved = layer.layer(Silent);
+        let call = |_| {
+            let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+            tokio::spawn(proved.call(request))
+        };
+        let calls: Vec<_> = (0..=MOST_WITH_SECRET).map(call).collect();
+        let before = tokio::time::Instant::now();
+        let mut codes = vec![];
+        for call in calls {
+            let answer = call.await.unwrap().unwrap();
+            codes.push(Status::from_header_map(answer.headers()).unwrap().code());
+        }
+        assert!(before.elapsed() < WITH_SECRET * 2);
+        codes
+    }
+
+    #[derive(Clone)]
+    struct Silent;
+
+    impl Service<Request<Body>> for Silent {
+        type Response = Response<Body>;
+        type Error = std::convert::Infallible;
+        type Future = std::future::Pending<Result<Response<Body>, Self::Error>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request<Body>) -> Self::Future {
+            std::future::pending()
+        }
+    }
+
+    #[tokio::test]
+    async fn calls_with_a_secret_alone_are_few_at_a_time_and_soon_over() {
+        let fixture = Fixture::new(MfaPolicy::Never).await;
+        let app = || Arc::clone(&fixture.app);
+        tokio::time::pause();
+        let mut expected = vec![Code::DeadlineExceeded; MOST_WITH_SECRET];
+        expected.push(Code::ResourceExhausted);
+        let people = codes(PeopleLayer { app: app() }, "/latchkey.v1.AccountService/Bootstrap");
+        assert_eq!(people.await, expected);
+        let runners = RunnersLayer::new(app(), PART_TIMEOUT);
+        assert_eq!(codes(runners, "/latchkey.v1.RunnerService/Enroll").await, expected);
+    }
 }

@@ -15,6 +15,7 @@ use tonic::{Request, Status};
 use super::PART_TIMEOUT;
 use crate::app::App;
 use crate::app::runners::Budget;
+use crate::seldom::Seldom;
 
 /// How many lease streams: an honest runner has one, and for a moment the one that it replaces.
 const MOST_LEASES: usize = 16;
@@ -41,6 +42,7 @@ struct Taken {
     leases: usize,
     bulk: usize,
     introductions: Arc<Budget>,
+    refused: Seldom,
 }
 
 impl Taken {
@@ -89,7 +91,10 @@ impl Places {
                 return Ok(place);
             }
         }
-        tracing::warn!(runner_id = %runner, most, "a runner has too many {what} open");
+        let told = self.taken().entry(runner).or_default().refused.count();
+        if let Some(times) = told {
+            tracing::warn!(runner_id = %runner, most, what, times, "a runner has too many open");
+        }
         Err(Status::resource_exhausted(format!(
             "this runner has {most} {what} open, and may have no more; try again when one has ended"
         )))

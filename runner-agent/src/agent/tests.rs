@@ -7,6 +7,7 @@ mod faults;
 mod forced;
 mod handover;
 mod quarantine;
+mod quiet;
 mod spooling;
 mod untaken;
 
@@ -86,6 +87,9 @@ struct World {
     is_full: bool,
     /// Keeps who fetches waiting.
     holds_back: bool,
+    /// Of logs: how many were opened, and how many of these their runner has closed.
+    log_streams: u32,
+    log_streams_closed: u32,
 }
 
 #[derive(Clone)]
@@ -494,6 +498,14 @@ impl RunnerService for Plane {
         certified(&call)?;
         let plane = self.clone();
         let mut first = true;
+        plane.world().log_streams += 1;
+        let closed = self.clone();
+        // Not reached by a stream that breaks: that ends with an error.
+        let end = tokio_stream::once(()).filter_map(move |()| {
+            closed.world().log_streams_closed += 1;
+            closed.changed.notify_waiters();
+            None
+        });
         let answers = call.into_inner().map(move |message| {
             let message = message?;
             assert_eq!(message.lease.is_some(), std::mem::take(&mut first));
@@ -534,6 +546,7 @@ impl RunnerService for Plane {
             plane.changed.notify_waiters();
             Ok(v1::AppendLogResponse { durable_length })
         });
+        let answers = answers.chain(end);
         Ok(Answer::new(Box::pin(answers)))
     }
 }

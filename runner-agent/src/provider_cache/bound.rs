@@ -11,6 +11,9 @@
 //! lock alone knows all links there are, and no link is being made. A package leaves its name under
 //! the lock, whole, and is removed after it.
 //!
+//! Jobs can read the cache, so one may take the lock and keep it, and a lock is all that file gives.
+//! Nobody waits for it without an end: who does not get it goes without the cache.
+//!
 //! A record counts while the job's private cache exists: a supervisor may die and terraform live.
 //! Runners that share a cache must therefore see each other's work directories by the same paths.
 
@@ -19,10 +22,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_lc_rs::digest::{SHA256, digest as sha256};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, failed, files, remove};
@@ -32,6 +37,11 @@ const LOCK: &str = ".lock";
 const RECORD: &str = ".job-";
 const DRAFT: &str = ".draft";
 const USED: &str = "used";
+
+/// Whoever removes something holds the lock for milliseconds.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What one job has links to.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,16 +53,31 @@ struct Record {
 
 /// Held while links are made: nothing is removed meanwhile. `None` where nobody can remove
 /// anything, such as in a cache that can only be read.
-pub(super) fn hold(shared: &Path) -> Option<File> {
+pub(super) fn hold(shared: &Path) -> Result<Option<File>, Error> {
     let held = open(shared).and_then(|lock| {
-        flock(&lock, FlockOperation::LockShared)?;
+        lock_shared(&lock)?;
         Ok(lock)
     });
     match held {
-        Ok(lock) => Some(lock),
+        Ok(lock) => Ok(Some(lock)),
+        // Without a record of the links, what they lead to could go.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::WOULDBLOCK) => {
+            Err(failed("wait for the lock of", shared)(error))
+        }
         Err(error) => {
             tracing::debug!(%error, "the provider cache is used without its lock");
-            None
+            Ok(None)
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "nothing tells when another lets go of the lock")]
+fn lock_shared(lock: &File) -> Result<(), Errno> {
+    let since = Instant::now();
+    loop {
+        match flock(lock, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) if since.elapsed() < PATIENCE => thread::sleep(PAUSE),
+            done => return done,
         }
     }
 }
@@ -100,16 +125,17 @@ struct Candidate {
 }
 
 /// Removes what is over the limit, as far as nobody uses it, and answers how many packages that
-/// were. Leaves it to others while they are at work here: each looks at its end.
+/// were. Leaves it to others while they are at work here: each looks at its end. Without a limit
+/// only the records of jobs that are gone go.
 pub(super) fn shrink(shared: &Path, limit: u64) -> Result<usize, Error> {
-    if limit == 0 {
-        return Ok(0);
-    }
     let lock = open(shared).map_err(failed("open the lock of", shared))?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(0);
     }
-    let gone = take_out(shared, limit)?;
+    let gone = match limit {
+        0 => in_use(shared).map(|_| Vec::new())?,
+        limit => take_out(shared, limit)?,
+    };
     drop(lock);
     for directory in &gone {
         remove(directory)?;
@@ -119,21 +145,11 @@ pub(super) fn shrink(shared: &Path, limit: u64) -> Result<usize, Error> {
 
 /// Takes the names from what must go. Under the lock, alone.
 fn take_out(shared: &Path, limit: u64) -> Result<Vec<PathBuf>, Error> {
-    let (mut in_use, mut packages) = (HashSet::new(), Vec::new());
-    for entry in fs::read_dir(shared).map_err(failed("list", shared))?.flatten() {
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        let path = entry.path();
-        if name.starts_with(RECORD) {
-            let draft = name.ends_with(DRAFT);
-            match read(&path).filter(|record| !draft && record.private.exists()) {
-                Some(record) => in_use.extend(record.packages),
-                // Of a job that is gone, or of one that was killed before it had links.
-                None => drop(fs::remove_file(&path)),
-            }
-        } else if !name.starts_with('.') {
-            packages.push(Candidate { used: last_use(&path), bytes: size(&path), name });
-        }
-    }
+    let in_use = in_use(shared)?;
+    let packages = entries(shared)?.filter(|(name, _)| !name.starts_with('.'));
+    let mut packages: Vec<_> = packages
+        .map(|(name, path)| Candidate { used: last_use(&path), bytes: size(&path), name })
+        .collect();
     let mut total: u64 = packages.iter().map(|package| package.bytes).sum();
     packages.retain(|package| !in_use.contains(&package.name));
     packages.sort_by_key(|package| package.used);
@@ -150,6 +166,26 @@ fn take_out(shared: &Path, limit: u64) -> Result<Vec<PathBuf>, Error> {
         gone.push(to);
     }
     Ok(gone)
+}
+
+/// Answers what jobs have links to, and removes the records of those that are gone. Under the lock,
+/// alone.
+fn in_use(shared: &Path) -> Result<HashSet<String>, Error> {
+    let mut in_use = HashSet::new();
+    for (name, path) in entries(shared)?.filter(|(name, _)| name.starts_with(RECORD)) {
+        let draft = name.ends_with(DRAFT);
+        match read(&path).filter(|record| !draft && record.private.exists()) {
+            Some(record) => in_use.extend(record.packages),
+            // Of a job that is gone, or of one that was killed before it had links.
+            None => drop(fs::remove_file(&path)),
+        }
+    }
+    Ok(in_use)
+}
+
+fn entries(shared: &Path) -> Result<impl Iterator<Item = (String, PathBuf)>, Error> {
+    let entries = fs::read_dir(shared).map_err(failed("list", shared))?.flatten();
+    Ok(entries.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path()))))
 }
 
 /// By its mark, or since it is there.
@@ -233,6 +269,7 @@ mod tests {
         let shared = cache(&["a"]);
         let held = hold(shared.path()).unwrap();
         let also = hold(shared.path()).unwrap();
+        assert!(held.is_some() && also.is_some());
         drop(also);
         assert_eq!(shrink(shared.path(), 1).unwrap(), 0);
         drop(held);

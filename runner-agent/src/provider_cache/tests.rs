@@ -3,6 +3,8 @@
 use std::process::{Command, Output};
 use std::thread;
 
+use rustix::fs::{FlockOperation, flock};
+
 use super::*;
 use crate::engine::archive_of_tests;
 use crate::engine::tests::at_hand_engine;
@@ -250,6 +252,52 @@ fn what_a_killed_process_left_unfinished_is_removed_in_time() {
     }
     host.loan(&host.job("first", None)).lend().unwrap();
     assert_eq!(host.packages(), [".new-now"]);
+}
+
+#[test]
+fn records_of_jobs_that_are_gone_go_in_a_cache_without_a_limit_too() {
+    let host = Host { limit: 0, ..Host::new() };
+    let first = host.job("first", None);
+    host.init(&first, &[]);
+    let lock_file = lock_file_of(&first);
+    fs::remove_dir_all(&first).unwrap();
+    for name in ["second", "third"] {
+        let job = host.job(name, Some(&lock_file));
+        host.init(&job, &["-lockfile=readonly"]);
+        let shared = fs::read_dir(host.at("cache").join(target())).unwrap().flatten();
+        let names = shared.map(|entry| entry.file_name().into_string().unwrap());
+        let records: Vec<_> = names.filter(|name| name.starts_with(".job-")).collect();
+        assert_eq!(records.len(), 1, "{name}: {records:?}");
+        assert_eq!(host.packages().len(), 1);
+        fs::remove_dir_all(&job).unwrap();
+    }
+}
+
+/// As a job could: it may read the cache, and a lock wants no more.
+pub(crate) fn taken(cache: &Path) -> File {
+    let shared = cache.join(target());
+    make(&shared).unwrap();
+    let path = shared.join(".lock");
+    File::options().append(true).create(true).open(&path).unwrap();
+    let lock = File::open(path).unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    lock
+}
+
+#[test]
+fn a_cache_whose_lock_is_kept_gives_and_takes_nothing() {
+    let host = Host::new();
+    let first = host.job("first", None);
+    host.init(&first, &[]);
+    let taken = taken(&host.at("cache"));
+    let second = host.job("second", Some(&lock_file_of(&first)));
+    // A link without a record would lead nowhere once room is made.
+    let error = host.loan(&second).lend().unwrap_err();
+    assert!(error.to_string().starts_with("wait for the lock"), "{error}");
+    assert!(!second.join("plugins").join(SOURCE).exists());
+    host.loan(&first).take_in().unwrap_err();
+    drop(taken);
+    assert_eq!(host.init(&second, &["-lockfile=readonly"]), (1, 0));
 }
 
 #[test]

@@ -1,17 +1,33 @@
 //! The log, as it grows: by offset, whole lines, acknowledged as far as it is durable.
+//!
+//! A control plane ends streams that bring nothing for a minute. That terraform is quiet is no
+//! failure, so the stream is closed from here before, and another opened when there is more.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use latchkey_proto::v1;
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::attempts::Attempts;
 use super::{Delivery, Error, Failure, Shipper, in_time, understand};
 use crate::supervisor::control::{Stage, Status};
 use crate::supervisor::log::LONGEST_LINE;
+
+/// How long the end of a stream that was closed from here may take; what comes next waits for it.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Why a stream ended well.
+enum Closed {
+    /// Everything is acknowledged, and there will be no more.
+    Whole,
+    /// Everything is acknowledged, and nothing new came for a while.
+    Quiet,
+}
 
 impl Shipper {
     /// Answers how much of the log was taken, too.
@@ -24,7 +40,8 @@ impl Shipper {
         loop {
             let before = acknowledged;
             match self.log_stream(&mut status, &mut acknowledged).await {
-                Ok(()) => return Ok((Delivery::Acknowledged, acknowledged)),
+                Ok(Closed::Whole) => return Ok((Delivery::Acknowledged, acknowledged)),
+                Ok(Closed::Quiet) => attempts.reset(),
                 Err(Failure::Refused(reason)) => {
                     return self.without_log(status, reason, acknowledged).await;
                 }
@@ -66,7 +83,7 @@ impl Shipper {
         &self,
         status: &mut watch::Receiver<Status>,
         acknowledged: &mut u64,
-    ) -> Result<(), Failure> {
+    ) -> Result<Closed, Failure> {
         let from = *acknowledged;
         let something = status
             .wait_for(|status| status.log_length > from || status.stage() == Stage::Ended)
@@ -74,7 +91,7 @@ impl Shipper {
             .map(|status| status.log_length > from);
         match something {
             Ok(true) => {}
-            Ok(false) => return Ok(()),
+            Ok(false) => return Ok(Closed::Whole),
             // The job is being left behind with the agent.
             Err(_) => std::future::pending().await,
         }
@@ -97,8 +114,9 @@ impl Shipper {
         loop {
             let now = *status.borrow_and_update();
             if now.stage() == Stage::Ended && *acknowledged >= now.log_length {
-                return Ok(());
+                return Ok(Closed::Whole);
             }
+            let quiet = *acknowledged >= sent && sent >= now.log_length;
             tokio::select! {
                 permit = chunks.reserve(), if sent < now.log_length => {
                     let Ok(permit) = permit else {
@@ -122,11 +140,17 @@ impl Shipper {
                     Ok(None) => return Err(Failure::Again("the stream ended".into())),
                     Err(refusal) => return Err(understand(&refusal)),
                 },
+                // From the last that happened on.
+                () = tokio::time::sleep(self.quiet), if quiet => break,
                 changed = status.changed() => if changed.is_err() {
                     std::future::pending::<()>().await;
                 },
             }
         }
+        drop(chunks);
+        // However it ends: nothing is on its way.
+        let _ = timeout(FAREWELL, answers.message()).await;
+        Ok(Closed::Quiet)
     }
 }
 

@@ -5,6 +5,8 @@ use std::io;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::hooks::Step;
 use super::mask::Masker;
@@ -157,8 +159,11 @@ impl Running {
             self.settings.provider_cache_limit,
         );
         let lending = loan.clone();
-        let lent = tokio::task::spawn_blocking(move || lending.lend()).await;
-        match lent.map_err(Error::Task)? {
+        let lending = tokio::task::spawn_blocking(move || lending.lend());
+        let Some(lent) = unless_canceled(&self.terraform.cancel, lending).await? else {
+            return Ok(None);
+        };
+        match lent {
             Ok(packages) => tracing::debug!(packages, "lent provider packages"),
             // Then `init` fetches them itself.
             Err(error) => {
@@ -174,8 +179,11 @@ impl Running {
     /// Keeps what `init` has fetched for the next one.
     async fn take_in_providers(&mut self, lent: Option<Loan>) -> Result<(), Error> {
         let Some(loan) = lent else { return Ok(()) };
-        let taken = tokio::task::spawn_blocking(move || loan.take_in()).await;
-        match taken.map_err(Error::Task)? {
+        let taking = tokio::task::spawn_blocking(move || loan.take_in());
+        let Some(taken) = unless_canceled(&self.terraform.cancel, taking).await? else {
+            return Ok(());
+        };
+        match taken {
             Ok(packages) => tracing::debug!(packages, "kept provider packages"),
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
@@ -319,6 +327,19 @@ impl Running {
     }
 }
 
+/// Waits for what is done in the background, but no longer once the job is canceled. It ends by
+/// itself then.
+async fn unless_canceled<T>(
+    cancel: &watch::Receiver<Cancel>,
+    work: JoinHandle<T>,
+) -> Result<Option<T>, Error> {
+    let mut cancel = cancel.clone();
+    tokio::select! {
+        done = work => done.map(Some).map_err(Error::Task),
+        Ok(_) = cancel.wait_for(|cancel| *cancel != Cancel::No) => Ok(None),
+    }
+}
+
 /// Says what the apply will not find. A few names tell enough.
 fn left_out(paths: &[PathBuf]) -> String {
     const SHOWN: usize = 20;
@@ -350,7 +371,29 @@ fn prints_json_at_init(version: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_cancel_is_heard_while_the_provider_cache_is_waited_for() {
+        let (cancel_to, cancel) = watch::channel(Cancel::No);
+        let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
+        let work = tokio::task::spawn_blocking(move || held.recv());
+        cancel_to.send_replace(Cancel::Graceful);
+        let heard = unless_canceled(&cancel, work);
+        let heard = tokio::time::timeout(Duration::from_secs(30), heard).await.expect("it ends");
+        assert!(heard.unwrap().is_none());
+        drop(release);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_cancels_is_waited_for() {
+        let (cancel_to, cancel) = watch::channel(Cancel::No);
+        drop(cancel_to);
+        let work = tokio::task::spawn_blocking(|| 7);
+        assert_eq!(unless_canceled(&cancel, work).await.unwrap(), Some(7));
+    }
 
     #[test]
     fn old_versions_have_no_json_at_init() {

@@ -263,7 +263,11 @@ impl Person {
         } else if chance.happens(0.02) {
             world.drained(machine, true);
             world.model.note(format!("{} is drained", machine.name));
-            in_time(self.pools.drain_runner(v1::DrainRunnerRequest { runner_id })).await.map(drop)
+            let request = v1::DrainRunnerRequest { runner_id };
+            let drained = in_time(self.pools.drain_runner(request)).await.map(drop);
+            // Somebody may have resumed it while this was on its way.
+            world.drained(machine, true);
+            drained
         } else if chance.happens(0.02) {
             world.model.note(format!("{} is resumed", machine.name));
             in_time(self.pools.resume_runner(v1::ResumeRunnerRequest { runner_id })).await.map(drop)

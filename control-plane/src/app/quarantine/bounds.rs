@@ -29,7 +29,7 @@ struct Limit {
     all: u64,
 }
 
-/// What is too much of an organization.
+/// What is too much of an organization, or what there is of it that gives way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Excess {
     pub(super) entries: u64,
@@ -180,14 +180,17 @@ impl Tallies {
     }
 
     /// Says what is too much of the organization, where that alone is in the way and where
-    /// anything gives way.
-    pub(super) fn excess(&self, kind: Made) -> Option<Excess> {
+    /// anything gives way. To something bulky nothing does, unless all else fits: room that
+    /// states took is not its to make.
+    pub(super) fn excess(&self, kind: Made, size: u64) -> Option<Excess> {
         let [run, runner, (tally, limit)] = self.limited();
         let fits = |(tally, limit): (&Tally, Limit)| limit.excess(kind, tally).is_none();
-        match self.witness {
-            Witness::Record if fits(run) && fits(runner) => limit.excess(kind, tally),
-            Witness::Record | Witness::Word => None,
-        }
+        let excess = match self.witness {
+            Witness::Record if fits(run) && fits(runner) => limit.excess(kind, tally)?,
+            Witness::Record | Witness::Word => return None,
+        };
+        let is_its_own = excess.bytes <= size && excess.entries <= 1;
+        (is_kept(kind) || is_its_own).then_some(excess)
     }
 
     fn limited(&self) -> [(&Tally, Limit); 3] {

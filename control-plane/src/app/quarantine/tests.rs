@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use latchkey_domain::environment::Hold;
-use latchkey_domain::id::{Epoch, Generation, QuarantinedId, RunId};
+use latchkey_domain::id::{Epoch, Generation, OrganizationId, QuarantinedId, RunId};
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{FailureKind, Run, RunKind, RunState};
 use latchkey_proto::v1::Reason;
@@ -23,7 +23,8 @@ use crate::dispatch::Stop;
 use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::store::record::people::{Access, Role};
-use crate::store::record::quarantine::{Kind, StateFacts, Tally};
+use crate::store::record::quarantine::{Kind, Quarantined, StateFacts, Tally};
+use crate::store::record::{Text, encode};
 use crate::store::{Batch, Expect, keys};
 
 /// An environment with state serial 6 of lineage `l`, whose apply goes on.
@@ -288,6 +289,58 @@ async fn in_a_full_quarantine_the_oldest_that_is_no_state_gives_way() {
         assert_eq!(audited(&fixture, "quarantine_gave_way").await, 1);
         assert_eq!(audited(&fixture, "quarantine_full").await, 0);
     }
+}
+
+#[tokio::test]
+async fn something_bulky_displaces_no_more_than_its_own_size_and_one_entry() {
+    const BULKY: u64 = 64 << 30;
+    let (fixture, _, runner, lease) = given_up().await;
+    let app = &fixture.app;
+    bring(app, &runner, lease, (Made::Log, 0), &[b'x'; 512]).await.unwrap();
+    bring(app, &runner, lease, (Made::Workspace, 0), &[b'y'; 512]).await.unwrap();
+    // States have taken a byte of what is for bulky things; or there is an entry too many.
+    for full in [
+        Tally { entries: 9, bytes: BULKY + 1 },
+        Tally { entries: 10_001, bytes: 1024 },
+        Tally { entries: 10_000, bytes: BULKY + 1 },
+    ] {
+        say_full(&fixture, &runner, full).await;
+        let error = bring(app, &runner, lease, (Made::Changes, 0), b"changes").await.unwrap_err();
+        assert_eq!(error.reason(), Reason::LimitReached, "its runner keeps it: {full:?}");
+        assert_eq!(audited(&fixture, "quarantine_gave_way").await, 0, "{full:?}");
+    }
+    say_full(&fixture, &runner, Tally { entries: 10_000, bytes: BULKY }).await;
+    bring(app, &runner, lease, (Made::Changes, 0), b"changes").await.unwrap();
+    assert_eq!(audited(&fixture, "quarantine_gave_way").await, 1);
+}
+
+/// Keeps as many more logs of other epochs as the one that is there.
+async fn many_logs(fixture: &Fixture, organization: OrganizationId, count: u8) {
+    let template = only(fixture, Kind::Log).await.record;
+    let mut batch = Batch::new();
+    for number in 0..count {
+        let (id, epoch) = (QuarantinedId::from_bytes([number; 16]), 100 + u64::from(number));
+        let record = encode(&Quarantined { id: Text(id), epoch, ..template.clone() });
+        batch = batch.put(keys::quarantined(organization, id), Expect::Absent, record);
+    }
+    fixture.store.commit(batch).await.unwrap();
+}
+
+#[tokio::test]
+async fn to_something_bulky_few_things_give_way_and_to_a_state_as_many_as_it_takes() {
+    let (fixture, _, runner, lease) = given_up().await;
+    let app = &fixture.app;
+    bring(app, &runner, lease, (Made::Log, 0), b"x").await.unwrap();
+    many_logs(&fixture, runner.organization, 100).await;
+    say_full(&fixture, &runner, Tally { entries: 101, bytes: 64 << 30 }).await;
+    let error = bring(app, &runner, lease, (Made::Changes, 0), &[b'x'; 80]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LimitReached);
+    assert_eq!(audited(&fixture, "quarantine_gave_way").await, 0);
+    let state = state("l", 8);
+    let full = (128 << 30) + 80 - state.len() as u64;
+    say_full(&fixture, &runner, Tally { entries: 101, bytes: full }).await;
+    bring(app, &runner, lease, (Made::State, 1), &state).await.unwrap();
+    assert_eq!(audited(&fixture, "quarantine_gave_way").await, 80);
 }
 
 #[tokio::test]

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::seldom::Seldom;
+
 /// How many times in a row, and how long until there is one more.
 const MOST: u32 = 8;
 const EACH: Duration = Duration::from_secs(30);
@@ -17,6 +19,8 @@ const EACH: Duration = Duration::from_secs(30);
 pub struct Budget {
     /// When all of it will be there again.
     whole: Mutex<Instant>,
+    /// Tells of what was not recorded.
+    pub(super) beyond: Seldom,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +31,7 @@ pub enum Spending {
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { whole: Mutex::new(Instant::now()) }
+        Self { whole: Mutex::new(Instant::now()), beyond: Seldom::default() }
     }
 }
 

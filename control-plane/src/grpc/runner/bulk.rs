@@ -1,11 +1,12 @@
 //! Bulk data beside the lease stream: artifacts up and down, and logs.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_proto::v1;
 use latchkey_proto::v1::upload_artifact_request::Part;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 use zeroize::Zeroizing;
@@ -17,7 +18,7 @@ use crate::app::run_output::Piece;
 use crate::auth::RunnerIdentity;
 use crate::error::Error;
 use crate::grpc::places::Place;
-use crate::grpc::{Service, convert, next_part_within, send_within};
+use crate::grpc::{Service, convert, next_part_within, send_within, silent_for};
 
 /// How many appends of one stream may share a sync.
 const MOST_IN_ONE_SYNC: usize = 16;
@@ -103,13 +104,17 @@ pub(super) async fn append(
     let lease = convert::lease(chunk.lease.take())?;
     let appender = app.append_log(&runner, lease).await?;
     let (ahead, mut arrived) = mpsc::channel(16);
+    // How many chunks are not answered yet.
+    let (unanswered, answered) = watch::channel(0_usize);
+    let count = &unanswered;
     let reading = async move {
         let mut next = Some(chunk);
         while let Some(chunk) = next {
+            count.send_modify(|count| *count += 1);
             if ahead.send(chunk).await.is_err() {
                 break;
             }
-            next = next_part_within(patience, &mut chunks).await?;
+            next = unless_silent(patience, answered.clone(), chunks.message()).await?;
         }
         Ok::<(), Status>(())
     };
@@ -129,13 +134,35 @@ pub(super) async fn append(
             for _ in 0..count {
                 let answer = v1::AppendLogResponse { durable_length };
                 if sender.is_closed() {
-                    return Ok(());
+                    return Err(Status::cancelled("the caller is gone"));
                 }
                 send_within(patience, &sender, Ok(answer)).await?;
             }
+            unanswered.send_modify(|unanswered| *unanswered -= count);
         }
     };
     tokio::try_join!(reading, appending).map(drop)
+}
+
+/// Waits for a message. The sender is silent only while all that it sent is answered: one that
+/// waits for an answer has no reason to say more.
+async fn unless_silent<T>(
+    patience: Duration,
+    mut unanswered: watch::Receiver<usize>,
+    message: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let silent = async {
+        // Whoever waits for a message is the one that counts it.
+        if unanswered.wait_for(|count| *count == 0).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(patience).await;
+    };
+    tokio::select! {
+        biased;
+        message = message => message,
+        () = silent => Err(silent_for(patience)),
+    }
 }
 
 /// Takes what has arrived behind a chunk and continues it, so that all of it shares one sync.
@@ -155,4 +182,24 @@ fn contiguous(
         run.push(Piece { offset: next.offset, data: next.data });
     }
     (run, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sender_that_waits_for_an_answer_is_not_silent() {
+        let patience = Duration::from_secs(2);
+        let (unanswered, answered) = watch::channel(1_usize);
+        let nothing = std::future::pending::<Result<(), Status>>();
+        let mut waiting = Box::pin(unless_silent(patience, answered, nothing));
+        assert!(tokio::time::timeout(patience * 99, &mut waiting).await.is_err());
+        unanswered.send_modify(|count| *count -= 1);
+        assert!(tokio::time::timeout(patience * 9 / 10, &mut waiting).await.is_err());
+        let ended = tokio::time::timeout(patience, waiting).await.unwrap();
+        assert_eq!(ended.unwrap_err().code(), Code::DeadlineExceeded);
+    }
 }

@@ -1,7 +1,7 @@
 //! The provider cache of the host, as a confined job uses it.
 
 use super::*;
-use crate::provider_cache::tests::{CONFIGURATION, Host};
+use crate::provider_cache::tests::{CONFIGURATION, Host, taken};
 
 /// As far as `init`: the provider is none, so nothing can be planned with it.
 async fn initialized(host: &Host, runner: &Path, lock_file: Option<&[u8]>) -> Driven {
@@ -35,4 +35,15 @@ async fn a_confined_job_takes_its_providers_from_the_cache_of_the_host() {
     let lock_file = std::fs::read(first.directory.join("work/.terraform.lock.hcl")).unwrap();
     let second = initialized(&host, runner.path(), Some(&lock_file)).await;
     assert!(second.log().contains("from the shared cache directory"), "{}", second.log());
+}
+
+#[tokio::test]
+async fn a_job_that_keeps_the_lock_of_the_cache_stops_no_other() {
+    let (host, runner) = (Host::new(), tempfile::tempdir().unwrap());
+    let cache = runner.path().join("providers");
+    std::fs::create_dir(&cache).unwrap();
+    let taken = taken(&cache);
+    let job = initialized(&host, runner.path(), None).await;
+    assert!(!job.log().contains("from the shared cache directory"), "{}", job.log());
+    drop(taken);
 }

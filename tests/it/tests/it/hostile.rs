@@ -544,7 +544,9 @@ fn size_of(directory: &Path) -> u64 {
 
 /// The first half of a message: a length that promises more, and bytes that never end.
 async fn half_sent(scene: &Scene, method: &str, promised: u32, sent: usize) -> Vec<Code> {
-    let client = Scene::channel(&scene.listener, &scene.identity).await.unwrap();
+    // Whoever enrols has no certificate yet.
+    let identity = (method != "Enroll").then_some(&scene.identity);
+    let client = scene.listener.endpoint(identity).unwrap().connect().await.unwrap();
     let path = format!("https://runners/latchkey.v1.RunnerService/{method}");
     let half = move || {
         let mut start = vec![0];
@@ -594,6 +596,12 @@ async fn half_sent_frames_cost_bounded_memory() {
         half_sent(&scene, method, 1 << 20, 900 << 10).await;
         scene.honest_goes_on().await.unwrap();
     }
+    // Of strangers, small messages alone are waited for, and few of them at a time.
+    let codes = half_sent(&scene, "Enroll", 1 << 20, 900 << 10).await;
+    assert!(codes.contains(&Code::OutOfRange), "{codes:?}");
+    let codes = half_sent(&scene, "Enroll", 60 << 10, 32 << 10).await;
+    assert!(codes.contains(&Code::ResourceExhausted), "{codes:?}");
+    scene.honest_goes_on().await.unwrap();
     let grown = scene.memory().unwrap().saturating_sub(before);
     assert!(grown < 256 << 20, "the control plane has grown by {} MiB", grown >> 20);
     assert_eq!(scene.honest_finishes().await.unwrap().state(), RunState::AwaitingConfirmation);
