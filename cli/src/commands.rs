@@ -42,7 +42,7 @@ pub(crate) enum Command {
     Run(run::Run),
     /// Environments and their settings
     #[command(subcommand)]
-    Env(env::Env),
+    Env(Box<env::Env>),
     /// Variables of environments, of the organization and your own
     #[command(subcommand)]
     Var(var::Var),

@@ -5,7 +5,9 @@
 //! whoever embeds it.
 
 mod archive;
+mod audit_export;
 mod client;
+mod clock;
 mod code;
 mod commands;
 mod config;

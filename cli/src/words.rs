@@ -164,6 +164,16 @@ pub(crate) fn parse_duration(text: &str) -> Result<WireDuration, String> {
     Ok(WireDuration { seconds: duration.as_secs(), nanos: 0 })
 }
 
+/// Reads a moment: a time such as `2026-11-24T12:00:00Z`, or how long ago it was, such as `24h`.
+pub(crate) fn parse_moment(text: &str) -> Result<WireTimestamp, String> {
+    let ago =
+        |ago: WireDuration| Some(crate::clock::now() - SignedDuration::from_secs(ago.seconds));
+    let moment = text.parse().ok().or_else(|| parse_duration(text).ok().and_then(ago));
+    let moment: Timestamp = moment
+        .ok_or("not a time; write it as 2026-11-24T12:00:00Z, or as 24h for that long ago")?;
+    Ok(WireTimestamp { seconds: moment.as_second(), nanos: moment.subsec_nanosecond() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -327,6 +327,7 @@ impl App {
                     "write_state",
                     format!("run {}", run.id),
                 )
+                .with("environment", next.name.as_str())
                 .with("serial", facts.serial)
                 .with("digest", header.digest.to_string());
             let record = encode(&EnvironmentRecord::from(&next));

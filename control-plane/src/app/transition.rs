@@ -247,6 +247,7 @@ impl App {
         }
         let mut draft = self
             .draft(request.organization, actor, action, format!("run {}", next.id))
+            .with("environment", environment.value.name.as_str())
             .with("from", run.value.state.as_str())
             .with("to", next.state.as_str());
         if let Some(reason) = &next.reason {

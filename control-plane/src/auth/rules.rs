@@ -62,6 +62,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("QuarantineService", "AcceptState", within(Right::Own)),
     ("QuarantineService", "DropQuarantined", within(Right::Own)),
     ("AuditService", "ListAuditRecords", within(Right::Own)),
+    ("AuditService", "ExportAudit", within(Right::Own)),
     ("AuditService", "VerifyAudit", within(Right::Own)),
     ("RunnerService", "Enroll", Rule::SecretInRequest),
     ("RunnerService", "Lease", Rule::Runner),

@@ -495,8 +495,8 @@ impl Person {
         let mut request = v1::ListAuditRecordsRequest {
             organization: self.organization.clone(),
             page_size: 200,
-            page_token: String::new(),
             run_id: run_id.to_owned(),
+            ..Default::default()
         };
         let mut records = Vec::new();
         loop {

@@ -10,6 +10,7 @@ use latchkey_proto::v1::Reason;
 
 use super::QuarantinedView;
 use crate::app::artifacts::{ArtifactHeader, Destination, Made, Needed};
+use crate::app::audit_trail::AuditFilter;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::lease_job::Held;
@@ -399,7 +400,8 @@ async fn only_owners_in_person_read_accept_and_drop_and_every_one_is_recorded() 
     app.drop_quarantined(owner, ORGANIZATION, id).await.unwrap();
     app.drop_quarantined(owner, ORGANIZATION, id).await.unwrap();
     let page = PageRequest { size: 200, token: String::new() };
-    let records = app.list_audit(owner, ORGANIZATION, "", page).await.unwrap().items;
+    let records =
+        app.list_audit(owner, ORGANIZATION, AuditFilter::default(), page).await.unwrap().items;
     for action in ["quarantine", "read_quarantined", "accept_state", "drop_quarantined"] {
         let told = records.iter().filter(|record| record.draft.action == action);
         assert_eq!(told.count(), 1, "{action}");
