@@ -123,6 +123,10 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::LogOffset
         | Reason::DigestMismatch
         | Reason::CancelGrace
-        | Reason::HistoryLost => Next::GiveUp,
+        | Reason::HistoryLost
+        | Reason::SignInRejected
+        | Reason::SignInThrottled
+        | Reason::LastOwner
+        | Reason::UserShared => Next::GiveUp,
     }
 }

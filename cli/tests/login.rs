@@ -61,6 +61,27 @@ impl AccountService for Accounts {
     ) -> Result<Response<v1::CreateServiceTokenResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
+
+    async fn reset_user(
+        &self,
+        _: Request<v1::ResetUserRequest>,
+    ) -> Result<Response<v1::ResetUserResponse>, Status> {
+        Ok(Response::new(v1::ResetUserResponse { token: "lk_new".into() }))
+    }
+
+    async fn list_service_tokens(
+        &self,
+        _: Request<v1::ListServiceTokensRequest>,
+    ) -> Result<Response<v1::ListServiceTokensResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn revoke_service_token(
+        &self,
+        _: Request<v1::RevokeServiceTokenRequest>,
+    ) -> Result<Response<v1::RevokeServiceTokenResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
 }
 
 fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {

@@ -12,12 +12,14 @@ mod environment;
 mod health_tests;
 mod identity;
 mod introduction;
+mod member;
 mod organization;
 mod pool;
 mod quarantine;
 mod revocable;
 mod run;
 mod runner;
+mod session;
 mod settings;
 pub mod status;
 mod variable;
@@ -35,15 +37,17 @@ use tonic::{Request, Status, Streaming};
 use latchkey_proto::v1::account_service_server::AccountServiceServer;
 use latchkey_proto::v1::audit_service_server::AuditServiceServer;
 use latchkey_proto::v1::environment_service_server::EnvironmentServiceServer;
+use latchkey_proto::v1::member_service_server::MemberServiceServer;
 use latchkey_proto::v1::organization_service_server::OrganizationServiceServer;
 use latchkey_proto::v1::pool_service_server::PoolServiceServer;
 use latchkey_proto::v1::quarantine_service_server::QuarantineServiceServer;
 use latchkey_proto::v1::run_service_server::RunServiceServer;
 use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
+use latchkey_proto::v1::session_service_server::SessionServiceServer;
 use latchkey_proto::v1::variable_service_server::VariableServiceServer;
 
 use crate::app::App;
-use crate::auth::Caller;
+use crate::auth::{Caller, Proof};
 use crate::error::Error;
 
 pub use self::identity::{PeopleLayer, RunnersLayer};
@@ -100,6 +104,8 @@ pub async fn people(app: Arc<App>) -> Routes {
     Routes::new(serving)
         .add_service(reflection)
         .add_service(limited!(AccountServiceServer, service))
+        .add_service(limited!(SessionServiceServer, service))
+        .add_service(limited!(MemberServiceServer, service))
         .add_service(limited!(OrganizationServiceServer, service))
         .add_service(limited!(EnvironmentServiceServer, service))
         .add_service(limited!(VariableServiceServer, service))
@@ -130,8 +136,13 @@ pub fn server() -> Server {
 
 /// The caller that the layer proved.
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
+    proof(request).map(|proof| proof.caller)
+}
+
+/// The same with what it was proved by: for who asks about it, and for open streams.
+fn proof<T>(request: &Request<T>) -> Result<Proof, Status> {
+    let proof = request.extensions().get::<Proof>().cloned();
+    proof.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
 }
 
 /// How long the sender of a stream of parts may be silent.

@@ -319,6 +319,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         gates: crate::app::run_output::Gates::default(),
         history: crate::app::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
+        sign_ins: crate::app::sessions::Gate::default(),
         uploads: Uploads::default(),
     };
     Ok((Arc::new(app), inbox))

@@ -37,7 +37,11 @@ redacted! {
     FetchArtifactResponse { ; data }
     JobVariable { name, environment, hcl, sensitive; value }
     ReadQuarantinedResponse { ; data }
+    ResetUserResponse { ; token }
     SessionCredentials { access_key_id, expire_time; secret_access_key, session_token }
+    SetPasswordRequest { ; current_password, new_password }
+    SignInRequest { client; user, password }
+    SignInResponse { session; token }
     SetVariableRequest { scope, name, category, sensitive, hcl; value }
     UploadArtifactRequest { ; part }
     UploadConfigurationRequest { ; part }
@@ -66,7 +70,12 @@ mod tests {
             }],
         };
         let code = v1::AuthenticateRequest { token_code: "canary-4".into(), ..Default::default() };
-        let shown = format!("{go:?} {code:?}");
+        let sign_in = v1::SignInRequest { password: "canary-5".into(), ..Default::default() };
+        let set = v1::SetPasswordRequest {
+            current_password: "canary-6".into(),
+            new_password: "canary-7".into(),
+        };
+        let shown = format!("{go:?} {code:?} {sign_in:?} {set:?}");
         assert!(!shown.contains("canary"), "{shown}");
         assert!(shown.contains("password") && shown.contains("ASIAEXAMPLE"));
     }

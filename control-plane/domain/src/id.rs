@@ -64,6 +64,8 @@ ids! {
     RunnerId
     /// One submitted token code and what became of it.
     AuthenticationId
+    /// One sign-in with a password; version 7, as run ids are.
+    SignInId
     /// Something a runner brought that is kept for a person; version 7, as run ids are.
     QuarantinedId
 }

@@ -1,5 +1,7 @@
 //! A control plane without processes: use cases over the memory store and the simulated AWS.
 
+pub(crate) mod together;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +34,7 @@ use crate::job::LeaseRef;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::memory::Memory;
+use crate::store::record::people::{Access, Role};
 use crate::store::record::runner::Runner;
 use crate::store::record::variable::Category;
 use crate::store::record::{Text, encode};
@@ -127,6 +130,13 @@ impl Fixture {
         Arc::new(App { dispatch: self.app.dispatch.clone(), ..app })
     }
 
+    /// One whose commits come in twos.
+    pub(crate) async fn in_twos(&self) -> Arc<App> {
+        let app = self.committing_through(Arc::clone(&self.store)).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        Arc::new(App { store: together::Together::over(&self.store), ..app })
+    }
+
     /// Lets dispatch run, for tests of what it does and knows.
     pub(crate) fn dispatch(&self) {
         let Some(inbox) = self.inbox.lock().unwrap().take() else { return };
@@ -152,6 +162,20 @@ impl Fixture {
             .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
             .await
             .unwrap();
+    }
+
+    /// Makes a user and returns their token.
+    pub(crate) async fn create_user(&self, name: &str, role: Role, access: Access) -> SecretString {
+        let request = format!("make-{name}");
+        let made =
+            self.app.create_user(&self.owner, ORGANIZATION, name, role, access, &request).await;
+        made.unwrap()
+    }
+
+    /// Makes a member.
+    pub(crate) async fn member(&self, name: &str, access: Access) -> Caller {
+        let token = self.create_user(name, Role::Member, access).await;
+        self.app.caller(&token).await.unwrap()
     }
 
     /// Queues a run of some configuration.
@@ -333,6 +357,7 @@ async fn app(
         gates: super::run_output::Gates::default(),
         history: super::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
+        sign_ins: crate::app::sessions::Gate::default(),
         uploads: super::uploads::Uploads::default(),
     };
     app.begin_incarnation().await.unwrap();

@@ -1,15 +1,87 @@
-//! An organization's settings: the AWS accounts that triples may belong to.
+//! Organizations: made on the host, and their settings: the AWS accounts that triples may belong
+//! to.
 
-use super::App;
-use crate::auth::Caller;
+use std::collections::BTreeMap;
+
+use latchkey_domain::id::OrganizationId;
+use latchkey_proto::v1::Reason;
+use secrecy::SecretString;
+
+use super::members::with_member;
+use super::{App, check_name};
+use crate::auth::{Caller, NewToken};
 use crate::error::{Error, Result};
-use crate::store::record::encode;
-use crate::store::record::people::Organization;
-use crate::store::{Batch, Expect};
+use crate::store::record::people::{Access, Membership, Organization, Role};
+use crate::store::record::{Text, encode};
+use crate::store::{Batch, Expect, keys};
 
 const MOST_ACCOUNTS: usize = 100;
 
+/// Who owns a new organization.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FirstOwner {
+    /// A user of this control plane.
+    Existing(String),
+    /// A user to be made.
+    New(String),
+}
+
 impl App {
+    /// Makes an organization, for whoever commands the host. Answers the token of a new owner.
+    pub async fn create_organization(
+        &self,
+        name: &str,
+        owner: FirstOwner,
+    ) -> Result<Option<SecretString>> {
+        check_name("organization", name)?;
+        let id = OrganizationId::from_uuid(self.new_id());
+        let record = Organization {
+            id: Text(id),
+            name: name.to_owned(),
+            aws_accounts: vec![],
+            created_at: self.now().into(),
+        };
+        let taken = || {
+            let message = "the name is taken by another organization; choose another";
+            Error::refused(Reason::NameTaken, message)
+        };
+        if self.store.fetch(&keys::organization_by_name(name)).await?.is_some() {
+            return Err(taken());
+        }
+        let subject = format!("organization {name}");
+        let draft = self.draft(id, "host", "create_organization", subject);
+        let batch = Batch::new().put(keys::organization(id), Expect::Absent, encode(&record)).put(
+            keys::organization_by_name(name),
+            Expect::Absent,
+            encode(&Text(id)),
+        );
+        let (batch, owner, token) = match owner {
+            FirstOwner::Existing(owner) => {
+                let user = self.user_named(&owner).await?;
+                let user = user.ok_or_else(|| Error::not_found("user"))?;
+                let membership = Membership {
+                    role: Role::Owner,
+                    access: Access::Admin,
+                    environments: BTreeMap::new(),
+                    created_at: Some(self.now().into()),
+                };
+                let user_id = user.value.id.0;
+                // As where a member is added.
+                let batch = batch.put(user.key, Expect::At(user.version), encode(&user.value));
+                (with_member(batch, id, user_id, &membership), owner, None)
+            }
+            FirstOwner::New(owner) => {
+                check_name("user", &owner)?;
+                let token = NewToken::generate("lk_")?;
+                let batch = self.new_user(batch, id, &owner, (Role::Owner, Access::Admin), &token);
+                (batch, owner, Some(token.secret))
+            }
+        };
+        let batch = batch.audit(draft.with("owner", owner));
+        self.commit_named(batch, "organization or user").await?;
+        Ok(token)
+    }
+
     pub async fn show_organization(&self, caller: &Caller, name: &str) -> Result<Organization> {
         let standing = self.member(caller, name).await?;
         Ok(self.organization(standing.organization).await?.value)

@@ -79,6 +79,7 @@ impl App {
             }
         }
         self.void_service_tokens().await?;
+        self.void_sessions().await?;
         self.drain_all_runners(&note.value).await?;
         self.tell(&note, interrupted).await
     }

@@ -93,7 +93,14 @@ impl App {
             )
             .with("scope", told(scope))
             .with("sensitive", sensitive);
-        let batch = Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft);
+        let mut batch = Batch::new().put(key, Expect::Anything, encode(&record)).audit(draft);
+        if let VariableScope::Personal(organization, user) = stored_scope {
+            // Whoever removes the member takes all of theirs away: none comes in between.
+            let membership = self.membership(organization, user).await?;
+            let membership = membership.ok_or_else(crate::auth::hidden)?;
+            let same = encode(&membership.value);
+            batch = batch.put(membership.key, Expect::At(membership.version), same);
+        }
         self.store.commit(batch).await?;
         let shown = (!sensitive).then(|| value.expose_secret().to_owned());
         Ok(VariableView { record, value: shown })

@@ -16,7 +16,7 @@ use tower::{Layer, Service};
 
 use crate::app::App;
 use crate::auth::rules::{Rule, rule_for};
-use crate::auth::{Caller, RunnerIdentity};
+use crate::auth::{Proof, RunnerIdentity};
 use crate::authority::key_of;
 use crate::error::{Error, Result};
 
@@ -105,8 +105,8 @@ async fn prove_caller(app: &App, request: &mut Request<Body>) -> Result<()> {
         Some(Rule::SecretInRequest) if !path.contains("RunnerService") => Ok(()),
         Some(Rule::Anyone | Rule::Within(_)) => {
             let token = bearer(request)?;
-            let caller: Caller = app.caller(&token).await?;
-            request.extensions_mut().insert(caller);
+            let proof: Proof = app.prove(&token).await?;
+            request.extensions_mut().insert(proof);
             Ok(())
         }
         // Told alike, so that nobody learns what else exists.

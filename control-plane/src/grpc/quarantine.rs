@@ -7,7 +7,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, Service, caller, convert};
+use super::revocable::until_lost;
+use super::{Answers, Service, caller, convert, proof};
+use crate::app::open_streams::Ground;
 use crate::app::parse_run_id;
 use crate::app::quarantine::QuarantinedView;
 use crate::error::Error;
@@ -37,10 +39,11 @@ impl QuarantineService for Service {
         &self,
         request: Request<v1::ReadQuarantinedRequest>,
     ) -> Result<Response<Self::ReadQuarantinedStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ReadQuarantinedRequest { organization, quarantined_id } = request.into_inner();
         let id = parse_id(&quarantined_id)?;
-        let mut reader = self.app.read_quarantined(&caller, &organization, id).await?;
+        let mut reader = self.app.read_quarantined(&proof.caller, &organization, id).await?;
+        let lost = self.app.hold(&proof, Ground::Organization(organization)).await?;
         let (sender, parts) = mpsc::channel(4);
         tokio::spawn(async move {
             loop {
@@ -55,7 +58,7 @@ impl QuarantineService for Service {
                 }
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
+        Ok(Response::new(until_lost(lost, ReceiverStream::new(parts))))
     }
 
     async fn accept_state(

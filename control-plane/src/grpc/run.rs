@@ -8,8 +8,10 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, Service, caller, convert, next_part};
+use super::revocable::until_lost;
+use super::{Answers, Service, caller, convert, next_part, proof};
 use crate::app::authenticate_run::Submission;
+use crate::app::open_streams::Ground;
 use crate::app::queue_run::NewRun;
 use crate::app::{parse_digest, parse_run_id};
 use crate::error::Error;
@@ -105,14 +107,15 @@ impl RunService for Service {
         &self,
         request: Request<v1::WatchRunRequest>,
     ) -> Result<Response<Self::WatchRunStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let id = parse_run_id(&request.into_inner().run_id)?;
-        let views = self.app.watch_run(&caller, id).await?;
+        let views = self.app.watch_run(&proof.caller, id).await?;
+        let lost = self.app.hold(&proof, Ground::Run(id)).await?;
         let answers = ReceiverStream::new(views).map(|view| {
             let run = Some(convert::run(view?));
             Ok(v1::WatchRunResponse { run })
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(until_lost(lost, answers)))
     }
 
     async fn authenticate(
@@ -175,14 +178,15 @@ impl RunService for Service {
         &self,
         request: Request<v1::ReadLogRequest>,
     ) -> Result<Response<Self::ReadLogStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ReadLogRequest { run_id, phase, offset, follow } = request.into_inner();
         let (id, phase) = (parse_run_id(&run_id)?, convert::phase(phase)?);
-        let parts = self.app.read_log(&caller, id, phase, offset, follow).await?;
+        let parts = self.app.read_log(&proof.caller, id, phase, offset, follow).await?;
+        let lost = self.app.hold(&proof, Ground::Run(id)).await?;
         let answers = ReceiverStream::new(parts).map(|part| {
             let part = part?;
             Ok(v1::ReadLogResponse { offset: part.offset, data: part.data })
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(until_lost(lost, answers)))
     }
 }

@@ -15,16 +15,22 @@ const fn code(reason: Reason) -> Code {
         | Reason::VariableReserved
         | Reason::ArchiveRefused
         | Reason::DigestMismatch => Code::InvalidArgument,
-        Reason::IdentityRequired | Reason::PoolTokenRejected => Code::Unauthenticated,
+        Reason::IdentityRequired | Reason::PoolTokenRejected | Reason::SignInRejected => {
+            Code::Unauthenticated
+        }
         Reason::NotAllowed | Reason::PersonRequired => Code::PermissionDenied,
         Reason::NotFound => Code::NotFound,
         Reason::NameTaken => Code::AlreadyExists,
         Reason::ChangedMeanwhile => Code::Aborted,
         Reason::StoreUnavailable | Reason::AwsUnreachable => Code::Unavailable,
-        Reason::LimitReached | Reason::DeviceBusy => Code::ResourceExhausted,
+        Reason::LimitReached | Reason::DeviceBusy | Reason::SignInThrottled => {
+            Code::ResourceExhausted
+        }
         Reason::MfaRequired
         | Reason::NotAwaitingCode
         | Reason::WrongState
+        | Reason::LastOwner
+        | Reason::UserShared
         | Reason::PlanChanged
         | Reason::CancelGrace
         | Reason::HistoryLost

@@ -12,7 +12,7 @@ use std::fmt;
 
 use latchkey_domain::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
-    QuarantinedId, RunId, RunnerId, ServiceTokenId, UserId,
+    QuarantinedId, RunId, RunnerId, ServiceTokenId, SignInId, UserId,
 };
 use latchkey_domain::policy::Phase;
 use uuid::Uuid;
@@ -55,6 +55,8 @@ kinds! {
     UserByName = 0x11
     Token = 0x12
     Request = 0x13
+    SignIn = 0x14
+    Password = 0x15
     Organization = 0x20
     OrganizationByName = 0x21
     Membership = 0x22
@@ -141,6 +143,8 @@ impl Key {
             | Kind::Incarnation
             | Kind::User
             | Kind::Token
+            | Kind::SignIn
+            | Kind::Password
             | Kind::Organization
             | Kind::Membership
             | Kind::MembershipByUser
@@ -285,6 +289,19 @@ pub fn user_by_name(name: &str) -> Key {
 /// The login or service token with this digest.
 pub fn token(digest: &[u8; 32]) -> Key {
     key(Kind::Token, &[digest])
+}
+
+/// A session that a person has open, other than the AWS session of a run.
+pub fn sign_in(user: UserId, sign_in: SignInId) -> Key {
+    key(Kind::SignIn, &[user.as_bytes(), sign_in.as_bytes()])
+}
+
+pub fn sign_ins_of(user: UserId) -> Prefix {
+    prefix(Kind::SignIn, &[user.as_bytes()])
+}
+
+pub fn password(user: UserId) -> Key {
+    key(Kind::Password, &[user.as_bytes()])
 }
 
 /// The recorded answer to a create or a submission, by the caller's `request_id`.
@@ -687,6 +704,7 @@ mod tests {
             kind: 0,
         };
         let pairs = [
+            (sign_in(user_id, SignInId::from_bytes([1; 16])), sign_ins_of(user_id)),
             (membership(organization, user_id), memberships_of(organization)),
             (membership_by_user(user_id, organization), memberships_by_user(user_id)),
             (environment(organization, environment_id), environments_of(organization)),

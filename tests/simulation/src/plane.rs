@@ -106,6 +106,7 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
         force_cancel_grace: FORCE_GRACE,
         history: History::default(),
         revocations: Revocations::default(),
+        sign_ins: latchkey_control_plane::app::sessions::Gate::default(),
         gates: Gates::default(),
         uploads: Uploads::default(),
     })

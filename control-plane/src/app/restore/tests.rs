@@ -9,7 +9,7 @@ use latchkey_proto::v1::Reason;
 
 use crate::app::App;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::app::start_job::Start;
 use crate::backup::{self, Named, Restored, Source};
 use crate::clock::Clock;

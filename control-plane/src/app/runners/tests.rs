@@ -9,7 +9,7 @@ use super::*;
 use crate::app::audit_trail::AuditFilter;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::app::settings::SettingsChange;
 use crate::app::start_job::Start;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
