@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
+use crate::app::organizations::FirstOwner;
+
 /// Keeps Terraform runs, spends MFA codes at AWS, leases jobs to runners.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "latchkey-control-plane", version)]
@@ -23,6 +25,7 @@ pub enum Command {
     Backup(BackupArgs),
     Restore(RestoreArgs),
     Alarm(AlarmArgs),
+    Organization(OrganizationArgs),
 }
 
 impl Program {
@@ -80,6 +83,9 @@ impl BackupArgs {
 ///
 ///   - every runner is drained; `latchkey runner resume` one once you know that it was not revoked
 ///
+///   - everybody's sessions are ended; passwords are those of the backup, also of those who have
+///     changed theirs since
+///
 ///   - people's logins and memberships are valid again as of the backup, or nobody could do any of
 ///     this: they are printed, look at each
 ///
@@ -114,6 +120,35 @@ pub struct AlarmArgs {
     /// Take the alarm back: jobs are granted again, until the next runner proves it
     #[arg(long)]
     pub clear: bool,
+}
+
+/// Make another organization
+///
+/// Asks the control plane that runs on the data. The first organization is made by `latchkey login
+/// --bootstrap`; further ones are made here, by whoever commands the host.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("first owner").required(true))]
+pub struct OrganizationArgs {
+    /// Lower-case letters, digits and `-`
+    pub name: String,
+    /// Directory of the control plane's data
+    #[arg(long, env = "LATCHKEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// A user of this control plane who is to own it
+    #[arg(long, value_name = "USER", group = "first owner")]
+    owner: Option<String>,
+    /// A user to make, who is to own it; their token is printed once
+    #[arg(long, value_name = "USER", group = "first owner")]
+    new_owner: Option<String>,
+}
+
+impl OrganizationArgs {
+    pub fn first_owner(&self) -> FirstOwner {
+        match (&self.owner, &self.new_owner) {
+            (Some(owner), _) => FirstOwner::Existing(owner.clone()),
+            (None, owner) => FirstOwner::New(owner.clone().unwrap_or_default()),
+        }
+    }
 }
 
 impl RestoreArgs {
@@ -255,9 +290,10 @@ mod tests {
         let args = ["latchkey-control-plane", "--data-dir", "/data"].iter().chain(args);
         match Program::read(args.map(OsString::from)).unwrap().command {
             Command::Run(args) => args.try_into(),
-            other @ (Command::Backup(_) | Command::Restore(_) | Command::Alarm(_)) => {
-                panic!("{other:?}")
-            }
+            other @ (Command::Backup(_)
+            | Command::Restore(_)
+            | Command::Alarm(_)
+            | Command::Organization(_)) => panic!("{other:?}"),
         }
     }
 
@@ -275,6 +311,20 @@ mod tests {
             if args.key_file() == Path::new("/d.key")));
         let alarm = read("lcp alarm --data-dir /d --clear").unwrap();
         assert!(matches!(alarm, Command::Alarm(args) if args.clear));
+        let owned = |line: &str| match read(line).unwrap() {
+            Command::Organization(args) => (args.name.clone(), args.first_owner()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            owned("lcp organization web --data-dir /d --owner ada"),
+            ("web".into(), FirstOwner::Existing("ada".into()))
+        );
+        assert_eq!(
+            owned("lcp organization web --data-dir /d --new-owner bob").1,
+            FirstOwner::New("bob".into())
+        );
+        assert!(read("lcp organization web --data-dir /d").is_err());
+        assert!(read("lcp organization web --data-dir /d --owner a --new-owner b").is_err());
         let help = read("lcp backup --help").unwrap_err().to_string();
         assert!(help.contains("MASTER KEY IS NOT PART"), "{help}");
         assert!(read("lcp --help").unwrap_err().to_string().contains("restore"));

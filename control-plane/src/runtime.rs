@@ -29,7 +29,7 @@ use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
 use crate::config::{
-    AlarmArgs, BackupArgs, Command, Config, PeopleTransport, Program, RestoreArgs,
+    AlarmArgs, BackupArgs, Command, Config, OrganizationArgs, PeopleTransport, Program, RestoreArgs,
 };
 use crate::dispatch::Leases;
 use crate::durable;
@@ -69,6 +69,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Command::Backup(args) => runtime.block_on(back_up(&args)),
             Command::Restore(args) => runtime.block_on(bring_back(&args)),
             Command::Alarm(args) => alarm(&args),
+            Command::Organization(args) => organization(&args),
         };
         // A backup under way is thrown away: it must not hold up a stop.
         runtime.shutdown_timeout(DRAIN);
@@ -268,6 +269,26 @@ fn alarm(args: &AlarmArgs) -> anyhow::Result<()> {
         (Some(proof), true) => writeln!(out, "Taken back: the data are an old copy, {proof}."),
     }
     .context("print the alarm")
+}
+
+/// Has the control plane that runs make an organization.
+fn organization(args: &OrganizationArgs) -> anyhow::Result<()> {
+    let data = std::path::absolute(&args.data_dir).context("find the data directory")?;
+    let made = backup::socket::ask_organization(&data, args.name.clone(), args.first_owner())?;
+    let token = made.with_context(|| {
+        format!("find a control plane that runs on {}; start it first", data.display())
+    })?;
+    let mut out = std::io::stdout().lock();
+    match token {
+        None => writeln!(out, "Made the organization {}.", args.name),
+        Some(token) => writeln!(
+            out,
+            "Made the organization {}. Its owner signs in with this token, which is shown once: {}",
+            args.name,
+            token.expose_secret()
+        ),
+    }
+    .context("print what was done")
 }
 
 /// Refuses to make files that the control plane's own user could not use.

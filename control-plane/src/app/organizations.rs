@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use latchkey_domain::id::OrganizationId;
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
 
 use super::members::with_member;
 use super::{App, check_name};
@@ -18,7 +19,8 @@ use crate::store::{Batch, Expect, keys};
 const MOST_ACCOUNTS: usize = 100;
 
 /// Who owns a new organization.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FirstOwner {
     /// A user of this control plane.
     Existing(String),
@@ -120,5 +122,47 @@ impl App {
             Batch::new().put(found.key, Expect::At(found.version), encode(&next)).audit(draft);
         self.store.commit(batch).await?;
         Ok(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use latchkey_domain::policy::MfaPolicy;
+
+    use super::*;
+    use crate::app::PageRequest;
+    use crate::app::audit_trail::AuditFilter;
+    use crate::app::fixture::{Fixture, ORGANIZATION};
+
+    #[tokio::test]
+    async fn the_host_makes_an_organization_for_who_is_there_or_for_a_new_owner() {
+        let fixture = Fixture::new(MfaPolicy::Never).await;
+        let (app, ada) = (&fixture.app, &fixture.owner);
+        let existing = || FirstOwner::Existing("ada".into());
+        assert!(app.create_organization("web", existing()).await.unwrap().is_none());
+        let token = app.create_organization("shop", FirstOwner::New("eve".into())).await.unwrap();
+        let eve = app.caller(&token.unwrap()).await.unwrap();
+
+        let roles = async |caller: &Caller| {
+            let mut roles = app.who_am_i(caller).await.unwrap().memberships;
+            roles.sort_by(|one, other| one.0.cmp(&other.0));
+            roles
+        };
+        let owner = |name: &str| (name.to_owned(), Role::Owner);
+        assert_eq!(roles(ada).await, [owner(ORGANIZATION), owner("web")]);
+        assert_eq!(roles(&eve).await, [owner("shop")]);
+        let records = app.list_audit(&eve, "shop", AuditFilter::default(), PageRequest::default());
+        let made = records.await.unwrap().items.remove(0).draft;
+        assert_eq!((made.actor.as_str(), made.action.as_str()), ("host", "create_organization"));
+        assert_eq!(made.details["owner"], "eve");
+        assert!(app.show_organization(&eve, "web").await.is_err());
+
+        let refused = async |name: &str, owner| {
+            app.create_organization(name, owner).await.unwrap_err().reason()
+        };
+        assert_eq!(refused("web", existing()).await, Reason::NameTaken);
+        assert_eq!(refused("new", FirstOwner::Existing("nobody".into())).await, Reason::NotFound);
+        assert_eq!(refused("new", FirstOwner::New("ada".into())).await, Reason::NameTaken);
+        assert_eq!(refused("No", existing()).await, Reason::FieldInvalid);
     }
 }

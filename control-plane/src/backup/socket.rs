@@ -12,12 +12,14 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
 use super::{Manifest, Source};
 use crate::app::App;
+use crate::app::organizations::FirstOwner;
 
 const NAME: &str = "host.sock";
 
@@ -34,6 +36,11 @@ enum Command {
     Alarm {
         clear: bool,
     },
+    /// Makes an organization.
+    Organization {
+        name: String,
+        owner: FirstOwner,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,8 +49,21 @@ enum Answer {
     Backup(Manifest),
     /// Who proved what, if an alarm was raised.
     Alarm(Option<String>),
+    /// The token of an owner who was made for it.
+    Organization(Option<Token>),
     /// Reads after "failed to".
     Failed(String),
+}
+
+/// A token on its way to the terminal of whoever commands the host.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+struct Token(String);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token([hidden])")
+    }
 }
 
 /// Why the control plane that runs did not do it.
@@ -102,6 +122,7 @@ async fn answer(
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Backup { to }) => backup(app, data_dir, to).await,
         Ok(Command::Alarm { clear }) => alarm(app, clear).await,
+        Ok(Command::Organization { name, owner }) => organization(app, &name, owner).await,
         Err(error) => Answer::Failed(format!("understand the command: {error}")),
     };
     let mut text = serde_json::to_vec(&answer)?;
@@ -149,13 +170,24 @@ async fn alarm(app: &Arc<App>, clear: bool) -> Answer {
     }
 }
 
+async fn organization(app: &Arc<App>, name: &str, owner: FirstOwner) -> Answer {
+    match app.create_organization(name, owner).await {
+        Ok(token) => {
+            tracing::info!(organization = name, "the host made an organization");
+            let token = token.map(|token| Token(token.expose_secret().to_owned()));
+            Answer::Organization(token)
+        }
+        Err(error) => Answer::Failed(format!("make the organization: {error}")),
+    }
+}
+
 /// Asks the control plane that runs on these data for a backup; answers nothing when none runs.
 pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskError> {
     match ask(data_dir, &Command::Backup { to: to.to_path_buf() })? {
         None => Ok(None),
         Some(Answer::Backup(manifest)) => Ok(Some(manifest)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Alarm(_)) => Err(AskError::Unexpected),
+        Some(Answer::Alarm(_) | Answer::Organization(_)) => Err(AskError::Unexpected),
     }
 }
 
@@ -165,7 +197,22 @@ pub fn ask_alarm(data_dir: &Path, clear: bool) -> Result<Option<Option<String>>,
         None => Ok(None),
         Some(Answer::Alarm(found)) => Ok(Some(found)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Backup(_)) => Err(AskError::Unexpected),
+        Some(Answer::Backup(_) | Answer::Organization(_)) => Err(AskError::Unexpected),
+    }
+}
+
+/// Asks the control plane that runs on these data for an organization, and answers the token of
+/// an owner who is new; answers nothing when none runs.
+pub fn ask_organization(
+    data_dir: &Path,
+    name: String,
+    owner: FirstOwner,
+) -> Result<Option<Option<SecretString>>, AskError> {
+    match ask(data_dir, &Command::Organization { name, owner })? {
+        None => Ok(None),
+        Some(Answer::Organization(token)) => Ok(Some(token.map(|token| token.0.into()))),
+        Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
+        Some(Answer::Backup(_) | Answer::Alarm(_)) => Err(AskError::Unexpected),
     }
 }
 
