@@ -7,7 +7,7 @@ use prost_types::Duration as WireDuration;
 use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
-    Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
+    Access, Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
     VariableCategory,
 };
 
@@ -52,6 +52,7 @@ macro_rules! words {
 }
 
 words! {
+    Access: "ACCESS_",
     Lock: "LOCK_",
     MfaPolicy: "MFA_POLICY_",
     Phase: "PHASE_",
