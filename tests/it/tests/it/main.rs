@@ -21,6 +21,8 @@ mod hostile;
 #[cfg(test)]
 mod main_story;
 #[cfg(test)]
+mod people;
+#[cfg(test)]
 mod processes;
 #[cfg(test)]
 mod provider;
