@@ -127,6 +127,7 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::SignInRejected
         | Reason::SignInThrottled
         | Reason::LastOwner
-        | Reason::UserShared => Next::GiveUp,
+        | Reason::UserShared
+        | Reason::MailUnavailable => Next::GiveUp,
     }
 }

@@ -397,7 +397,8 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
         | Reason::ExchangeRefused
         | Reason::LeaseLost
         | Reason::LogOffset
-        | Reason::DigestMismatch => return None,
+        | Reason::DigestMismatch
+        | Reason::MailUnavailable => return None,
     };
     Some(text)
 }

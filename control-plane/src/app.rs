@@ -20,6 +20,7 @@ pub mod history;
 pub mod lease_job;
 pub mod members;
 pub mod open_streams;
+pub mod notices;
 pub mod organizations;
 pub mod people;
 pub mod pools;
@@ -59,6 +60,7 @@ use crate::blobs::Blobs;
 use crate::clock::Clock;
 use crate::dispatch;
 use crate::error::{Error, Result};
+use crate::notices::Outbound;
 use crate::run_log::RunLogs;
 use crate::seal::MasterKey;
 use crate::store::record::environment::{Environment, EnvironmentRecord};
@@ -94,6 +96,8 @@ pub struct App {
     pub sign_ins: sessions::Gate,
     /// What is on its way in.
     pub uploads: uploads::Uploads,
+    /// What notices go out through.
+    pub outbound: Arc<Outbound>,
 }
 
 impl std::fmt::Debug for App {

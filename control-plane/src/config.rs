@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use crate::app::organizations::FirstOwner;
+use crate::notices;
 
 /// Keeps Terraform runs, spends MFA codes at AWS, leases jobs to runners.
 #[derive(Clone, Debug, Parser)]
@@ -194,6 +195,8 @@ pub struct Args {
     /// Write the bound addresses to this file, as JSON, once both listeners are open
     #[arg(long)]
     ready_file: Option<PathBuf>,
+    #[command(flatten, next_help_heading = "Notices")]
+    notices: notices::options::Args,
 }
 
 /// A configuration that can be started.
@@ -210,6 +213,7 @@ pub struct Config {
     pub lease_term: Duration,
     pub force_cancel_grace: Duration,
     pub ready_file: Option<PathBuf>,
+    pub notices: notices::options::Options,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,7 +223,7 @@ pub enum PeopleTransport {
 }
 
 /// Why a configuration cannot be started.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("--insecure-plaintext is for loopback addresses only, and {0} is none; leave it out")]
     PlaintextBeyondLoopback(SocketAddr),
@@ -231,6 +235,8 @@ pub enum ConfigError {
     StsEndpoint,
     #[error("--key-file must lie outside of --data-dir, or a backup of the data holds its key")]
     KeyWithinData,
+    #[error(transparent)]
+    Notices(#[from] notices::options::Error),
 }
 
 impl TryFrom<Args> for Config {
@@ -272,6 +278,7 @@ impl TryFrom<Args> for Config {
             lease_term: Duration::from_secs(args.lease_term),
             force_cancel_grace: Duration::from_secs(args.force_cancel_grace),
             ready_file: args.ready_file,
+            notices: args.notices.try_into()?,
         })
     }
 }
@@ -345,10 +352,10 @@ mod tests {
         let open = ["--insecure-plaintext", "--people-address", "0.0.0.0:4840"];
         assert!(matches!(refused(&open), ConfigError::PlaintextBeyondLoopback(_)));
         assert!(config(&["--insecure-plaintext"]).is_ok());
-        assert_eq!(refused(&["--key-file", "/data/key"]), ConfigError::KeyWithinData);
-        assert_eq!(refused(&["--lease-term", "0"]), ConfigError::LeaseTerm);
+        assert!(matches!(refused(&["--key-file", "/data/key"]), ConfigError::KeyWithinData));
+        assert!(matches!(refused(&["--lease-term", "0"]), ConfigError::LeaseTerm));
         let forever = ["--force-cancel-grace", "3601"];
-        assert_eq!(refused(&forever), ConfigError::ForceCancelGrace);
-        assert_eq!(refused(&["--sts-endpoint", "sts.local"]), ConfigError::StsEndpoint);
+        assert!(matches!(refused(&forever), ConfigError::ForceCancelGrace));
+        assert!(matches!(refused(&["--sts-endpoint", "sts.local"]), ConfigError::StsEndpoint));
     }
 }

@@ -13,6 +13,7 @@ mod health_tests;
 mod identity;
 mod introduction;
 mod member;
+mod notice;
 mod organization;
 mod pool;
 mod quarantine;
@@ -38,6 +39,7 @@ use latchkey_proto::v1::account_service_server::AccountServiceServer;
 use latchkey_proto::v1::audit_service_server::AuditServiceServer;
 use latchkey_proto::v1::environment_service_server::EnvironmentServiceServer;
 use latchkey_proto::v1::member_service_server::MemberServiceServer;
+use latchkey_proto::v1::notice_service_server::NoticeServiceServer;
 use latchkey_proto::v1::organization_service_server::OrganizationServiceServer;
 use latchkey_proto::v1::pool_service_server::PoolServiceServer;
 use latchkey_proto::v1::quarantine_service_server::QuarantineServiceServer;
@@ -113,6 +115,7 @@ pub async fn people(app: Arc<App>) -> Routes {
         .add_service(limited!(PoolServiceServer, service))
         .add_service(limited!(QuarantineServiceServer, service))
         .add_service(limited!(AuditServiceServer, service))
+        .add_service(limited!(NoticeServiceServer, service))
 }
 
 /// The service of the runners' listener.

@@ -28,6 +28,7 @@ mod durable;
 pub mod error;
 pub mod grpc;
 pub mod job;
+pub mod notices;
 pub mod reaper;
 pub mod run_log;
 pub mod runtime;

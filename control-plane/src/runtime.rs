@@ -33,6 +33,7 @@ use crate::config::{
 };
 use crate::dispatch::Leases;
 use crate::durable;
+use crate::notices::{self, Outbound};
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::record::encode;
@@ -115,6 +116,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Last, since from here on the terms of standing leases run.
     app.reconcile().await.context("resume open runs")?;
     let reaping = tokio::spawn(reaper::run(Arc::clone(&app)));
+    let telling = tokio::spawn(notices::worker::run(Arc::clone(&app)));
 
     let host =
         backup::socket::listen(&config.data_dir).context("listen for the host's commands")?;
@@ -152,6 +154,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     serving.abort();
     commands.abort();
     reaping.abort();
+    telling.abort();
     dispatching.abort();
     outcome
 }
@@ -342,6 +345,7 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         revocations: crate::auth::revocation::Revocations::default(),
         sign_ins: crate::app::sessions::Gate::default(),
         uploads: Uploads::default(),
+        outbound: Arc::new(Outbound::open(&config.notices).context("prepare notices")?),
     };
     Ok((Arc::new(app), inbox))
 }

@@ -33,6 +33,7 @@ redacted! {
     CreatePoolTokenResponse { expire_time; token }
     CreateServiceTokenResponse { expire_time; token }
     CreateUserResponse { ; token }
+    CreateWebhookResponse { webhook; secret }
     EnrollRequest { name; pool_token, certificate_request }
     FetchArtifactResponse { ; data }
     JobVariable { name, environment, hcl, sensitive; value }

@@ -31,6 +31,7 @@ use crate::clock::{Clock, Manual, Wall};
 use crate::dispatch;
 use crate::error::Result;
 use crate::job::LeaseRef;
+use crate::notices::Outbound;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::memory::Memory;
@@ -135,6 +136,13 @@ impl Fixture {
         let app = self.committing_through(Arc::clone(&self.store)).await;
         let app = Arc::into_inner(app).expect("nobody else has it yet");
         Arc::new(App { store: together::Together::over(&self.store), ..app })
+    }
+
+    /// The same data in another process that tells others through `outbound`.
+    pub(crate) async fn telling_through(&self, outbound: Outbound) -> Arc<App> {
+        let app = self.on(self.directory(), &self.store).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        Arc::new(App { dispatch: self.app.dispatch.clone(), outbound: Arc::new(outbound), ..app })
     }
 
     /// Lets dispatch run, for tests of what it does and knows.
@@ -359,6 +367,7 @@ async fn app(
         revocations: crate::auth::revocation::Revocations::default(),
         sign_ins: crate::app::sessions::Gate::default(),
         uploads: super::uploads::Uploads::default(),
+        outbound: Arc::new(Outbound::closed()),
     };
     app.begin_incarnation().await.unwrap();
     (Arc::new(app), inbox)

@@ -9,8 +9,10 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, Service, caller, convert};
+use super::revocable::until_lost;
+use super::{Answers, Service, caller, convert, proof};
 use crate::app::audit_trail::{AuditFilter, ChainState};
+use crate::app::open_streams::Ground;
 use crate::audit::Record;
 
 #[tonic::async_trait]
@@ -44,9 +46,10 @@ impl AuditService for Service {
         &self,
         request: Request<v1::ExportAuditRequest>,
     ) -> Result<Response<Self::ExportAuditStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ExportAuditRequest { organization, from_sequence } = request.into_inner();
-        let mut export = self.app.export_audit(&caller, &organization, from_sequence).await?;
+        let mut export = self.app.export_audit(&proof.caller, &organization, from_sequence).await?;
+        let lost = self.app.hold(&proof, Ground::Organization(organization)).await?;
         let app = Arc::clone(&self.app);
         let (sender, parts) = mpsc::channel(4);
         tokio::spawn(async move {
@@ -64,7 +67,7 @@ impl AuditService for Service {
                 }
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
+        Ok(Response::new(until_lost(lost, ReceiverStream::new(parts))))
     }
 
     async fn verify_audit(

@@ -48,7 +48,8 @@ const fn code(reason: Reason) -> Code {
         | Reason::ExchangeUnknown
         | Reason::ExchangeRefused
         | Reason::LeaseLost
-        | Reason::LogOffset => Code::FailedPrecondition,
+        | Reason::LogOffset
+        | Reason::MailUnavailable => Code::FailedPrecondition,
         Reason::Unspecified | Reason::Internal => Code::Internal,
     }
 }

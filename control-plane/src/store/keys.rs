@@ -11,8 +11,8 @@
 use std::fmt;
 
 use latchkey_domain::id::{
-    AuthenticationId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
-    QuarantinedId, RunId, RunnerId, ServiceTokenId, SignInId, UserId,
+    AuthenticationId, DeliveryId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
+    QuarantinedId, RunId, RunnerId, ServiceTokenId, SignInId, SubscriberId, UserId,
 };
 use latchkey_domain::policy::Phase;
 use uuid::Uuid;
@@ -94,6 +94,9 @@ kinds! {
     Audit = 0x60
     /// Written by the committer alone.
     AuditHead = 0x61
+    Subscriptions = 0x70
+    Outbox = 0x71
+    Delivered = 0x72
 }
 
 /// Whose variable it is.
@@ -175,7 +178,10 @@ impl Key {
             | Kind::RunnerByKey
             | Kind::RunnerByPool
             | Kind::Audit
-            | Kind::AuditHead => return None,
+            | Kind::AuditHead
+            | Kind::Subscriptions
+            | Kind::Outbox
+            | Kind::Delivered => return None,
         };
         std::str::from_utf8(self.0.get(1 + fixed..)?).ok()
     }
@@ -510,6 +516,47 @@ pub fn read_blob_user(key: &Key) -> Option<BlobUser> {
     }
 }
 
+// Notices
+
+/// Whom an organization tells what.
+pub fn subscriptions(organization: OrganizationId) -> Key {
+    key(Kind::Subscriptions, &[organization.as_bytes()])
+}
+
+/// A notice on its way.
+pub fn outbox(organization: OrganizationId, subscriber: SubscriberId, delivery: DeliveryId) -> Key {
+    key(Kind::Outbox, &[organization.as_bytes(), subscriber.as_bytes(), delivery.as_bytes()])
+}
+
+pub fn outbox_of(organization: OrganizationId, subscriber: SubscriberId) -> Prefix {
+    prefix(Kind::Outbox, &[organization.as_bytes(), subscriber.as_bytes()])
+}
+
+/// Returns the organization, subscriber and delivery of an [`outbox`] key.
+pub fn read_outbox(key: &Key) -> Option<(OrganizationId, SubscriberId, DeliveryId)> {
+    let (organization, rest) = key.0.get(1..)?.split_first_chunk::<16>()?;
+    let (subscriber, rest) = rest.split_first_chunk::<16>()?;
+    let delivery = rest.try_into().ok()?;
+    Some((
+        OrganizationId::from_bytes(*organization),
+        SubscriberId::from_bytes(*subscriber),
+        DeliveryId::from_bytes(delivery),
+    ))
+}
+
+/// How a notice's way ended.
+pub fn delivered(
+    organization: OrganizationId,
+    subscriber: SubscriberId,
+    delivery: DeliveryId,
+) -> Key {
+    key(Kind::Delivered, &[organization.as_bytes(), subscriber.as_bytes(), delivery.as_bytes()])
+}
+
+pub fn delivered_of(organization: OrganizationId, subscriber: SubscriberId) -> Prefix {
+    prefix(Kind::Delivered, &[organization.as_bytes(), subscriber.as_bytes()])
+}
+
 // Quarantine
 
 /// What names one thing that a lease may bring back: the newest is kept.
@@ -693,6 +740,8 @@ mod tests {
         let authentication_id = AuthenticationId::from_bytes([7; 16]);
         let scope = VariableScope::Personal(organization, user_id);
         let quarantined_id = QuarantinedId::from_bytes([8; 16]);
+        let subscriber_id = SubscriberId::from_bytes([10; 16]);
+        let delivery_id = DeliveryId::from_bytes([11; 16]);
         let digest = Digest::from_bytes([9; 32]);
         let slot = QuarantineSlot {
             organization,
@@ -726,6 +775,14 @@ mod tests {
             (pool_by_name(organization, "x"), pools_by_name(organization)),
             (runner_by_pool(pool_id, runner_id), runners_by_pool(pool_id)),
             (audit(organization, 1), audit_of(organization)),
+            (
+                outbox(organization, subscriber_id, delivery_id),
+                outbox_of(organization, subscriber_id),
+            ),
+            (
+                delivered(organization, subscriber_id, delivery_id),
+                delivered_of(organization, subscriber_id),
+            ),
         ];
         for (key, own) in &pairs {
             for (other, prefix) in &pairs {

@@ -6,6 +6,7 @@
 
 pub mod authentication;
 pub mod environment;
+pub mod notice;
 pub mod people;
 pub mod quarantine;
 pub mod run;

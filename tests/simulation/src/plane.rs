@@ -92,6 +92,7 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
     let store: Arc<dyn Store> = world.store();
     let sts: Arc<dyn Sts> = Arc::new(SimulatedSts { world: Arc::clone(world) });
     Ok(App {
+        outbound: Arc::new(latchkey_control_plane::notices::Outbound::closed()),
         store,
         blobs: Blobs::open(path.join("blobs"), Arc::clone(&world.master))?,
         logs: RunLogs::open(run_log::Options::new(world.logs_directory()))?,

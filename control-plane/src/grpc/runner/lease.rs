@@ -339,7 +339,8 @@ impl Service {
             | Reason::SignInRejected
             | Reason::SignInThrottled
             | Reason::LastOwner
-            | Reason::UserShared => {
+            | Reason::UserShared
+            | Reason::MailUnavailable => {
                 tracing::warn!(job = %lease.job, epoch = lease.epoch.get(), error = %error,
                     "a runner's frame was refused");
                 revoke(answers, lease, error.message().to_owned()).await
