@@ -23,6 +23,8 @@ use crate::store::{Seen, keys};
 pub enum Ground {
     /// The right to read a run.
     Run(RunId),
+    /// The right to upload to and queue in an environment.
+    Environment { organization: String, environment: String },
     /// Owning an organization.
     Organization(String),
 }
@@ -37,6 +39,9 @@ impl App {
             Ground::Run(run) => {
                 let (standing, _) = self.run_for(&proof.caller, *run, Right::Read).await?;
                 standing.organization
+            }
+            Ground::Environment { organization, .. } => {
+                self.member(&proof.caller, organization).await?.organization
             }
             Ground::Organization(name) => self.owner(&proof.caller, name).await?.organization,
         };
@@ -73,6 +78,10 @@ impl App {
         self.live_token(proof.token).await?;
         match ground {
             Ground::Run(run) => self.run_for(&proof.caller, *run, Right::Read).await.map(drop),
+            Ground::Environment { organization, environment } => {
+                let right = Right::Operate;
+                self.on(&proof.caller, organization, environment, right).await.map(drop)
+            }
             Ground::Organization(name) => self.owner(&proof.caller, name).await.map(drop),
         }
     }

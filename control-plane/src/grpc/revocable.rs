@@ -44,6 +44,18 @@ where
     Box::pin(Until { inner, over, is_over: false })
 }
 
+/// Takes what a person or program sends, unless their right to it ends first.
+pub(super) async fn unless_lost<T>(
+    lost: Lost,
+    doing: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    tokio::select! {
+        biased;
+        error = lost => Err(error.into()),
+        done = doing => done,
+    }
+}
+
 /// Ends what a person or program is sent when their right to it ends.
 pub(super) fn until_lost<T, S>(lost: Lost, inner: S) -> Answers<T>
 where

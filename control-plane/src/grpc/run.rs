@@ -8,7 +8,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::revocable::until_lost;
+use super::revocable::{unless_lost, until_lost};
 use super::{Answers, Service, caller, convert, next_part, proof};
 use crate::app::authenticate_run::Submission;
 use crate::app::open_streams::Ground;
@@ -31,7 +31,7 @@ impl RunService for Service {
         &self,
         request: Request<Streaming<v1::UploadConfigurationRequest>>,
     ) -> Result<Response<v1::UploadConfigurationResponse>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let mut parts = request.into_inner();
         let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
             Some(Part::Header(header)) => header,
@@ -39,20 +39,24 @@ impl RunService for Service {
                 return Err(Error::field("header", "the first message carries the header").into());
             }
         };
-        let mut upload = self
-            .app
-            .upload_configuration(&caller, &header.organization, &header.environment)
-            .await?;
-        while let Some(message) = next_part(&mut parts).await? {
-            match message.part {
-                Some(Part::Data(data)) => upload.write(&data).await?,
-                Some(Part::Header(_)) | None => {
-                    let message = "only the first message carries a header";
-                    return Err(Error::field("data", message).into());
+        let v1::UploadConfigurationHeader { organization, environment } = header;
+        let mut upload =
+            self.app.upload_configuration(&proof.caller, &organization, &environment).await?;
+        let ground = Ground::Environment { organization, environment };
+        let lost = self.app.hold(&proof, ground).await?;
+        let taken = async {
+            while let Some(message) = next_part(&mut parts).await? {
+                match message.part {
+                    Some(Part::Data(data)) => upload.write(&data).await?,
+                    Some(Part::Header(_)) | None => {
+                        let message = "only the first message carries a header";
+                        return Err(Error::field("data", message).into());
+                    }
                 }
             }
-        }
-        let configuration_digest = upload.finish().await?.to_string();
+            Ok(upload.finish().await?)
+        };
+        let configuration_digest = unless_lost(lost, taken).await?.to_string();
         Ok(Response::new(v1::UploadConfigurationResponse { configuration_digest }))
     }
 
