@@ -17,10 +17,12 @@ use tonic::{Request, Response, Status};
 use latchkey_proto::v1::account_service_client::AccountServiceClient;
 use latchkey_proto::v1::audit_service_client::AuditServiceClient;
 use latchkey_proto::v1::environment_service_client::EnvironmentServiceClient;
+use latchkey_proto::v1::member_service_client::MemberServiceClient;
 use latchkey_proto::v1::organization_service_client::OrganizationServiceClient;
 use latchkey_proto::v1::pool_service_client::PoolServiceClient;
 use latchkey_proto::v1::quarantine_service_client::QuarantineServiceClient;
 use latchkey_proto::v1::run_service_client::RunServiceClient;
+use latchkey_proto::v1::session_service_client::SessionServiceClient;
 use latchkey_proto::v1::state_service_client::StateServiceClient;
 use latchkey_proto::v1::variable_service_client::VariableServiceClient;
 
@@ -106,10 +108,12 @@ impl Client {
         accounts: AccountServiceClient,
         audit: AuditServiceClient,
         environments: EnvironmentServiceClient,
+        members: MemberServiceClient,
         organizations: OrganizationServiceClient,
         pools: PoolServiceClient,
         quarantine: QuarantineServiceClient,
         runs: RunServiceClient,
+        sessions: SessionServiceClient,
         states: StateServiceClient,
         variables: VariableServiceClient,
     }

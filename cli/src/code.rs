@@ -135,6 +135,11 @@ pub(crate) fn after(refusal: &Refusal) -> Next {
         | Reason::DigestMismatch
         | Reason::CancelGrace
         | Reason::SecondPersonRequired
-        | Reason::HistoryLost => Next::GiveUp,
+        | Reason::HistoryLost
+        | Reason::SignInRejected
+        | Reason::SignInThrottled
+        | Reason::LastOwner
+        | Reason::UserShared
+        | Reason::MailUnavailable => Next::GiveUp,
     }
 }

@@ -10,7 +10,9 @@ mod env;
 mod login;
 mod logout;
 mod logs;
+mod member;
 mod org;
+mod password;
 mod pool;
 mod quarantine;
 mod queue;
@@ -18,6 +20,7 @@ mod retry;
 mod run;
 mod runner;
 mod service_token;
+mod session;
 mod state;
 mod top_up;
 mod user;
@@ -34,6 +37,10 @@ pub(crate) enum Command {
     Login(login::Login),
     Logout(logout::Logout),
     Whoami(whoami::WhoAmI),
+    Password(password::Password),
+    /// Your own sign-ins with a password
+    #[command(subcommand)]
+    Session(session::Session),
     Queue(Box<queue::Queue>),
     Retry(Box<retry::Retry>),
     Authenticate(authenticate::Authenticate),
@@ -57,6 +64,9 @@ pub(crate) enum Command {
     /// People
     #[command(subcommand)]
     User(user::User),
+    /// Who belongs to the organization, and what they may do in it
+    #[command(subcommand)]
+    Member(member::Member),
     /// Tokens for programs
     #[command(subcommand)]
     ServiceToken(service_token::ServiceToken),
@@ -94,6 +104,8 @@ impl Command {
             Command::Login(_)
             | Command::Logout(_)
             | Command::Whoami(_)
+            | Command::Password(_)
+            | Command::Session(_)
             | Command::Authenticate(_)
             | Command::TopUp(_)
             | Command::Confirm(_)
@@ -103,6 +115,7 @@ impl Command {
             | Command::Var(_)
             | Command::Org(_)
             | Command::User(_)
+            | Command::Member(_)
             | Command::ServiceToken(_)
             | Command::Runner(_)
             | Command::Pool(_)
@@ -116,8 +129,10 @@ impl Command {
     pub(crate) async fn run(self, context: &mut Context) -> Done {
         match self {
             Command::Login(command) => command.run(context).await,
-            Command::Logout(command) => command.run(context),
+            Command::Logout(command) => command.run(context).await,
             Command::Whoami(command) => command.run(context).await,
+            Command::Password(command) => command.run(context).await,
+            Command::Session(command) => command.run(context).await,
             Command::Queue(command) => command.run(context).await,
             Command::Retry(command) => command.run(context).await,
             Command::Authenticate(command) => command.run(context).await,
@@ -131,6 +146,7 @@ impl Command {
             Command::Var(command) => command.run(context).await,
             Command::Org(command) => command.run(context).await,
             Command::User(command) => command.run(context).await,
+            Command::Member(command) => command.run(context).await,
             Command::ServiceToken(command) => command.run(context).await,
             Command::Runner(command) => command.run(context).await,
             Command::Pool(command) => command.run(context).await,

@@ -3,11 +3,16 @@
 
 use std::path::PathBuf;
 
+use secrecy::ExposeSecret;
+
 use crate::client::{Client, Target};
 use crate::config::{self, Credentials};
 use crate::failure::Failure;
 use crate::input::Input;
 use crate::output::Output;
+
+/// How tokens begin that a password opened.
+const SIGN_IN: &str = "lki_";
 
 pub(crate) struct Context {
     pub(crate) output: Output,
@@ -21,6 +26,8 @@ pub(crate) struct Context {
 pub(crate) struct Session {
     pub(crate) client: Client,
     pub(crate) address: String,
+    /// Whether a password opened it, rather than a token that an owner handed over.
+    pub(crate) is_sign_in: bool,
     organization: Option<String>,
 }
 
@@ -34,7 +41,8 @@ impl Context {
         let stored = config::load(&self.config_path()?)?;
         let client = connect(&stored)?;
         let organization = self.organization.clone().or(stored.organization);
-        Ok(Session { client, address: stored.address, organization })
+        let is_sign_in = stored.token.expose_secret().starts_with(SIGN_IN);
+        Ok(Session { client, address: stored.address, is_sign_in, organization })
     }
 }
 

@@ -320,6 +320,18 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
              `latchkey-control-plane restore`"
                 .to_owned()
         }
+        Reason::SignInRejected => {
+            "repeat with the right ones; who has forgotten the password asks an owner for \
+             `latchkey user reset NAME`"
+                .to_owned()
+        }
+        Reason::SignInThrottled => match of("retry_at") {
+            at if at.is_empty() => "wait a while, then repeat".to_owned(),
+            at => format!("wait until {at}, then repeat; open sessions stay good meanwhile"),
+        },
+        Reason::LastOwner => {
+            "make another owner first: `latchkey member set NAME --role owner`".to_owned()
+        }
         Reason::PlanChanged => "look at the plan again: `latchkey run show RUN`".to_owned(),
         Reason::SecondPersonRequired => {
             "ask somebody else who may write to the environment; `latchkey run show RUN` says who \
@@ -387,12 +399,14 @@ fn reason_hint(refusal: &Refusal) -> Option<String> {
         }
         // The message and the fields say it all.
         Reason::Unspecified
+        | Reason::UserShared
         | Reason::FieldInvalid
         | Reason::LimitReached
         | Reason::ExchangeRefused
         | Reason::LeaseLost
         | Reason::LogOffset
-        | Reason::DigestMismatch => return None,
+        | Reason::DigestMismatch
+        | Reason::MailUnavailable => return None,
     };
     Some(text)
 }

@@ -5,8 +5,10 @@
 //! whoever embeds it.
 
 mod archive;
+mod audit_export;
 mod change;
 mod client;
+mod clock;
 mod code;
 mod commands;
 mod config;

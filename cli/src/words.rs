@@ -7,8 +7,9 @@ use prost_types::Duration as WireDuration;
 use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
-    CheckOutcome, CodeCredentials, Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role,
-    RunKind, RunState, StateChangeAction, StateOrigin, VariableCategory, VariableOrigin,
+    Access, CheckOutcome, CodeCredentials, Lock, MfaPolicy, Phase, PlainCredentials,
+    QuarantinedKind, Role, RunKind, RunState, StateChangeAction, StateOrigin, VariableCategory,
+    VariableOrigin,
 };
 
 use crate::exit::Exit;
@@ -52,6 +53,7 @@ macro_rules! words {
 }
 
 words! {
+    Access: "ACCESS_",
     CheckOutcome: "CHECK_OUTCOME_",
     CodeCredentials: "CODE_CREDENTIALS_",
     Lock: "LOCK_",
@@ -167,6 +169,16 @@ pub(crate) fn parse_duration(text: &str) -> Result<WireDuration, String> {
         return Err("must be at least a second".to_owned());
     }
     Ok(WireDuration { seconds: duration.as_secs(), nanos: 0 })
+}
+
+/// Reads a moment: a time such as `2026-11-24T12:00:00Z`, or how long ago it was, such as `24h`.
+pub(crate) fn parse_moment(text: &str) -> Result<WireTimestamp, String> {
+    let ago =
+        |ago: WireDuration| Some(crate::clock::now() - SignedDuration::from_secs(ago.seconds));
+    let moment = text.parse().ok().or_else(|| parse_duration(text).ok().and_then(ago));
+    let moment: Timestamp = moment
+        .ok_or("not a time; write it as 2026-11-24T12:00:00Z, or as 24h for that long ago")?;
+    Ok(WireTimestamp { seconds: moment.as_second(), nanos: moment.subsec_nanosecond() })
 }
 
 #[cfg(test)]

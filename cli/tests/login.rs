@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 use latchkey_cli::{Exit, Stdin, Streams, run_with};
 use latchkey_proto::v1;
 use latchkey_proto::v1::account_service_server::{AccountService, AccountServiceServer};
+use latchkey_proto::v1::session_service_server::{SessionService, SessionServiceServer};
 
 /// Knows one person and one secret.
 struct Accounts;
@@ -36,7 +37,7 @@ impl AccountService for Accounts {
         request: Request<v1::WhoAmIRequest>,
     ) -> Result<Response<v1::WhoAmIResponse>, Status> {
         match request.metadata().get("authorization") {
-            Some(value) if value == "Bearer lku_canary" => {}
+            Some(value) if value == "Bearer lku_canary" || value == "Bearer lki_session" => {}
             Some(_) | None => return Err(Status::unauthenticated("this token is not known")),
         }
         let membership =
@@ -60,6 +61,80 @@ impl AccountService for Accounts {
         _: Request<v1::CreateServiceTokenRequest>,
     ) -> Result<Response<v1::CreateServiceTokenResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn reset_user(
+        &self,
+        _: Request<v1::ResetUserRequest>,
+    ) -> Result<Response<v1::ResetUserResponse>, Status> {
+        Ok(Response::new(v1::ResetUserResponse { token: "lk_new".into() }))
+    }
+
+    async fn list_service_tokens(
+        &self,
+        _: Request<v1::ListServiceTokensRequest>,
+    ) -> Result<Response<v1::ListServiceTokensResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn revoke_service_token(
+        &self,
+        _: Request<v1::RevokeServiceTokenRequest>,
+    ) -> Result<Response<v1::RevokeServiceTokenResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+}
+
+/// Counts the sessions that were ended.
+#[derive(Clone, Default)]
+struct Sessions(Arc<Mutex<u32>>);
+
+#[tonic::async_trait]
+impl SessionService for Sessions {
+    async fn sign_in(
+        &self,
+        request: Request<v1::SignInRequest>,
+    ) -> Result<Response<v1::SignInResponse>, Status> {
+        let request = request.into_inner();
+        // Blanks are part of a password.
+        if (request.user.as_str(), request.password.as_str()) != ("alice", " canary password ") {
+            return Err(Status::unauthenticated("the name or the password is wrong"));
+        }
+        assert!(request.client.starts_with("latchkey ") && request.client.len() <= 64);
+        Ok(Response::new(v1::SignInResponse { token: "lki_session".into(), session: None }))
+    }
+
+    async fn sign_out(
+        &self,
+        request: Request<v1::SignOutRequest>,
+    ) -> Result<Response<v1::SignOutResponse>, Status> {
+        assert_eq!(request.metadata().get("authorization").unwrap(), "Bearer lki_session");
+        *self.0.lock().unwrap() += 1;
+        Ok(Response::new(v1::SignOutResponse {}))
+    }
+
+    async fn list_sessions(
+        &self,
+        _: Request<v1::ListSessionsRequest>,
+    ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn revoke_session(
+        &self,
+        _: Request<v1::RevokeSessionRequest>,
+    ) -> Result<Response<v1::RevokeSessionResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn set_password(
+        &self,
+        request: Request<v1::SetPasswordRequest>,
+    ) -> Result<Response<v1::SetPasswordResponse>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.current_password, " canary password ");
+        assert_eq!(request.new_password, "another canary");
+        Ok(Response::new(v1::SetPasswordResponse { ended_sessions: 2 }))
     }
 }
 
@@ -92,6 +167,7 @@ impl Write for Shared {
 
 struct Plane {
     address: String,
+    sessions: Sessions,
     directory: tempfile::TempDir,
 }
 
@@ -104,15 +180,17 @@ impl Plane {
         let identity = Identity::from_pem(certificate.pem(), key.serialize_pem());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("https://{}", listener.local_addr().unwrap());
+        let sessions = Sessions::default();
         let server = Server::builder()
             .tls_config(ServerTlsConfig::new().identity(identity))
             .unwrap()
-            .add_service(AccountServiceServer::new(Accounts));
+            .add_service(AccountServiceServer::new(Accounts))
+            .add_service(SessionServiceServer::new(sessions.clone()));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("ca.pem"), ca.pem()).unwrap();
         std::fs::write(directory.path().join("other.pem"), authority("other").pem()).unwrap();
-        Plane { address, directory }
+        Plane { address, sessions, directory }
     }
 
     fn path(&self, name: &str) -> String {
@@ -152,7 +230,35 @@ async fn a_checked_token_is_kept_and_used() {
     let (exit, out, _) = plane.run(&["user", "create", "bob", "--role", "member"], "").await;
     assert_eq!((exit, out.as_str()), (Exit::Ok, "lku_bob\n"));
 
-    assert_eq!(plane.run(&["logout"], "").await.0, Exit::Ok);
+    let (exit, out, _) = plane.run(&["logout", "-o", "json"], "").await;
+    assert_eq!(exit, Exit::Ok);
+    assert!(out.contains(r#""ended_session": false"#), "{out}");
+    assert_eq!(plane.run(&["whoami"], "").await.0, Exit::NotSignedIn);
+}
+
+#[tokio::test]
+async fn a_password_opens_a_session_that_logout_ends() {
+    let plane = Plane::start().await;
+    let ca = plane.path("ca.pem");
+    let login = ["login", &plane.address, "--ca-file", &ca, "--user", "alice"];
+    let (exit, _, err) = plane.run(&login, "canary password\n").await;
+    assert_eq!(exit, Exit::NotSignedIn);
+    assert!(!err.contains("canary"), "{err}");
+    assert_eq!(plane.run(&["whoami"], "").await.0, Exit::NotSignedIn);
+
+    let (exit, out, err) = plane.run(&login, " canary password \n").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    assert!(out.contains("Signed in as alice"), "{out}");
+    assert!(!out.contains("canary") && !err.contains("canary"));
+    assert_eq!(plane.run(&["whoami"], "").await.0, Exit::Ok);
+    let (exit, out, err) = plane.run(&["password"], " canary password \nanother canary\n").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    assert_eq!(out, "The password is set; 2 other sessions were ended\n");
+
+    let (exit, out, _) = plane.run(&["logout", "-o", "json"], "").await;
+    assert_eq!(exit, Exit::Ok);
+    assert!(out.contains(r#""ended_session": true"#), "{out}");
+    assert_eq!(*plane.sessions.0.lock().unwrap(), 1);
     assert_eq!(plane.run(&["whoami"], "").await.0, Exit::NotSignedIn);
 }
 

@@ -25,6 +25,9 @@ pub mod history;
 pub mod lease_job;
 pub mod limits;
 pub mod locks;
+pub mod members;
+pub mod notices;
+pub mod open_streams;
 pub mod organizations;
 pub mod people;
 mod plan_facts;
@@ -35,11 +38,14 @@ mod policy_tests;
 pub mod pools;
 pub mod quarantine;
 pub mod queue_run;
+pub mod reset_user;
 pub mod restore;
 pub mod retry_run;
 pub mod run_output;
 pub mod runners;
 mod secrets;
+pub mod service_tokens;
+pub mod sessions;
 pub mod settings;
 pub mod start_job;
 pub mod state_diff;
@@ -65,12 +71,13 @@ use uuid::Uuid;
 
 use crate::audit::Draft;
 use crate::auth::revocation::Revocations;
-use crate::auth::{self, Caller, Position, Right, Standing, token_digest};
+use crate::auth::{self, Caller, Position, Proof, Right, Standing, token_digest};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::Clock;
 use crate::dispatch;
 use crate::error::{Error, Result};
+use crate::notices::Outbound;
 use crate::run_log::RunLogs;
 use crate::seal::MasterKey;
 use crate::store::record::environment::{Environment, EnvironmentRecord};
@@ -104,8 +111,12 @@ pub struct App {
     pub revocations: Revocations,
     /// When runs reach a limit of time.
     pub limits: limits::Timer,
+    /// Keeps those out who guess passwords.
+    pub sign_ins: sessions::Gate,
     /// What is on its way in.
     pub uploads: uploads::Uploads,
+    /// What notices go out through.
+    pub outbound: Arc<Outbound>,
 }
 
 impl std::fmt::Debug for App {
@@ -126,22 +137,34 @@ impl App {
 
     /// Proves a person or program by its token.
     pub async fn caller(&self, token: &SecretString) -> Result<Caller> {
-        let unknown = || {
-            Error::refused(
-                Reason::IdentityRequired,
-                "the token is unknown, revoked or expired; sign in again",
-            )
-        };
-        let key = keys::token(token_digest(token).as_bytes());
-        let found: Token = self.fetch(key).await?.ok_or_else(unknown)?.value;
-        if found.expires_at.is_some_and(|at| Timestamp::from(at) <= self.now()) {
-            return Err(unknown());
-        }
-        Ok(match found.bearer {
+        Ok(self.prove(token).await?.caller)
+    }
+
+    /// Proves a person or program by its token, and keeps when a session was used.
+    pub async fn prove(&self, token: &SecretString) -> Result<Proof> {
+        let digest = token_digest(token);
+        let found = self.live_token(digest).await?;
+        self.note_use(&found).await;
+        let Token { bearer, expires_at, sign_in, .. } = found.value;
+        let caller = match bearer {
             Bearer::User { id, name } => Caller::User { id: id.0, name },
             Bearer::Service { id, organization, name } => {
                 Caller::Service { id: id.0, organization: organization.0, name }
             }
+        };
+        let sign_in = sign_in.map(|sign_in| sign_in.0);
+        let expires_at = expires_at.map(Timestamp::from);
+        Ok(Proof { caller, token: digest, sign_in, expires_at })
+    }
+
+    /// Fetches a token that has not ended.
+    async fn live_token(&self, digest: Digest) -> Result<Loaded<Token>> {
+        let found: Option<Loaded<Token>> = self.fetch(keys::token(digest.as_bytes())).await?;
+        let now = self.now();
+        let lives = |token: &Token| token.expires_at.is_none_or(|at| Timestamp::from(at) > now);
+        found.filter(|found| lives(&found.value)).ok_or_else(|| {
+            let message = "the token is unknown, revoked or expired; sign in again";
+            Error::refused(Reason::IdentityRequired, message)
         })
     }
 

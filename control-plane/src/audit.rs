@@ -9,22 +9,19 @@
 //! The chain doesn't stop someone who can rewrite all of it and the head; compare the head with
 //! one noted elsewhere for that.
 //!
-//! Encoding, on disk and under the digest: `"latchkey audit 1\0"`, organization (16 bytes),
-//! sequence, time in milliseconds (8 bytes each, big-endian), digest of the predecessor (32),
-//! then actor, action, subject and details as JSON with sorted keys and without spaces, each
-//! behind its length (4 bytes). On disk the SHA-256 of all that follows.
+//! The form under the digest is [`latchkey_proto::audit`]'s, which readers of an export share. On
+//! disk its digest follows it.
 
 use std::fmt;
 
-use aws_lc_rs::digest;
 use latchkey_domain::id::OrganizationId;
 use latchkey_domain::time::Timestamp;
+use latchkey_proto::audit::{Chain, DIGEST, Entry, MAGIC};
 use serde_json::{Map, Value};
 
 use crate::store::{self, Scan, Store, StoreError, keys};
 
-const MAGIC: &[u8] = b"latchkey audit 1\0";
-const DIGEST: usize = 32;
+pub use latchkey_proto::audit::Fault;
 
 /// What a use case tells: an audit record before it has its place in the chain. Secrets don't
 /// belong in it, in no form.
@@ -66,14 +63,15 @@ impl Draft {
 
     /// Returns about how many bytes the record takes.
     pub(crate) fn size(&self) -> usize {
-        let mut details = Vec::new();
+        let texts = self.actor.len() + self.action.len() + self.subject.len();
+        MAGIC.len() + 128 + texts + self.details_json().len()
+    }
+
+    /// Writes the details as the digest covers them.
+    pub fn details_json(&self) -> String {
+        let mut details = String::new();
         encode_object(&self.details, &mut details);
-        MAGIC.len()
-            + 128
-            + self.actor.len()
-            + self.action.len()
-            + self.subject.len()
-            + details.len()
+        details
     }
 }
 
@@ -121,8 +119,22 @@ impl Record {
     pub fn stamp(mut draft: Draft, head: Head) -> Self {
         draft.details.values_mut().for_each(settle);
         let sequence = head.sequence + 1;
-        let body = encode_body(&draft, sequence, &head.digest);
-        Self { sequence, previous: head.digest, digest: sha256(&body), draft }
+        let mut record = Self { sequence, previous: head.digest, digest: [0; DIGEST], draft };
+        record.digest = record.entry(&record.draft.details_json()).digest();
+        record
+    }
+
+    fn entry<'a>(&'a self, details: &'a str) -> Entry<'a> {
+        Entry {
+            organization: *self.draft.organization.as_bytes(),
+            sequence: self.sequence,
+            time_ms: self.draft.at.as_millis(),
+            previous: self.previous,
+            actor: &self.draft.actor,
+            action: &self.draft.action,
+            subject: &self.draft.subject,
+            details,
+        }
     }
 
     pub fn head(&self) -> Head {
@@ -130,7 +142,7 @@ impl Record {
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = encode_body(&self.draft, self.sequence, &self.previous);
+        let mut bytes = self.entry(&self.draft.details_json()).canonical();
         bytes.extend_from_slice(&self.digest);
         bytes
     }
@@ -169,69 +181,42 @@ pub struct Broken {
     pub what: Fault,
 }
 
-/// How a chain is broken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
-    #[error("the record is not in the form it was written in")]
-    Malformed,
-    #[error("the record belongs to another organization")]
-    Foreign,
-    #[error("the record has another number: one was dropped, added or moved")]
-    OutOfOrder { found: u64 },
-    #[error("the record doesn't follow its predecessor")]
-    Unlinked,
-    #[error("the record was changed")]
-    Edited,
-    #[error("records at the end are missing")]
-    Truncated,
-    #[error("the chain ends otherwise than its head says")]
-    WrongHead,
-}
-
 /// Walks one organization's chain from its first record.
 #[derive(Debug)]
 pub struct Verifier {
-    organization: OrganizationId,
-    /// The last record that held.
-    head: Head,
+    chain: Chain,
 }
 
 impl Verifier {
     pub fn new(organization: OrganizationId) -> Self {
-        Self { organization, head: Head::START }
+        Self { chain: Chain::begin(*organization.as_bytes()) }
     }
 
     /// Judges the next record.
     pub fn push(&mut self, stored: &[u8]) -> Result<Record, Broken> {
-        let sequence = self.head.sequence + 1;
+        let sequence = self.chain.next();
         let broken = |what| Broken { sequence, what };
         let record = Record::decode(stored).ok_or_else(|| broken(Fault::Malformed))?;
-        if record.draft.organization != self.organization {
-            return Err(broken(Fault::Foreign));
-        }
-        if record.sequence != sequence {
-            return Err(broken(Fault::OutOfOrder { found: record.sequence }));
-        }
-        if record.previous != self.head.digest {
-            return Err(broken(Fault::Unlinked));
-        }
-        if sha256(&stored[..stored.len() - DIGEST]) != record.digest {
-            return Err(broken(Fault::Edited));
-        }
-        self.head = record.head();
+        let details = record.draft.details_json();
+        self.chain.follow(&record.entry(&details), &record.digest).map_err(broken)?;
         Ok(record)
+    }
+
+    fn head(&self) -> Head {
+        Head { sequence: self.chain.sequence(), digest: self.chain.digest() }
     }
 
     /// Judges the end of the chain.
     pub fn finish(self, expected: Head) -> Result<Verified, Broken> {
         let at = |sequence, what| Err(Broken { sequence, what });
-        if self.head.sequence < expected.sequence {
-            return at(self.head.sequence + 1, Fault::Truncated);
+        let head = self.head();
+        if head.sequence < expected.sequence {
+            return at(head.sequence + 1, Fault::Truncated);
         }
-        if self.head != expected {
-            return at(self.head.sequence, Fault::WrongHead);
+        if head != expected {
+            return at(head.sequence, Fault::WrongHead);
         }
-        Ok(Verified { count: self.head.sequence, head: self.head })
+        Ok(Verified { count: head.sequence, head })
     }
 }
 
@@ -274,20 +259,16 @@ pub async fn verify_stored(
         let page = store.scan(scan.after(after)).await?;
         for (_, stored) in &page {
             // Appended since the head was read; or, with a chain that never had a head, added.
-            if verifier.head.sequence == expected.sequence && expected != Head::START {
+            if verifier.chain.sequence() == expected.sequence && expected != Head::START {
                 break;
             }
             verifier.push(&stored.value)?;
         }
-        if page.len() < store::SCAN_LIMIT || verifier.head.sequence == expected.sequence {
+        if page.len() < store::SCAN_LIMIT || verifier.chain.sequence() == expected.sequence {
             return Ok(verifier.finish(expected)?);
         }
         after = page.last().map(|(key, _)| key.clone());
     }
-}
-
-fn sha256(bytes: &[u8]) -> [u8; DIGEST] {
-    digest::digest(&digest::SHA256, bytes).as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
 /// Turns fractions into text: they are the one kind of value that need not survive being
@@ -301,55 +282,37 @@ fn settle(value: &mut Value) {
     }
 }
 
-fn encode_body(draft: &Draft, sequence: u64, previous: &[u8; DIGEST]) -> Vec<u8> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend_from_slice(draft.organization.as_bytes());
-    bytes.extend_from_slice(&sequence.to_be_bytes());
-    bytes.extend_from_slice(&draft.at.as_millis().to_be_bytes());
-    bytes.extend_from_slice(previous);
-    let mut details = Vec::new();
-    encode_object(&draft.details, &mut details);
-    for part in
-        [draft.actor.as_bytes(), draft.action.as_bytes(), draft.subject.as_bytes(), &details]
-    {
-        let length = u32::try_from(part.len()).expect("the store refuses larger records");
-        bytes.extend_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(part);
-    }
-    bytes
-}
-
 /// Writes JSON with sorted keys, whatever order the map keeps.
-fn encode_object(object: &Map<String, Value>, bytes: &mut Vec<u8>) {
+fn encode_object(object: &Map<String, Value>, text: &mut String) {
     let mut entries: Vec<_> = object.iter().collect();
     entries.sort_unstable_by_key(|(name, _)| *name);
-    bytes.push(b'{');
+    text.push('{');
     for (index, (name, value)) in entries.into_iter().enumerate() {
         if index > 0 {
-            bytes.push(b',');
+            text.push(',');
         }
-        bytes.extend_from_slice(Value::String(name.clone()).to_string().as_bytes());
-        bytes.push(b':');
-        encode_value(value, bytes);
+        text.push_str(&Value::String(name.clone()).to_string());
+        text.push(':');
+        encode_value(value, text);
     }
-    bytes.push(b'}');
+    text.push('}');
 }
 
-fn encode_value(value: &Value, bytes: &mut Vec<u8>) {
+fn encode_value(value: &Value, text: &mut String) {
     match value {
-        Value::Object(object) => encode_object(object, bytes),
+        Value::Object(object) => encode_object(object, text),
         Value::Array(values) => {
-            bytes.push(b'[');
+            text.push('[');
             for (index, value) in values.iter().enumerate() {
                 if index > 0 {
-                    bytes.push(b',');
+                    text.push(',');
                 }
-                encode_value(value, bytes);
+                encode_value(value, text);
             }
-            bytes.push(b']');
+            text.push(']');
         }
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {
-            bytes.extend_from_slice(value.to_string().as_bytes());
+            text.push_str(&value.to_string());
         }
     }
 }

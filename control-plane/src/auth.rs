@@ -5,8 +5,10 @@
 //! organization is a [`Right`]; every use case names the one it needs before it does anything
 //! else. `rules` lists every rpc with who may call it.
 
+pub mod password;
 pub mod revocation;
 pub mod rules;
+pub mod throttle;
 
 use std::collections::BTreeMap;
 
@@ -15,9 +17,10 @@ use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use latchkey_domain::id::{
-    Digest, EnvironmentId, OrganizationId, PoolId, RunnerId, ServiceTokenId, UserId,
+    Digest, EnvironmentId, OrganizationId, PoolId, RunnerId, ServiceTokenId, SignInId, UserId,
 };
 use latchkey_domain::run::Actor;
+use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
@@ -38,6 +41,16 @@ pub enum Caller {
         organization: OrganizationId,
         name: String,
     },
+}
+
+/// A caller, and the token that proved it: what an open stream goes on standing on.
+#[derive(Clone, Debug)]
+pub struct Proof {
+    pub caller: Caller,
+    pub token: Digest,
+    /// The session that the token belongs to, if a password made it.
+    pub sign_in: Option<SignInId>,
+    pub expires_at: Option<Timestamp>,
 }
 
 /// A runner, proved by its certificate's key.
@@ -88,7 +101,7 @@ impl Position {
 }
 
 impl From<Membership> for Position {
-    fn from(Membership { role, access, environments }: Membership) -> Self {
+    fn from(Membership { role, access, environments, .. }: Membership) -> Self {
         Self { role, access, environments }
     }
 }

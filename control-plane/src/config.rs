@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
+use crate::app::organizations::FirstOwner;
+use crate::notices;
+
 /// Keeps Terraform runs, spends MFA codes at AWS, leases jobs to runners.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "latchkey-control-plane", version)]
@@ -24,6 +27,7 @@ pub enum Command {
     Restore(RestoreArgs),
     Alarm(AlarmArgs),
     BreakGlass(BreakGlassArgs),
+    Organization(OrganizationArgs),
 }
 
 impl Program {
@@ -80,6 +84,9 @@ impl BackupArgs {
 ///   - service tokens and pool tokens are void; owners make new ones
 ///
 ///   - every runner is drained; `latchkey runner resume` one once you know that it was not revoked
+///
+///   - everybody's sessions are ended; passwords are those of the backup, also of those who have
+///     changed theirs since
 ///
 ///   - people's logins and memberships are valid again as of the backup, or nobody could do any of
 ///     this: they are printed, look at each
@@ -156,6 +163,35 @@ pub enum BrokenPolicy {
     AppliesOnly,
 }
 
+/// Make another organization
+///
+/// Asks the control plane that runs on the data. The first organization is made by `latchkey login
+/// --bootstrap`; further ones are made here, by whoever commands the host.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("first owner").required(true))]
+pub struct OrganizationArgs {
+    /// Lower-case letters, digits and `-`
+    pub name: String,
+    /// Directory of the control plane's data
+    #[arg(long, env = "LATCHKEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// A user of this control plane who is to own it
+    #[arg(long, value_name = "USER", group = "first owner")]
+    owner: Option<String>,
+    /// A user to make, who is to own it; their token is printed once
+    #[arg(long, value_name = "USER", group = "first owner")]
+    new_owner: Option<String>,
+}
+
+impl OrganizationArgs {
+    pub fn first_owner(&self) -> FirstOwner {
+        match (&self.owner, &self.new_owner) {
+            (Some(owner), _) => FirstOwner::Existing(owner.clone()),
+            (None, owner) => FirstOwner::New(owner.clone().unwrap_or_default()),
+        }
+    }
+}
+
 impl RestoreArgs {
     pub fn key_file(&self) -> PathBuf {
         self.key_file.clone().unwrap_or_else(|| beside(&self.data_dir))
@@ -203,6 +239,8 @@ pub struct Args {
     /// Write the bound addresses to this file, as JSON, once both listeners are open
     #[arg(long)]
     ready_file: Option<PathBuf>,
+    #[command(flatten, next_help_heading = "Notices")]
+    notices: notices::options::Args,
 }
 
 /// A configuration that can be started.
@@ -220,6 +258,7 @@ pub struct Config {
     pub force_cancel_grace: Duration,
     pub stream_patience: Duration,
     pub ready_file: Option<PathBuf>,
+    pub notices: notices::options::Options,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,7 +268,7 @@ pub enum PeopleTransport {
 }
 
 /// Why a configuration cannot be started.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("--insecure-plaintext is for loopback addresses only, and {0} is none; leave it out")]
     PlaintextBeyondLoopback(SocketAddr),
@@ -243,6 +282,8 @@ pub enum ConfigError {
     StsEndpoint,
     #[error("--key-file must lie outside of --data-dir, or a backup of the data holds its key")]
     KeyWithinData,
+    #[error(transparent)]
+    Notices(#[from] notices::options::Error),
 }
 
 impl TryFrom<Args> for Config {
@@ -288,6 +329,7 @@ impl TryFrom<Args> for Config {
             force_cancel_grace: Duration::from_secs(args.force_cancel_grace),
             stream_patience: Duration::from_secs(args.stream_patience),
             ready_file: args.ready_file,
+            notices: args.notices.try_into()?,
         })
     }
 }
@@ -309,9 +351,8 @@ mod tests {
             other @ (Command::Backup(_)
             | Command::Restore(_)
             | Command::Alarm(_)
-            | Command::BreakGlass(_)) => {
-                panic!("{other:?}")
-            }
+            | Command::BreakGlass(_)
+            | Command::Organization(_)) => panic!("{other:?}"),
         }
     }
 
@@ -338,6 +379,20 @@ mod tests {
         assert!(read("lcp break-glass acme --data-dir /d --reason lost").is_err());
         assert!(read(&format!("{cleared} --policy never")).is_err());
         assert!(read("lcp break-glass acme web --data-dir /d --reason x --clear-triple").is_err());
+        let owned = |line: &str| match read(line).unwrap() {
+            Command::Organization(args) => (args.name.clone(), args.first_owner()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            owned("lcp organization web --data-dir /d --owner ada"),
+            ("web".into(), FirstOwner::Existing("ada".into()))
+        );
+        assert_eq!(
+            owned("lcp organization web --data-dir /d --new-owner bob").1,
+            FirstOwner::New("bob".into())
+        );
+        assert!(read("lcp organization web --data-dir /d").is_err());
+        assert!(read("lcp organization web --data-dir /d --owner a --new-owner b").is_err());
         let help = read("lcp backup --help").unwrap_err().to_string();
         assert!(help.contains("MASTER KEY IS NOT PART"), "{help}");
         assert!(read("lcp --help").unwrap_err().to_string().contains("restore"));
@@ -358,11 +413,11 @@ mod tests {
         let open = ["--insecure-plaintext", "--people-address", "0.0.0.0:4840"];
         assert!(matches!(refused(&open), ConfigError::PlaintextBeyondLoopback(_)));
         assert!(config(&["--insecure-plaintext"]).is_ok());
-        assert_eq!(refused(&["--key-file", "/data/key"]), ConfigError::KeyWithinData);
-        assert_eq!(refused(&["--lease-term", "0"]), ConfigError::LeaseTerm);
+        assert!(matches!(refused(&["--key-file", "/data/key"]), ConfigError::KeyWithinData));
+        assert!(matches!(refused(&["--lease-term", "0"]), ConfigError::LeaseTerm));
         let forever = ["--force-cancel-grace", "3601"];
-        assert_eq!(refused(&forever), ConfigError::ForceCancelGrace);
-        assert_eq!(refused(&["--stream-patience", "0"]), ConfigError::StreamPatience);
-        assert_eq!(refused(&["--sts-endpoint", "sts.local"]), ConfigError::StsEndpoint);
+        assert!(matches!(refused(&forever), ConfigError::ForceCancelGrace));
+        assert!(matches!(refused(&["--stream-patience", "0"]), ConfigError::StreamPatience));
+        assert!(matches!(refused(&["--sts-endpoint", "sts.local"]), ConfigError::StsEndpoint));
     }
 }

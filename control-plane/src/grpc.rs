@@ -13,6 +13,8 @@ mod environment;
 mod health_tests;
 mod identity;
 mod introduction;
+mod member;
+mod notice;
 mod organization;
 mod places;
 mod pool;
@@ -20,6 +22,7 @@ mod quarantine;
 mod revocable;
 mod run;
 mod runner;
+mod session;
 mod settings;
 mod state;
 pub mod status;
@@ -42,17 +45,20 @@ use tonic::{Request, Status, Streaming};
 use latchkey_proto::v1::account_service_server::AccountServiceServer;
 use latchkey_proto::v1::audit_service_server::AuditServiceServer;
 use latchkey_proto::v1::environment_service_server::EnvironmentServiceServer;
+use latchkey_proto::v1::member_service_server::MemberServiceServer;
+use latchkey_proto::v1::notice_service_server::NoticeServiceServer;
 use latchkey_proto::v1::organization_service_server::OrganizationServiceServer;
 use latchkey_proto::v1::pool_service_server::PoolServiceServer;
 use latchkey_proto::v1::quarantine_service_server::QuarantineServiceServer;
 use latchkey_proto::v1::run_service_server::RunServiceServer;
 use latchkey_proto::v1::runner_service_server::RunnerServiceServer;
+use latchkey_proto::v1::session_service_server::SessionServiceServer;
 use latchkey_proto::v1::state_service_server::StateServiceServer;
 use latchkey_proto::v1::variable_service_server::VariableServiceServer;
 
 use crate::app::App;
-use crate::app::guarded_change::Proof;
-use crate::auth::Caller;
+use crate::app::guarded_change::GivenCode;
+use crate::auth::{Caller, Proof};
 use crate::blobs::BlobReader;
 use crate::error::Error;
 
@@ -115,6 +121,10 @@ pub async fn people(app: Arc<App>) -> Routes {
         .add_service(
             limited!(AccountServiceServer, service).max_decoding_message_size(LARGEST_WITH_SECRET),
         )
+        .add_service(
+            limited!(SessionServiceServer, service).max_decoding_message_size(LARGEST_WITH_SECRET),
+        )
+        .add_service(limited!(MemberServiceServer, service))
         .add_service(limited!(OrganizationServiceServer, service))
         .add_service(limited!(EnvironmentServiceServer, service))
         .add_service(limited!(VariableServiceServer, service))
@@ -123,6 +133,7 @@ pub async fn people(app: Arc<App>) -> Routes {
         .add_service(limited!(QuarantineServiceServer, service))
         .add_service(limited!(StateServiceServer, service))
         .add_service(limited!(AuditServiceServer, service))
+        .add_service(limited!(NoticeServiceServer, service))
 }
 
 /// The service of the runners' listener.
@@ -157,16 +168,21 @@ pub(crate) fn runners_server() -> Server {
 }
 
 /// Takes the code that may come with a change out of its request.
-fn proof(token_code: &mut String, request_id: &mut String) -> Option<Proof> {
+fn given_code(token_code: &mut String, request_id: &mut String) -> Option<GivenCode> {
     let code = std::mem::take(token_code);
     let request_id = std::mem::take(request_id);
-    (!code.is_empty()).then(|| Proof { code: code.into(), request_id })
+    (!code.is_empty()).then(|| GivenCode { code: code.into(), request_id })
 }
 
 /// The caller that the layer proved.
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
+    proof(request).map(|proof| proof.caller)
+}
+
+/// The same with what it was proved by: for who asks about it, and for open streams.
+fn proof<T>(request: &Request<T>) -> Result<Proof, Status> {
+    let proof = request.extensions().get::<Proof>().cloned();
+    proof.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
 }
 
 /// Sends a blob part by part.

@@ -30,6 +30,7 @@ pub mod grpc;
 pub mod http;
 pub mod job;
 mod listener;
+pub mod notices;
 pub mod reaper;
 pub mod run_log;
 pub mod runtime;

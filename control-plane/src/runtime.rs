@@ -28,12 +28,13 @@ use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Wall};
 use crate::config::{
-    AlarmArgs, BackupArgs, BreakGlassArgs, BrokenPolicy, Command, Config, PeopleTransport, Program,
-    RestoreArgs,
+    AlarmArgs, BackupArgs, BreakGlassArgs, BrokenPolicy, Command, Config, OrganizationArgs,
+    PeopleTransport, Program, RestoreArgs,
 };
 use crate::dispatch::Leases;
 use crate::durable;
 use crate::listener::{self, Security};
+use crate::notices::{self, Outbound};
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::record::encode;
@@ -71,6 +72,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Command::Restore(args) => runtime.block_on(bring_back(&args)),
             Command::Alarm(args) => alarm(&args),
             Command::BreakGlass(args) => break_glass(args),
+            Command::Organization(args) => organization(&args),
         };
         // A backup under way is thrown away: it must not hold up a stop.
         runtime.shutdown_timeout(DRAIN);
@@ -119,6 +121,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let reaping = tokio::spawn(reaper::run(Arc::clone(&app)));
     app.note_all_limits().await.context("find the limits of open runs")?;
     let limiting = tokio::spawn(Arc::clone(&app).keep_limits());
+    let telling = tokio::spawn(notices::worker::run(Arc::clone(&app)));
 
     let host =
         backup::socket::listen(&config.data_dir).context("listen for the host's commands")?;
@@ -157,6 +160,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     commands.abort();
     reaping.abort();
     limiting.abort();
+    telling.abort();
     dispatching.abort();
     outcome
 }
@@ -304,6 +308,26 @@ fn break_glass(args: BreakGlassArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Has the control plane that runs make an organization.
+fn organization(args: &OrganizationArgs) -> anyhow::Result<()> {
+    let data = std::path::absolute(&args.data_dir).context("find the data directory")?;
+    let made = backup::socket::ask_organization(&data, args.name.clone(), args.first_owner())?;
+    let token = made.with_context(|| {
+        format!("find a control plane that runs on {}; start it first", data.display())
+    })?;
+    let mut out = std::io::stdout().lock();
+    match token {
+        None => writeln!(out, "Made the organization {}.", args.name),
+        Some(token) => writeln!(
+            out,
+            "Made the organization {}. Its owner signs in with this token, which is shown once: {}",
+            args.name,
+            token.expose_secret()
+        ),
+    }
+    .context("print what was done")
+}
+
 /// Refuses to make files that the control plane's own user could not use.
 fn check_owner(data: &Path) -> anyhow::Result<()> {
     let owner = durable::owner_if_another(data).context("read the data directory")?;
@@ -353,8 +377,10 @@ async fn open(config: &Config) -> anyhow::Result<(Arc<App>, dispatch::Inbox)> {
         gates: crate::app::run_output::Gates::default(),
         history: crate::app::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
+        sign_ins: crate::app::sessions::Gate::default(),
         uploads: Uploads::default(),
         limits: crate::app::limits::Timer::default(),
+        outbound: Arc::new(Outbound::open(&config.notices).context("prepare notices")?),
     };
     Ok((Arc::new(app), inbox))
 }

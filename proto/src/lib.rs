@@ -3,6 +3,7 @@
 //! Everyone may depend on this crate; it depends on nothing of this workspace. Messages that
 //! carry a secret have a `Debug` that hides it.
 
+pub mod audit;
 mod redacted;
 pub mod reserved;
 

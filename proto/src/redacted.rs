@@ -34,6 +34,7 @@ redacted! {
     CreateServiceTokenResponse { expire_time; token }
     CheckEnvironmentRequest { organization, environment, request_id; token_code }
     CreateUserResponse { ; token }
+    CreateWebhookResponse { webhook; secret }
     DeleteVariableRequest { scope, name, category, request_id; token_code }
     EnrollRequest { name; pool_token, certificate_request }
     FetchArtifactResponse { ; data }
@@ -41,8 +42,12 @@ redacted! {
     JobVariable { name, environment, hcl, sensitive; value }
     ReadQuarantinedResponse { ; data }
     ReadStateVersionResponse { ; data }
+    ResetUserResponse { ; token }
     RunVariable { name, category, hcl, sensitive; value }
     SessionCredentials { access_key_id, expire_time; secret_access_key, session_token }
+    SetPasswordRequest { ; current_password, new_password }
+    SignInRequest { client; user, password }
+    SignInResponse { session; token }
     TopUpRequest { run_id, request_id; token_code }
     SetVariableRequest { scope, name, category, sensitive, hcl, request_id; value, token_code }
     UpdateEnvironmentRequest {
@@ -84,7 +89,12 @@ mod tests {
             v1::CheckEnvironmentRequest { token_code: "canary-6".into(), ..Default::default() };
         let update =
             v1::UpdateEnvironmentRequest { token_code: "canary-7".into(), ..Default::default() };
-        let shown = format!("{go:?} {code:?} {top_up:?} {check:?} {update:?}");
+        let sign_in = v1::SignInRequest { password: "canary-8".into(), ..Default::default() };
+        let set = v1::SetPasswordRequest {
+            current_password: "canary-9".into(),
+            new_password: "canary-10".into(),
+        };
+        let shown = format!("{go:?} {code:?} {top_up:?} {check:?} {update:?} {sign_in:?} {set:?}");
         assert!(!shown.contains("canary"), "{shown}");
         assert!(shown.contains("password") && shown.contains("ASIAEXAMPLE"));
     }

@@ -1,4 +1,5 @@
-//! `login`: checks a token, or buys the first one with the one-time secret, and keeps it.
+//! `login`: signs in with a password, checks a token, or buys the first one with the one-time
+//! secret, and keeps what it gets.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,12 +16,15 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::input::Question;
 use crate::view::account::CallerView;
+use crate::words::human_time;
 use crate::{Done, log_view};
 
 /// Signs in to a control plane
 ///
-/// The token is asked for by a hidden prompt, or read as one line of standard input. It is kept in
-/// a file that only you can read, together with the CA to trust and the default organization.
+/// With --user, your password is asked for by a hidden prompt, or read as one line of standard
+/// input; the session that it opens ends after 12 hours. Without, a token is asked for in the same
+/// way. The token is kept in a file that only you can read, together with the CA to trust and the
+/// default organization. `latchkey password` sets a password.
 #[derive(Debug, Args)]
 pub(crate) struct Login {
     /// Such as https://latchkey.example.com:7400
@@ -35,8 +39,8 @@ pub(crate) struct Login {
     /// at its first start; needs --organization and --user
     #[arg(long, requires = "user")]
     bootstrap: bool,
-    /// Name of the owner to make
-    #[arg(long, requires = "bootstrap", value_name = "NAME")]
+    /// Your name, to sign in with your password; with --bootstrap, the name of the owner to make
+    #[arg(long, value_name = "NAME")]
     user: Option<String>,
 }
 
@@ -59,7 +63,8 @@ impl Login {
         let stranger = Client::new(&target, None)?;
         let token = match (self.bootstrap, self.user) {
             (true, Some(user)) => bootstrap(context, &stranger, user).await?,
-            (_, _) => context.input.answer(Question::Hidden("Token: ".into())).await?,
+            (false, Some(user)) => sign_in(context, &stranger, user).await?,
+            (_, None) => context.input.answer(Question::Hidden("Token: ".into())).await?,
         };
         let token = SecretString::from(token.expose_secret().trim());
         let mut credentials = Credentials {
@@ -106,6 +111,33 @@ async fn bootstrap(
     };
     let answer = client.once(client.accounts().bootstrap(request).await)?;
     Ok(answer.token.into())
+}
+
+async fn sign_in(
+    context: &mut Context,
+    client: &Client,
+    user: String,
+) -> Result<SecretString, Failure> {
+    let password = context.input.answer(Question::Hidden("Password: ".into())).await?;
+    let request = v1::SignInRequest {
+        user,
+        password: password.expose_secret().to_owned(),
+        client: this_program(),
+    };
+    let answer = client.once(client.sessions().sign_in(request).await)?;
+    if !context.output.is_json() {
+        let session = answer.session.unwrap_or_default();
+        let until = human_time(session.expire_time.as_ref());
+        context.output.hint(&format!("this session ends at {until}, or by `latchkey logout`"));
+    }
+    Ok(answer.token.into())
+}
+
+/// What the list of sessions calls us: up to 64 characters.
+fn this_program() -> String {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name = format!("latchkey {} on {}", env!("CARGO_PKG_VERSION"), log_view::clean(&host));
+    name.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
 /// Takes the named organization if the caller belongs to it, else the only one there is.

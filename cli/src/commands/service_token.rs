@@ -6,13 +6,23 @@ use uuid::Uuid;
 use latchkey_proto::v1;
 
 use crate::Done;
+use crate::client::Client;
 use crate::context::Context;
 use crate::exit::Exit;
+use crate::failure::Failure;
 use crate::view::account::TokenView;
+use crate::view::member::{EndedView, ServiceTokenListView, ServiceTokenView};
 use crate::words::{human_time, parse_duration, time};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServiceToken {
+    /// Lists service tokens, also expired ones; owners only
+    List,
+    /// Ends a service token at once, with what it has open; owners only
+    Revoke {
+        /// Name of the token
+        name: String,
+    },
     /// Makes a service token and shows it, once; owners only
     Create {
         /// Lower-case letters, digits and `-`
@@ -51,6 +61,20 @@ impl ServiceToken {
         let session = context.session()?;
         let organization = session.organization()?;
         match self {
+            ServiceToken::List => {
+                let service_tokens = list(&session.client, organization).await?;
+                let view = ServiceTokenListView { service_tokens };
+                context.output.data(&view, ServiceTokenListView::human)?;
+                Ok(Exit::Ok)
+            }
+            ServiceToken::Revoke { name } => {
+                let request = v1::RevokeServiceTokenRequest { organization, name: name.clone() };
+                let client = &session.client;
+                client.once(client.accounts().revoke_service_token(request).await)?;
+                let human = |view: &EndedView| format!("Revoked the token {}\n", view.name);
+                context.output.data(&EndedView { name }, human)?;
+                Ok(Exit::Ok)
+            }
             ServiceToken::Create { name, lifetime, access, environments } => {
                 let request = v1::CreateServiceTokenRequest {
                     organization,
@@ -77,6 +101,24 @@ impl ServiceToken {
                 }
                 Ok(Exit::Ok)
             }
+        }
+    }
+}
+
+async fn list(client: &Client, organization: String) -> Result<Vec<ServiceTokenView>, Failure> {
+    let mut request = v1::ListServiceTokensRequest { organization, ..Default::default() };
+    let mut tokens = vec![];
+    loop {
+        let page = client
+            .call(|| {
+                let (mut service, request) = (client.accounts(), request.clone());
+                async move { service.list_service_tokens(request).await }
+            })
+            .await?;
+        tokens.extend(page.service_tokens.iter().map(ServiceTokenView::new));
+        request.page_token = page.next_page_token;
+        if request.page_token.is_empty() {
+            return Ok(tokens);
         }
     }
 }

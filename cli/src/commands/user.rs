@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use latchkey_proto::v1;
 
+use super::member::{show_all, type_again};
 use crate::Done;
 use crate::context::Context;
 use crate::exit::Exit;
@@ -12,6 +13,8 @@ use crate::view::account::TokenView;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum User {
+    /// Lists the users of the organization, which are its members
+    List,
     /// Makes a user and shows their token, once; owners only
     Create {
         /// Lower-case letters, digits and `-`
@@ -22,6 +25,17 @@ pub(crate) enum User {
         /// What a member may do in each environment; `write` if absent
         #[arg(long, value_enum)]
         access: Option<Access>,
+    },
+    /// Gives a user a new token and shows it, once; owners only
+    ///
+    /// For who has lost theirs. All their old tokens, their sessions and their password end. Not for
+    /// a user who belongs to other organizations, too.
+    Reset {
+        /// Name of the user
+        name: String,
+        /// Reset without asking for the name again
+        #[arg(long)]
+        yes: bool,
     },
 }
 
@@ -70,6 +84,29 @@ impl User {
         let session = context.session()?;
         let organization = session.organization()?;
         match self {
+            User::List => {
+                show_all(context, &session.client, organization).await?;
+                Ok(Exit::Ok)
+            }
+            User::Reset { name, yes } => {
+                if !yes {
+                    let what = "end their tokens, sessions and password";
+                    type_again(context, &name, what).await?;
+                }
+                let request = v1::ResetUserRequest {
+                    organization,
+                    user: name.clone(),
+                    request_id: Uuid::new_v4().to_string(),
+                };
+                let client = &session.client;
+                let answer = client
+                    .call(|| {
+                        let (mut service, request) = (client.accounts(), request.clone());
+                        async move { service.reset_user(request).await }
+                    })
+                    .await?;
+                show_token(context, TokenView { name, token: answer.token, expire_time: None })
+            }
             User::Create { name, role, access } => {
                 let request = v1::CreateUserRequest {
                     organization,
@@ -86,14 +123,19 @@ impl User {
                     })
                     .await?;
                 let view = TokenView { name, token: answer.token, expire_time: None };
-                context.output.data(&view, |view| format!("{}\n", view.token))?;
-                if !context.output.is_json() {
-                    context.output.hint(
-                        "this token is shown once; its owner signs in with it by `latchkey login`",
-                    );
-                }
-                Ok(Exit::Ok)
+                show_token(context, view)
             }
         }
     }
+}
+
+fn show_token(context: &mut Context, view: TokenView) -> Done {
+    context.output.data(&view, |view| format!("{}\n", view.token))?;
+    if !context.output.is_json() {
+        context.output.hint(
+            "this token is shown once; its owner signs in with it by `latchkey login`, and may \
+             then set a password by `latchkey password`",
+        );
+    }
+    Ok(Exit::Ok)
 }

@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use latchkey_proto::v1;
 
+use crate::audit_export::Checked;
 use crate::output::{fields, table};
 use crate::words::{Word, time};
 
@@ -185,6 +186,65 @@ impl VerificationView {
         };
         text.push_str(&fields(&[
             ("head", self.head_digest.clone()),
+            ("problem", self.problem.clone().unwrap_or_default()),
+        ]));
+        text
+    }
+}
+
+/// What a check of an export, without a control plane, found.
+#[derive(Debug, Serialize)]
+pub(crate) struct ExportCheckView {
+    intact: bool,
+    first: Option<u64>,
+    records: u64,
+    head_digest: String,
+    /// The record that has the digest that was noted elsewhere.
+    noted_head_at: Option<u64>,
+    broken_at: Option<u64>,
+    problem: Option<String>,
+}
+
+impl ExportCheckView {
+    pub(crate) fn confirmed(checked: &Checked) -> ExportCheckView {
+        ExportCheckView {
+            intact: true,
+            first: Some(checked.first),
+            records: checked.records,
+            head_digest: checked.head.clone(),
+            noted_head_at: checked.head_at,
+            broken_at: None,
+            problem: None,
+        }
+    }
+
+    pub(crate) fn broken(sequence: u64, problem: String) -> ExportCheckView {
+        ExportCheckView {
+            intact: false,
+            first: None,
+            records: 0,
+            head_digest: String::new(),
+            noted_head_at: None,
+            broken_at: Some(sequence),
+            problem: Some(problem),
+        }
+    }
+
+    pub(crate) fn intact(&self) -> bool {
+        self.intact
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let number = |number: Option<u64>| number.map(|at| at.to_string()).unwrap_or_default();
+        let mut text = match self.intact {
+            true => format!("Intact: {} records\n", self.records),
+            false => format!("BROKEN at record {}\n", number(self.broken_at)),
+        };
+        let skipped = self.first.filter(|first| *first > 1);
+        text.push_str(&fields(&[
+            ("from record", number(skipped)),
+            ("head", self.head_digest.clone()),
+            ("noted head", self.noted_head_at.map(|at| format!("record {at}")).unwrap_or_default()),
             ("problem", self.problem.clone().unwrap_or_default()),
         ]));
         text

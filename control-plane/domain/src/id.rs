@@ -64,6 +64,12 @@ ids! {
     RunnerId
     /// One submitted token code and what became of it.
     AuthenticationId
+    /// One sign-in with a password; version 7, as run ids are.
+    SignInId
+    /// A webhook, or an address that gets mail.
+    SubscriberId
+    /// A notice on its way to one subscriber; version 7, as run ids are.
+    DeliveryId
     /// Something a runner brought that is kept for a person; version 7, as run ids are.
     QuarantinedId
 }

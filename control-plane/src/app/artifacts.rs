@@ -323,6 +323,7 @@ impl App {
                     "write_state",
                     format!("run {}", run.id),
                 )
+                .with("environment", environment.value.name.as_str())
                 .with("serial", facts.serial)
                 .with("digest", header.digest.to_string());
             let user = BlobUser::State(environment.value.id);

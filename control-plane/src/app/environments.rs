@@ -7,7 +7,7 @@ use latchkey_domain::id::{EnvironmentId, RunId, UserId};
 use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
 
-use super::guarded_change::{Backing, GuardedChange, Intent, Proof};
+use super::guarded_change::{Backing, GuardedChange, Intent, GivenCode};
 use super::settings::{SettingsChange, asks, shown};
 use super::{App, Page, PageRequest, check_name, check_request_id};
 use crate::auth::{Caller, Right};
@@ -122,7 +122,7 @@ impl App {
         organization: &str,
         name: &str,
         change: SettingsChange,
-        proof: Option<Proof>,
+        proof: Option<GivenCode>,
     ) -> Result<EnvironmentView> {
         let right = if change.is_for_owners() { Right::Own } else { Right::Administer };
         let (standing, found) = self.on(caller, organization, name, right).await?;

@@ -1,5 +1,7 @@
 //! A control plane without processes: use cases over the memory store and the simulated AWS.
 
+pub(crate) mod together;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,15 +18,16 @@ use super::artifacts::{ArtifactHeader, Made};
 use super::authenticate_run::Submission;
 use super::environments::EnvironmentView;
 use super::finish_job::JobResult;
-use super::guarded_change::Proof;
+use super::guarded_change::GivenCode;
 use super::history::Mark;
 use super::lease_job::SESSION_FLOOR;
-use super::people::TokenScope;
+use super::service_tokens::TokenScope;
 use super::queue_run::NewRun;
 use super::settings::SettingsChange;
 use super::start_job::Start;
 use super::variables::{NewVariable, Scope};
 use super::{App, PageRequest};
+use crate::app::audit_trail::AuditFilter;
 use crate::auth::{Caller, RunnerIdentity, sha256};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
@@ -32,6 +35,7 @@ use crate::clock::{Clock, Manual, Wall};
 use crate::dispatch;
 use crate::error::Result;
 use crate::job::LeaseRef;
+use crate::notices::Outbound;
 use crate::run_log::{self, RunLogs};
 use crate::seal::{IfMissing, MasterKey};
 use crate::store::keys::VariableScope;
@@ -139,6 +143,20 @@ impl Fixture {
         Arc::new(App { dispatch: self.app.dispatch.clone(), ..app })
     }
 
+    /// One whose commits come in twos.
+    pub(crate) async fn in_twos(&self) -> Arc<App> {
+        let app = self.committing_through(Arc::clone(&self.store)).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        Arc::new(App { store: together::Together::over(&self.store), ..app })
+    }
+
+    /// The same data in another process that tells others through `outbound`.
+    pub(crate) async fn telling_through(&self, outbound: Outbound) -> Arc<App> {
+        let app = self.on(self.directory(), &self.store).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        Arc::new(App { dispatch: self.app.dispatch.clone(), outbound: Arc::new(outbound), ..app })
+    }
+
     /// Lets dispatch run, for tests of what it does and knows.
     pub(crate) fn dispatch(&self) {
         let Some(inbox) = self.inbox.lock().unwrap().take() else { return };
@@ -165,6 +183,20 @@ impl Fixture {
             .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
             .await
             .unwrap();
+    }
+
+    /// Makes a user and returns their token.
+    pub(crate) async fn create_user(&self, name: &str, role: Role, access: Access) -> SecretString {
+        let request = format!("make-{name}");
+        let made =
+            self.app.create_user(&self.owner, ORGANIZATION, name, role, access, &request).await;
+        made.unwrap()
+    }
+
+    /// Makes a member.
+    pub(crate) async fn member(&self, name: &str, access: Access) -> Caller {
+        let token = self.create_user(name, Role::Member, access).await;
+        self.app.caller(&token).await.unwrap()
     }
 
     /// Queues a run of some configuration.
@@ -402,7 +434,7 @@ impl Fixture {
     pub(crate) async fn try_settings(
         &self,
         change: SettingsChange,
-        proof: Option<Proof>,
+        proof: Option<GivenCode>,
     ) -> Result<EnvironmentView> {
         self.app.update_environment(&self.owner, ORGANIZATION, ENVIRONMENT, change, proof).await
     }
@@ -412,22 +444,14 @@ impl Fixture {
     }
 
     /// A right code that was not used yet, for a change.
-    pub(crate) fn proof(&self, request_id: &str) -> Option<Proof> {
-        Some(Proof { code: self.code().into(), request_id: request_id.into() })
-    }
-
-    /// Another member, who has this access to all environments.
-    pub(crate) async fn member(&self, name: &str, access: Access) -> Caller {
-        let (owner, request_id) = (&self.owner, format!("make-{name}"));
-        let role = Role::Member;
-        let made = self.app.create_user(owner, ORGANIZATION, name, role, access, &request_id);
-        self.app.caller(&made.await.unwrap()).await.unwrap()
+    pub(crate) fn proof(&self, request_id: &str) -> Option<GivenCode> {
+        Some(GivenCode { code: self.code().into(), request_id: request_id.into() })
     }
 
     /// Actions of the audit trail, oldest first, with their actors.
     pub(crate) async fn audited(&self) -> Vec<(String, String)> {
         let page = PageRequest { size: 200, ..PageRequest::default() };
-        let page = self.app.list_audit(&self.owner, ORGANIZATION, "", page).await.unwrap();
+        let page = self.app.list_audit(&self.owner, ORGANIZATION, AuditFilter::default(), page).await.unwrap();
         let drafts = page.items.into_iter().map(|record| record.draft);
         drafts.map(|draft| (draft.action, draft.actor)).collect()
     }
@@ -475,8 +499,10 @@ async fn app(
         gates: super::run_output::Gates::default(),
         history: super::history::History::default(),
         revocations: crate::auth::revocation::Revocations::default(),
+        sign_ins: crate::app::sessions::Gate::default(),
         uploads: super::uploads::Uploads::default(),
         limits: crate::app::limits::Timer::default(),
+        outbound: Arc::new(Outbound::closed()),
     };
     app.begin_incarnation().await.unwrap();
     (Arc::new(app), inbox)

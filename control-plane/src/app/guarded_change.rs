@@ -54,7 +54,7 @@ const SESSION: Duration = Duration::from_secs(15 * 60);
 
 /// A code that was given along with a change.
 #[derive(Clone, Debug)]
-pub struct Proof {
+pub struct GivenCode {
     pub code: SecretString,
     pub request_id: String,
 }
@@ -120,7 +120,7 @@ impl App {
     pub(super) async fn change_guarded(
         self: &Arc<Self>,
         intent: Intent,
-        proof: Option<Proof>,
+        proof: Option<GivenCode>,
     ) -> Result<()> {
         let (user, _) = match intent.caller.person() {
             Ok(person) => person,
@@ -241,7 +241,7 @@ impl App {
         self: &Arc<Self>,
         intent: Intent,
         user: UserId,
-        proof: Proof,
+        proof: GivenCode,
     ) -> Result<()> {
         let organization = intent.organization;
         let request = request_key(user, organization, &proof.request_id);
@@ -277,7 +277,7 @@ impl App {
         &self,
         intent: &Intent,
         user: UserId,
-        proof: &Proof,
+        proof: &GivenCode,
         request: &Key,
     ) -> Result<Option<(ChangeRecord, Triple, Key, CodeDigest)>> {
         let organization = intent.organization;
@@ -567,7 +567,7 @@ fn answer(outcome: ChangeOutcome) -> Result<()> {
     }
 }
 
-fn request_text(organization: OrganizationId, proof: &Proof) -> String {
+fn request_text(organization: OrganizationId, proof: &GivenCode) -> String {
     format!("change:{organization}:{}", proof.request_id)
 }
 

@@ -1,29 +1,26 @@
-//! People and programs: the first owner, users, service tokens.
+//! People: the first owner, users, who is calling.
 //!
 //! The first start prints a one-time secret. Whoever brings it makes the first organization and
 //! owns it; the secret is spent by the same commit.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use latchkey_domain::id::{EnvironmentId, OrganizationId, ServiceTokenId, UserId};
-use latchkey_domain::time::Timestamp;
+use latchkey_domain::id::{OrganizationId, UserId};
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
 
 use super::environments::request_owner;
+use super::members::with_member;
 use super::{App, check_name, check_request_id};
-use crate::auth::{Caller, NewToken, sha256, token_digest};
+use crate::auth::{Caller, NewToken, token_digest};
 use crate::error::{Error, Result};
 use crate::store::record::people::{
-    Access, Bearer, Bootstrap, Membership, Organization, Role, ServiceToken, Token, User,
+    Access, Bearer, Bootstrap, Membership, Organization, Role, Token, User,
 };
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Key, keys};
 
-const DEFAULT_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
-const LONGEST_LIFETIME: Duration = Duration::from_secs(366 * 86_400);
 /// How many environments a service token or a membership names.
 pub(super) const MOST_ENVIRONMENTS: usize = 100;
 const BOOTSTRAP: &str = "bootstrap";
@@ -33,14 +30,6 @@ const BOOTSTRAP: &str = "bootstrap";
 pub struct Who {
     pub caller: Caller,
     pub memberships: Vec<(String, Role)>,
-}
-
-/// What a service token may do, and where.
-#[derive(Clone, Debug, Default)]
-pub struct TokenScope {
-    pub access: Access,
-    /// Names; none is all, also those to come.
-    pub environments: Vec<String>,
 }
 
 impl App {
@@ -110,7 +99,7 @@ impl App {
         Ok(token.secret)
     }
 
-    fn new_user(
+    pub(super) fn new_user(
         &self,
         batch: Batch,
         organization: OrganizationId,
@@ -120,15 +109,19 @@ impl App {
     ) -> Batch {
         let id = UserId::from_uuid(self.new_id());
         let bearer = Bearer::User { id: Text(id), name: name.to_owned() };
-        let record = Token { bearer, expires_at: None };
+        let record = Token { bearer, expires_at: None, sign_in: None, used_at: None };
         let user = User { id: Text(id), name: name.to_owned(), created_at: self.now().into() };
-        let membership = encode(&Membership { role, access, environments: BTreeMap::new() });
-        batch
+        let membership = Membership {
+            role,
+            access,
+            environments: BTreeMap::new(),
+            created_at: Some(self.now().into()),
+        };
+        let batch = batch
             .put(keys::user(id), Expect::Absent, encode(&user))
             .put(keys::user_by_name(name), Expect::Absent, encode(&Text(id)))
-            .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
-            .put(keys::membership(organization, id), Expect::Absent, membership.clone())
-            .put(keys::membership_by_user(id, organization), Expect::Absent, membership)
+            .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record));
+        with_member(batch, organization, id, &membership)
     }
 
     /// Makes the token that answers a request: always the same for the same request, so that a
@@ -175,10 +168,6 @@ impl App {
         let what = format!("user {name}");
         let token = self.token_for(caller, "lk_", organization, &what, request_id);
         let batch = self.new_user(Batch::new(), organization, name, (role, access), &token);
-        let role = match role {
-            Role::Member => "member",
-            Role::Owner => "owner",
-        };
         let batch = batch.audit(
             self.draft(
                 standing.organization,
@@ -186,86 +175,11 @@ impl App {
                 "create_user",
                 format!("user {name}"),
             )
-            .with("role", role)
+            .with("role", role.as_str())
             .with("access", access.as_str()),
         );
         self.commit_token(batch, keys::token(token.digest.as_bytes()), "user").await?;
         Ok(token.secret)
-    }
-
-    pub async fn create_service_token(
-        &self,
-        caller: &Caller,
-        organization: &str,
-        name: &str,
-        lifetime: Option<Duration>,
-        scope: TokenScope,
-        request_id: &str,
-    ) -> Result<(SecretString, Timestamp)> {
-        let standing = self.owner(caller, organization).await?;
-        let (access, environments) = self.token_scope(standing.organization, scope).await?;
-        check_name("name", name)?;
-        check_request_id(request_id)?;
-        let lifetime = lifetime.unwrap_or(DEFAULT_LIFETIME);
-        if lifetime.is_zero() || lifetime > LONGEST_LIFETIME {
-            return Err(Error::field("lifetime", "a service token lives up to 366 days"));
-        }
-        let organization = standing.organization;
-        // Names are unique within an organization because the id is derived from both.
-        let named = sha256(format!("{organization}:{name}").as_bytes());
-        let (id, _) = named.as_bytes().split_first_chunk::<16>().expect("a digest has 32 bytes");
-        let id = ServiceTokenId::from_uuid(uuid::Uuid::new_v8(*id));
-        let what = format!("service token {name}");
-        let token = self.token_for(caller, "lks_", organization, &what, request_id);
-        let expires_at = self.now() + lifetime;
-        let bearer = Bearer::Service {
-            id: Text(id),
-            organization: Text(organization),
-            name: name.to_owned(),
-        };
-        let record = Token { bearer, expires_at: Some(expires_at.into()) };
-        let service = ServiceToken {
-            name: name.to_owned(),
-            created_by: caller.name().to_owned(),
-            created_at: self.now().into(),
-            expires_at: expires_at.into(),
-            access,
-            environments,
-        };
-        let subject = format!("service-token {name}");
-        let batch = Batch::new()
-            .put(keys::service_token(organization, id), Expect::Absent, encode(&service))
-            .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
-            .audit(self.draft(organization, caller.audit_name(), "create_service_token", subject));
-        let stored = keys::token(token.digest.as_bytes());
-        self.commit_token(batch, stored.clone(), "service token").await?;
-        let stored: Option<Loaded<Token>> = self.fetch(stored).await?;
-        let expires_at = stored.and_then(|token| token.value.expires_at).map(Timestamp::from);
-        Ok((token.secret, expires_at.unwrap_or(self.now() + lifetime)))
-    }
-
-    async fn token_scope(
-        &self,
-        organization: OrganizationId,
-        scope: TokenScope,
-    ) -> Result<(Access, BTreeMap<Text<EnvironmentId>, Access>)> {
-        let access = scope.access;
-        if !matches!(access, Access::Read | Access::Write) {
-            return Err(Error::field("access", "a service token may READ or WRITE"));
-        }
-        if scope.environments.is_empty() {
-            return Ok((access, BTreeMap::new()));
-        }
-        if scope.environments.len() > MOST_ENVIRONMENTS {
-            return Err(Error::field("environments", "name up to 100, or none for all"));
-        }
-        let mut environments = BTreeMap::new();
-        for name in &scope.environments {
-            let missing = |_| Error::field("environments", format!("there is no `{name}`"));
-            let found = self.environment_named(organization, name).await.map_err(missing)?;
-            environments.insert(Text(found.value.id), access);
-        }
-        Ok((Access::None, environments))
     }
 
     /// Commits a batch in which a conflict means that the name is taken.

@@ -14,7 +14,7 @@ use secrecy::SecretString;
 use super::App;
 use super::authenticate_run::Submission;
 use super::fixture::{Fixture, ORGANIZATION};
-use super::people::TokenScope;
+use super::service_tokens::TokenScope;
 use super::queue_run::NewRun;
 use super::settings::SettingsChange;
 use super::start_job::Start;

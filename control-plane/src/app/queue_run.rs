@@ -213,6 +213,7 @@ impl App {
             .put(keys::run_by_environment(request.environment, id), Expect::Absent, [])
             .put(request_key, Expect::Absent, encode(&Text(id)))
             .audit(draft);
+        let batch = self.tell_of_run(batch, None, &next, &subject.environment.value, None).await?;
         match self.store.commit(batch).await {
             Ok(_) => {}
             Err(CommitError::Conflict { .. }) => return Ok(Queued::LostRace),

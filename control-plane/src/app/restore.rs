@@ -9,7 +9,8 @@
 //! 3. Every run that has not ended is ended, and its environment frozen in its name; approval,
 //!    evidence, lease and session go with it. Of several runs of one environment, the one that
 //!    held it comes first, and the environment names that.
-//! 4. Sessions, pool tokens and service tokens that are left are deleted: an owner makes new ones.
+//! 4. AWS sessions, pool tokens and service tokens that are left are deleted: an owner makes new
+//!    ones. So are the sessions of people, who sign in again.
 //! 5. Every runner is drained: it may have been revoked since, and nothing of the backup says so.
 //!    An owner who knows that it was not resumes it, so that nothing is granted, and no
 //!    credentials leave, before somebody has looked.
@@ -79,6 +80,7 @@ impl App {
             }
         }
         self.void_service_tokens().await?;
+        self.void_sessions().await?;
         self.drain_all_runners(&note.value).await?;
         self.tell(&note, interrupted).await
     }

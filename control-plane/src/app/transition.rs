@@ -1,7 +1,7 @@
 //! Moves a run: read at a version, step, commit expecting that version, then perform.
 //!
 //! Everything a step changes is in one batch: the run, its environment, indexes, the sessions
-//! that are over, and the audit record that tells of it. What remains for after the commit are
+//! that are over, the audit record that tells of it, and the notices to whoever wants to know. What remains for after the commit are
 //! messages to the dispatch. They are sent by the task that commits, which nobody who hangs up
 //! can stop, and are derived again from the store at a start and by the reaper.
 
@@ -156,8 +156,14 @@ impl App {
             };
             let moved = self.with_turn(&subject, (next, environment, effects));
             let batch = self.write(&subject, &moved, (actor, action, details), batch);
-            let (next, _, effects) = &moved;
+            let (next, change, effects) = &moved;
             let batch = self.note_what_ends(batch, &subject.run.value, next, effects).await?;
+            let environment = &subject.environment.value;
+            let hold = environment.hold.after(next.id, change);
+            let frozen = hold.frozen.filter(|_| environment.hold.frozen.is_none());
+            let reason = frozen.as_ref().map(|frozen| frozen.reason.as_str());
+            let before = Some(subject.run.value.state);
+            let batch = self.tell_of_run(batch, before, next, environment, reason).await?;
             if let Some(next) = self.commit_and_perform(subject, moved, batch, action).await? {
                 return Ok(Advance::Moved(next));
             }
@@ -248,6 +254,7 @@ impl App {
         }
         let mut draft = self
             .draft(request.organization, actor, action, format!("run {}", next.id))
+            .with("environment", environment.value.name.as_str())
             .with("from", run.value.state.as_str())
             .with("to", next.state.as_str());
         if let Some(reason) = &next.reason {

@@ -25,7 +25,7 @@ pub use self::effective::{EffectiveVariable, Origin};
 pub(super) use self::for_run::Given;
 pub use self::for_run::JobVariable;
 use self::value::Prepared;
-use super::guarded_change::{GuardedChange, Intent, Proof};
+use super::guarded_change::{GuardedChange, Intent, GivenCode};
 use super::secrets::{ACCESS_KEY, SECRET_KEY, TRIPLE};
 use super::{App, Page, PageRequest};
 use crate::audit::Draft;
@@ -78,7 +78,7 @@ impl App {
         organization: &str,
         scope: &Scope,
         variable: NewVariable,
-        proof: Option<Proof>,
+        proof: Option<GivenCode>,
     ) -> Result<VariableView> {
         let (standing, stored) =
             self.variable_scope(caller, organization, scope, Access::Change).await?;
@@ -156,6 +156,13 @@ impl App {
         if let Some((key, found)) = before {
             batch = self.end_value(batch, organization, &decode(key, found)?).await?;
         }
+        if let VariableScope::Personal(organization, user) = stored {
+            // Whoever removes the member takes all of theirs away: none comes in between.
+            let membership = self.membership(organization, user).await?;
+            let membership = membership.ok_or_else(crate::auth::hidden)?;
+            let same = encode(&membership.value);
+            batch = batch.put(membership.key, Expect::At(membership.version), same);
+        }
         Ok((batch, record))
     }
 
@@ -230,7 +237,7 @@ impl App {
         organization: &str,
         scope: &Scope,
         (category, name): (Category, &str),
-        proof: Option<Proof>,
+        proof: Option<GivenCode>,
     ) -> Result<()> {
         let (standing, stored) =
             self.variable_scope(caller, organization, scope, Access::Change).await?;

@@ -10,7 +10,7 @@ use super::Right;
 /// Who may call an rpc.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// Whoever holds the one-time secret or pool token that the request carries.
+    /// Whoever holds the one-time secret, password or pool token that the request carries.
     SecretInRequest,
     /// Any person or service token.
     Anyone,
@@ -30,6 +30,18 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("AccountService", "WhoAmI", Rule::Anyone),
     ("AccountService", "CreateUser", within(Right::Own)),
     ("AccountService", "CreateServiceToken", within(Right::Own)),
+    ("AccountService", "ResetUser", within(Right::Own)),
+    ("AccountService", "ListServiceTokens", within(Right::Own)),
+    ("AccountService", "RevokeServiceToken", within(Right::Own)),
+    ("SessionService", "SignIn", Rule::SecretInRequest),
+    ("SessionService", "SignOut", Rule::Anyone),
+    ("SessionService", "ListSessions", Rule::Anyone),
+    ("SessionService", "RevokeSession", Rule::Anyone),
+    ("SessionService", "SetPassword", Rule::Anyone),
+    ("MemberService", "ListMembers", within(Right::Belong)),
+    ("MemberService", "AddMember", within(Right::Own)),
+    ("MemberService", "UpdateMember", within(Right::Own)),
+    ("MemberService", "RemoveMember", within(Right::Own)),
     ("OrganizationService", "GetOrganization", within(Right::Belong)),
     ("OrganizationService", "UpdateOrganization", within(Right::Own)),
     ("EnvironmentService", "CreateEnvironment", within(Right::Own)),
@@ -76,7 +88,17 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("StateService", "ImportState", within(Right::Administer)),
     ("StateService", "ForceUnlockState", within(Right::Administer)),
     ("AuditService", "ListAuditRecords", within(Right::Own)),
+    ("AuditService", "ExportAudit", within(Right::Own)),
     ("AuditService", "VerifyAudit", within(Right::Own)),
+    ("NoticeService", "CreateWebhook", within(Right::Own)),
+    ("NoticeService", "ListWebhooks", within(Right::Own)),
+    ("NoticeService", "DeleteWebhook", within(Right::Own)),
+    ("NoticeService", "SetMailRecipient", within(Right::Own)),
+    ("NoticeService", "ListMailRecipients", within(Right::Own)),
+    ("NoticeService", "DeleteMailRecipient", within(Right::Own)),
+    ("NoticeService", "ListDeliveries", within(Right::Own)),
+    ("NoticeService", "Redeliver", within(Right::Own)),
+    ("NoticeService", "SendTest", within(Right::Own)),
     ("RunnerService", "Enroll", Rule::SecretInRequest),
     ("RunnerService", "Lease", Rule::Runner),
     ("RunnerService", "FetchArtifact", Rule::Runner),

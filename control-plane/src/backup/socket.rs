@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
@@ -19,6 +20,7 @@ use tokio::net::UnixListener;
 use super::{Manifest, Source};
 use crate::app::App;
 use crate::app::break_glass::Glass;
+use crate::app::organizations::FirstOwner;
 
 const NAME: &str = "host.sock";
 
@@ -40,6 +42,11 @@ enum Command {
         glass: Glass,
         reason: String,
     },
+    /// Makes an organization.
+    Organization {
+        name: String,
+        owner: FirstOwner,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,8 +57,21 @@ enum Answer {
     Alarm(Option<String>),
     /// What was done, a sentence each.
     BrokeGlass(Vec<String>),
+    /// The token of an owner who was made for it.
+    Organization(Option<Token>),
     /// Reads after "failed to".
     Failed(String),
+}
+
+/// A token on its way to the terminal of whoever commands the host.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+struct Token(String);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token([hidden])")
+    }
 }
 
 /// Why the control plane that runs did not do it.
@@ -116,6 +136,7 @@ async fn answer(
                 Err(error) => Answer::Failed(format!("break the glass: {error}")),
             }
         }
+        Ok(Command::Organization { name, owner }) => organization(app, &name, owner).await,
         Err(error) => Answer::Failed(format!("understand the command: {error}")),
     };
     let mut text = serde_json::to_vec(&answer)?;
@@ -163,13 +184,26 @@ async fn alarm(app: &Arc<App>, clear: bool) -> Answer {
     }
 }
 
+async fn organization(app: &Arc<App>, name: &str, owner: FirstOwner) -> Answer {
+    match app.create_organization(name, owner).await {
+        Ok(token) => {
+            tracing::info!(organization = name, "the host made an organization");
+            let token = token.map(|token| Token(token.expose_secret().to_owned()));
+            Answer::Organization(token)
+        }
+        Err(error) => Answer::Failed(format!("make the organization: {error}")),
+    }
+}
+
 /// Asks the control plane that runs on these data for a backup; answers nothing when none runs.
 pub fn ask_backup(data_dir: &Path, to: &Path) -> Result<Option<Manifest>, AskError> {
     match ask(data_dir, &Command::Backup { to: to.to_path_buf() })? {
         None => Ok(None),
         Some(Answer::Backup(manifest)) => Ok(Some(manifest)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Alarm(_) | Answer::BrokeGlass(_)) => Err(AskError::Unexpected),
+        Some(Answer::Alarm(_) | Answer::BrokeGlass(_) | Answer::Organization(_)) => {
+            Err(AskError::Unexpected)
+        }
     }
 }
 
@@ -179,7 +213,9 @@ pub fn ask_alarm(data_dir: &Path, clear: bool) -> Result<Option<Option<String>>,
         None => Ok(None),
         Some(Answer::Alarm(found)) => Ok(Some(found)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Backup(_) | Answer::BrokeGlass(_)) => Err(AskError::Unexpected),
+        Some(Answer::Backup(_) | Answer::BrokeGlass(_) | Answer::Organization(_)) => {
+            Err(AskError::Unexpected)
+        }
     }
 }
 
@@ -195,7 +231,26 @@ pub fn ask_break_glass(
         None => Ok(None),
         Some(Answer::BrokeGlass(done)) => Ok(Some(done)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
-        Some(Answer::Backup(_) | Answer::Alarm(_)) => Err(AskError::Unexpected),
+        Some(Answer::Backup(_) | Answer::Alarm(_) | Answer::Organization(_)) => {
+            Err(AskError::Unexpected)
+        }
+    }
+}
+
+/// Asks the control plane that runs on these data for an organization, and answers the token of
+/// an owner who is new; answers nothing when none runs.
+pub fn ask_organization(
+    data_dir: &Path,
+    name: String,
+    owner: FirstOwner,
+) -> Result<Option<Option<SecretString>>, AskError> {
+    match ask(data_dir, &Command::Organization { name, owner })? {
+        None => Ok(None),
+        Some(Answer::Organization(token)) => Ok(Some(token.map(|token| token.0.into()))),
+        Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
+        Some(Answer::Backup(_) | Answer::Alarm(_) | Answer::BrokeGlass(_)) => {
+            Err(AskError::Unexpected)
+        }
     }
 }
 

@@ -5,8 +5,9 @@ use latchkey_proto::v1::account_service_server::AccountService;
 use secrecy::ExposeSecret;
 use tonic::{Request, Response, Status};
 
+use super::member::ROLES;
 use super::{Service, caller, convert};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::{ServiceTokenView, TokenScope};
 use crate::auth::Caller;
 use crate::error::Error;
 use crate::store::record::people::{Access, Role};
@@ -46,13 +47,7 @@ impl AccountService for Service {
     ) -> Result<Response<v1::CreateUserResponse>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        let role = match v1::Role::try_from(request.role) {
-            Ok(v1::Role::Member) => Role::Member,
-            Ok(v1::Role::Owner) => Role::Owner,
-            Ok(v1::Role::Unspecified) | Err(_) => {
-                return Err(Error::field("role", "say MEMBER or OWNER").into());
-            }
-        };
+        let role = role(request.role)?.ok_or_else(|| Error::field("role", ROLES))?;
         let access = access(request.access)?.unwrap_or_default();
         let v1::CreateUserRequest { organization, user, request_id, .. } = request;
         let token =
@@ -85,6 +80,63 @@ impl AccountService for Service {
             expire_time: Some(convert::timestamp(expires_at)),
         }))
     }
+
+    async fn reset_user(
+        &self,
+        request: Request<v1::ResetUserRequest>,
+    ) -> Result<Response<v1::ResetUserResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::ResetUserRequest { organization, user, request_id } = request.into_inner();
+        let token = self.app.reset_user(&caller, &organization, &user, &request_id).await?;
+        Ok(Response::new(v1::ResetUserResponse { token: token.expose_secret().to_owned() }))
+    }
+
+    async fn list_service_tokens(
+        &self,
+        request: Request<v1::ListServiceTokensRequest>,
+    ) -> Result<Response<v1::ListServiceTokensResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::ListServiceTokensRequest { organization, page_size, page_token } =
+            request.into_inner();
+        let page = convert::page(page_size, page_token);
+        let page = self.app.list_service_tokens(&caller, &organization, page).await?;
+        Ok(Response::new(v1::ListServiceTokensResponse {
+            service_tokens: page.items.into_iter().map(service_token_out).collect(),
+            next_page_token: page.next.unwrap_or_default(),
+        }))
+    }
+
+    async fn revoke_service_token(
+        &self,
+        request: Request<v1::RevokeServiceTokenRequest>,
+    ) -> Result<Response<v1::RevokeServiceTokenResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::RevokeServiceTokenRequest { organization, name } = request.into_inner();
+        self.app.revoke_service_token(&caller, &organization, &name).await?;
+        Ok(Response::new(v1::RevokeServiceTokenResponse {}))
+    }
+}
+
+fn service_token_out(view: ServiceTokenView) -> v1::ServiceToken {
+    let ServiceTokenView { record, access, environments } = view;
+    v1::ServiceToken {
+        name: record.name,
+        access: access_out(access),
+        environments,
+        creator: record.created_by,
+        create_time: Some(convert::timestamp(record.created_at.into())),
+        expire_time: Some(convert::timestamp(record.expires_at.into())),
+    }
+}
+
+/// Reads a role; unspecified is absent.
+pub(super) fn role(value: i32) -> Result<Option<Role>, Error> {
+    match v1::Role::try_from(value) {
+        Ok(v1::Role::Unspecified) => Ok(None),
+        Ok(v1::Role::Member) => Ok(Some(Role::Member)),
+        Ok(v1::Role::Owner) => Ok(Some(Role::Owner)),
+        Err(_) => Err(Error::field("role", ROLES)),
+    }
 }
 
 /// Reads an access; unspecified is absent.
@@ -99,9 +151,18 @@ pub(super) fn access(value: i32) -> Result<Option<Access>, Error> {
     }
 }
 
-fn role_out(role: Role) -> i32 {
+pub(super) fn role_out(role: Role) -> i32 {
     match role {
         Role::Member => v1::Role::Member.into(),
         Role::Owner => v1::Role::Owner.into(),
+    }
+}
+
+pub(super) fn access_out(access: Access) -> i32 {
+    match access {
+        Access::None => v1::Access::None.into(),
+        Access::Read => v1::Access::Read.into(),
+        Access::Write => v1::Access::Write.into(),
+        Access::Admin => v1::Access::Admin.into(),
     }
 }

@@ -32,6 +32,21 @@ pub(super) fn timestamp(time: Timestamp) -> prost_types::Timestamp {
     }
 }
 
+/// Reads a time that may be absent.
+pub(super) fn time(
+    field: &'static str,
+    time: Option<prost_types::Timestamp>,
+) -> Result<Option<Timestamp>> {
+    time.map(|time| {
+        let millis = time.seconds.checked_mul(1000);
+        let millis =
+            millis.and_then(|millis| millis.checked_add(i64::from(time.nanos) / 1_000_000));
+        let millis = millis.ok_or_else(|| Error::field(field, "the time is out of range"))?;
+        Ok(Timestamp::from_millis(millis))
+    })
+    .transpose()
+}
+
 /// Reads a duration that may be absent.
 pub(super) fn duration(
     field: &'static str,

@@ -4,7 +4,7 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::environment_service_server::EnvironmentService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller, convert, proof, settings};
+use super::{Service, caller, convert, given_code, settings};
 use crate::app::check_environment::Check;
 use crate::app::parse_run_id;
 use crate::app::settings::SettingsChange;
@@ -66,7 +66,7 @@ impl EnvironmentService for Service {
     ) -> Result<Response<v1::UpdateEnvironmentResponse>, Status> {
         let caller = caller(&request)?;
         let mut request = request.into_inner();
-        let proof = proof(&mut request.token_code, &mut request.request_id);
+        let proof = given_code(&mut request.token_code, &mut request.request_id);
         let change = SettingsChange {
             policy: specified("mfa_policy", request.mfa_policy, convert::policy)?,
             auto_apply: request.auto_apply,

@@ -19,7 +19,7 @@ use super::PART_TIMEOUT;
 use super::places::{Kind, Places};
 use crate::app::App;
 use crate::auth::rules::{Rule, rule_for};
-use crate::auth::{Caller, RunnerIdentity};
+use crate::auth::{Proof, RunnerIdentity};
 use crate::authority::key_of;
 use crate::error::{Error, Result};
 use crate::listener::Peer;
@@ -165,8 +165,8 @@ async fn prove_caller(
         Some(Rule::SecretInRequest) if !path.contains("RunnerService") => with_secret(secrets),
         Some(Rule::Anyone | Rule::Within(_)) => {
             let token = bearer(request)?;
-            let caller: Caller = app.caller(&token).await?;
-            request.extensions_mut().insert(caller);
+            let proof: Proof = app.prove(&token).await?;
+            request.extensions_mut().insert(proof);
             Ok(Allowed::Parts)
         }
         // Told alike, so that nobody learns what else exists.

@@ -4,7 +4,7 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::organization_service_server::OrganizationService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller, proof};
+use super::{Service, caller, given_code};
 use crate::store::record::people::Organization;
 
 #[tonic::async_trait]
@@ -29,7 +29,7 @@ impl OrganizationService for Service {
             mut token_code,
             mut request_id,
         } = request.into_inner();
-        let proof = proof(&mut token_code, &mut request_id);
+        let proof = given_code(&mut token_code, &mut request_id);
         let changed =
             self.app.update_organization(&caller, &organization, aws_accounts, proof).await?;
         Ok(Response::new(v1::UpdateOrganizationResponse { organization: Some(out(changed)) }))

@@ -5,7 +5,9 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::quarantine_service_server::QuarantineService;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, Service, caller, convert, state};
+use super::revocable::until_lost;
+use super::{Answers, Service, caller, convert, proof, state};
+use crate::app::open_streams::Ground;
 use crate::app::parse_run_id;
 use crate::app::quarantine::QuarantinedView;
 use crate::error::Error;
@@ -35,12 +37,13 @@ impl QuarantineService for Service {
         &self,
         request: Request<v1::ReadQuarantinedRequest>,
     ) -> Result<Response<Self::ReadQuarantinedStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ReadQuarantinedRequest { organization, quarantined_id } = request.into_inner();
         let id = parse_id(&quarantined_id)?;
-        let reader = self.app.read_quarantined(&caller, &organization, id).await?;
+        let reader = self.app.read_quarantined(&proof.caller, &organization, id).await?;
+        let lost = self.app.hold(&proof, Ground::Organization(organization)).await?;
         let parts = super::parts(reader, |data| v1::ReadQuarantinedResponse { data });
-        Ok(Response::new(parts))
+        Ok(Response::new(until_lost(lost, parts)))
     }
 
     async fn compare_quarantined(

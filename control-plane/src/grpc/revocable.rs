@@ -1,4 +1,5 @@
-//! Streams that end the moment their runner is revoked, whatever waits in them.
+//! Streams that end the moment their runner is revoked or their caller's right ends, whatever
+//! waits in them.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,6 +10,7 @@ use tokio_stream::Stream;
 use tonic::Status;
 
 use super::Answers;
+use crate::app::open_streams::Lost;
 use crate::auth::revocation::Revocation;
 use crate::error::Error;
 
@@ -35,16 +37,43 @@ where
     T: 'static,
     S: Stream<Item = Result<T, Status>> + Send + Unpin + 'static,
 {
-    Box::pin(UntilRevoked { inner, revoked: Box::pin(revocation.revoked()), is_over: false })
+    let over = Box::pin(async move {
+        revocation.revoked().await;
+        revoked()
+    });
+    Box::pin(Until { inner, over, is_over: false })
 }
 
-struct UntilRevoked<S> {
+/// Takes what a person or program sends, unless their right to it ends first.
+pub(super) async fn unless_lost<T>(
+    lost: Lost,
+    doing: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    tokio::select! {
+        biased;
+        error = lost => Err(error.into()),
+        done = doing => done,
+    }
+}
+
+/// Ends what a person or program is sent when their right to it ends.
+pub(super) fn until_lost<T, S>(lost: Lost, inner: S) -> Answers<T>
+where
+    T: 'static,
+    S: Stream<Item = Result<T, Status>> + Send + Unpin + 'static,
+{
+    let over = Box::pin(async move { lost.await.into() });
+    Box::pin(Until { inner, over, is_over: false })
+}
+
+struct Until<S> {
     inner: S,
-    revoked: Pin<Box<dyn Future<Output = ()> + Send>>,
+    /// Answers what the stream ends by.
+    over: Pin<Box<dyn Future<Output = Status> + Send>>,
     is_over: bool,
 }
 
-impl<T, S> Stream for UntilRevoked<S>
+impl<T, S> Stream for Until<S>
 where
     S: Stream<Item = Result<T, Status>> + Unpin,
 {
@@ -54,9 +83,9 @@ where
         if self.is_over {
             return Poll::Ready(None);
         }
-        if self.revoked.as_mut().poll(context).is_ready() {
+        if let Poll::Ready(status) = self.over.as_mut().poll(context) {
             self.is_over = true;
-            return Poll::Ready(Some(Err(revoked())));
+            return Poll::Ready(Some(Err(status)));
         }
         Pin::new(&mut self.inner).poll_next(context)
     }

@@ -8,9 +8,11 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::revocable::{unless_lost, until_lost};
 use super::variable::read_category;
-use super::{Answers, Service, caller, convert, next_part};
+use super::{Answers, Service, caller, convert, next_part, proof};
 use crate::app::authenticate_run::Submission;
+use crate::app::open_streams::Ground;
 use crate::app::queue_run::NewRun;
 use crate::app::retry_run::Retry;
 use crate::app::variables::NewVariable;
@@ -33,7 +35,7 @@ impl RunService for Service {
         &self,
         request: Request<Streaming<v1::UploadConfigurationRequest>>,
     ) -> Result<Response<v1::UploadConfigurationResponse>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let mut parts = request.into_inner();
         let header = match next_part(&mut parts).await?.and_then(|first| first.part) {
             Some(Part::Header(header)) => header,
@@ -41,20 +43,24 @@ impl RunService for Service {
                 return Err(Error::field("header", "the first message carries the header").into());
             }
         };
-        let mut upload = self
-            .app
-            .upload_configuration(&caller, &header.organization, &header.environment)
-            .await?;
-        while let Some(message) = next_part(&mut parts).await? {
-            match message.part {
-                Some(Part::Data(data)) => upload.write(&data).await?,
-                Some(Part::Header(_)) | None => {
-                    let message = "only the first message carries a header";
-                    return Err(Error::field("data", message).into());
+        let v1::UploadConfigurationHeader { organization, environment } = header;
+        let mut upload =
+            self.app.upload_configuration(&proof.caller, &organization, &environment).await?;
+        let ground = Ground::Environment { organization, environment };
+        let lost = self.app.hold(&proof, ground).await?;
+        let taken = async {
+            while let Some(message) = next_part(&mut parts).await? {
+                match message.part {
+                    Some(Part::Data(data)) => upload.write(&data).await?,
+                    Some(Part::Header(_)) | None => {
+                        let message = "only the first message carries a header";
+                        return Err(Error::field("data", message).into());
+                    }
                 }
             }
-        }
-        let configuration_digest = upload.finish().await?.to_string();
+            Ok(upload.finish().await?)
+        };
+        let configuration_digest = unless_lost(lost, taken).await?.to_string();
         Ok(Response::new(v1::UploadConfigurationResponse { configuration_digest }))
     }
 
@@ -127,14 +133,15 @@ impl RunService for Service {
         &self,
         request: Request<v1::WatchRunRequest>,
     ) -> Result<Response<Self::WatchRunStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let id = parse_run_id(&request.into_inner().run_id)?;
-        let views = self.app.watch_run(&caller, id).await?;
+        let views = self.app.watch_run(&proof.caller, id).await?;
+        let lost = self.app.hold(&proof, Ground::Run(id)).await?;
         let answers = ReceiverStream::new(views).map(|view| {
             let run = Some(convert::run(view?));
             Ok(v1::WatchRunResponse { run })
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(until_lost(lost, answers)))
     }
 
     async fn authenticate(
@@ -212,15 +219,16 @@ impl RunService for Service {
         &self,
         request: Request<v1::ReadLogRequest>,
     ) -> Result<Response<Self::ReadLogStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ReadLogRequest { run_id, phase, offset, follow } = request.into_inner();
         let (id, phase) = (parse_run_id(&run_id)?, convert::phase(phase)?);
-        let parts = self.app.read_log(&caller, id, phase, offset, follow).await?;
+        let parts = self.app.read_log(&proof.caller, id, phase, offset, follow).await?;
+        let lost = self.app.hold(&proof, Ground::Run(id)).await?;
         let answers = ReceiverStream::new(parts).map(|part| {
             let part = part?;
             Ok(v1::ReadLogResponse { offset: part.offset, data: part.data })
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(until_lost(lost, answers)))
     }
 }
 

@@ -16,7 +16,9 @@ pub(crate) const fn code(reason: Reason) -> Code {
         | Reason::VariableReserved
         | Reason::ArchiveRefused
         | Reason::DigestMismatch => Code::InvalidArgument,
-        Reason::IdentityRequired | Reason::PoolTokenRejected => Code::Unauthenticated,
+        Reason::IdentityRequired | Reason::PoolTokenRejected | Reason::SignInRejected => {
+            Code::Unauthenticated
+        }
         Reason::NotAllowed | Reason::PersonRequired | Reason::SecondPersonRequired => {
             Code::PermissionDenied
         }
@@ -24,10 +26,14 @@ pub(crate) const fn code(reason: Reason) -> Code {
         Reason::NameTaken => Code::AlreadyExists,
         Reason::ChangedMeanwhile => Code::Aborted,
         Reason::StoreUnavailable | Reason::AwsUnreachable => Code::Unavailable,
-        Reason::LimitReached | Reason::DeviceBusy => Code::ResourceExhausted,
+        Reason::LimitReached | Reason::DeviceBusy | Reason::SignInThrottled => {
+            Code::ResourceExhausted
+        }
         Reason::MfaRequired
         | Reason::NotAwaitingCode
         | Reason::WrongState
+        | Reason::LastOwner
+        | Reason::UserShared
         | Reason::PlanChanged
         | Reason::CancelGrace
         | Reason::HistoryLost
@@ -45,7 +51,8 @@ pub(crate) const fn code(reason: Reason) -> Code {
         | Reason::ExchangeUnknown
         | Reason::ExchangeRefused
         | Reason::LeaseLost
-        | Reason::LogOffset => Code::FailedPrecondition,
+        | Reason::LogOffset
+        | Reason::MailUnavailable => Code::FailedPrecondition,
         Reason::Unspecified | Reason::Internal => Code::Internal,
     }
 }

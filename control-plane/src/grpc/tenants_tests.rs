@@ -30,7 +30,7 @@ use uuid::Uuid;
 use crate::app::PageRequest;
 use crate::app::artifacts::Made;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::app::settings::SettingsChange;
 use crate::app::variables::{NewVariable, Scope};
 use crate::auth::Caller;
@@ -163,7 +163,7 @@ async fn fill(fixture: &Fixture) -> Aim {
             sensitive: false,
             hcl: false,
         };
-        app.set_variable(owner, ORGANIZATION, &scope, variable).await.unwrap();
+        app.set_variable(owner, ORGANIZATION, &scope, variable, None).await.unwrap();
     }
     app.create_pool(owner, ORGANIZATION, "only-theirs", "pool").await.unwrap();
     app.create_environment(owner, ORGANIZATION, "only-theirs", SettingsChange::default(), "env")
@@ -177,7 +177,7 @@ async fn fill(fixture: &Fixture) -> Aim {
     let state = br#"{"version":4,"serial":1,"lineage":"canary-lineage"}"#;
     fixture.upload(&runner, lease, Made::State, state).await.unwrap();
     fixture.upload(&runner, lease, Made::ErroredState, state).await.unwrap();
-    fixture.queue_kind("ended", RunKind::Destroy).await;
+    fixture.queue_kind(RunKind::Destroy, "ended").await;
     let page = PageRequest::default();
     let kept = app.list_quarantined(owner, ORGANIZATION, None, page).await.unwrap();
     Aim {

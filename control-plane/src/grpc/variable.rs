@@ -5,7 +5,7 @@ use latchkey_proto::v1::variable_scope::Scope as WireScope;
 use latchkey_proto::v1::variable_service_server::VariableService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, caller, convert, proof};
+use super::{Service, caller, convert, given_code};
 use crate::app::variables::{NewVariable, Origin, Scope, VariableView};
 use crate::error::Error;
 use crate::store::record::variable::Category;
@@ -27,7 +27,7 @@ impl VariableService for Service {
             mut token_code,
             mut request_id,
         } = request.into_inner();
-        let proof = proof(&mut token_code, &mut request_id);
+        let proof = given_code(&mut token_code, &mut request_id);
         let variable = NewVariable {
             value: value.into(),
             category: read_category(category)?,
@@ -67,7 +67,7 @@ impl VariableService for Service {
             mut token_code,
             mut request_id,
         } = request.into_inner();
-        let proof = proof(&mut token_code, &mut request_id);
+        let proof = given_code(&mut token_code, &mut request_id);
         let (organization, scope) = read_scope(scope)?;
         let category = read_category(category)?;
         self.app.delete_variable(&caller, &organization, &scope, (category, &name), proof).await?;

@@ -35,16 +35,22 @@ pub enum Seen {
     Closed,
 }
 
-/// The changes under one prefix, in the order of their commits.
+/// The changes under some prefixes, in the order of their commits.
 #[derive(Debug)]
 pub struct Feed {
-    prefix: Prefix,
+    prefixes: Vec<Prefix>,
     commits: broadcast::Receiver<Arc<[Change]>>,
     /// Changes of the last commit that were not handed out yet.
     pending: VecDeque<Change>,
 }
 
 impl Feed {
+    /// Watches what another prefix covers, too, as of the same moment.
+    pub fn and(mut self, prefix: Prefix) -> Self {
+        self.prefixes.push(prefix);
+        self
+    }
+
     /// Waits for the next change. Dropping the future loses nothing.
     pub async fn next(&mut self) -> Seen {
         loop {
@@ -53,7 +59,8 @@ impl Feed {
             }
             match self.commits.recv().await {
                 Ok(changes) => {
-                    let ours = changes.iter().filter(|change| self.prefix.covers(&change.key));
+                    let covered = |key: &Key| self.prefixes.iter().any(|prefix| prefix.covers(key));
+                    let ours = changes.iter().filter(|change| covered(&change.key));
                     self.pending.extend(ours.cloned());
                 }
                 Err(broadcast::error::RecvError::Lagged(_)) => return Seen::Lagged,
@@ -78,6 +85,6 @@ impl Publisher {
     }
 
     pub(super) fn watch(&self, prefix: Prefix) -> Feed {
-        Feed { prefix, commits: self.0.subscribe(), pending: VecDeque::new() }
+        Feed { prefixes: vec![prefix], commits: self.0.subscribe(), pending: VecDeque::new() }
     }
 }

@@ -11,8 +11,8 @@
 use std::fmt;
 
 use latchkey_domain::id::{
-    AuthenticationId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
-    QuarantinedId, RunId, RunnerId, ServiceTokenId, UserId,
+    AuthenticationId, DeliveryId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
+    QuarantinedId, RunId, RunnerId, ServiceTokenId, SignInId, SubscriberId, UserId,
 };
 use latchkey_domain::policy::Phase;
 use uuid::Uuid;
@@ -55,6 +55,8 @@ kinds! {
     UserByName = 0x11
     Token = 0x12
     Request = 0x13
+    SignIn = 0x14
+    Password = 0x15
     Organization = 0x20
     OrganizationByName = 0x21
     Membership = 0x22
@@ -97,6 +99,9 @@ kinds! {
     Audit = 0x60
     /// Written by the committer alone.
     AuditHead = 0x61
+    Subscriptions = 0x70
+    Outbox = 0x71
+    Delivered = 0x72
 }
 
 /// Whose variable it is.
@@ -146,6 +151,8 @@ impl Key {
             | Kind::Incarnation
             | Kind::User
             | Kind::Token
+            | Kind::SignIn
+            | Kind::Password
             | Kind::Organization
             | Kind::Membership
             | Kind::MembershipByUser
@@ -179,7 +186,10 @@ impl Key {
             | Kind::RunnerByKey
             | Kind::RunnerByPool
             | Kind::Audit
-            | Kind::AuditHead => return None,
+            | Kind::AuditHead
+            | Kind::Subscriptions
+            | Kind::Outbox
+            | Kind::Delivered => return None,
         };
         std::str::from_utf8(self.0.get(1 + fixed..)?).ok()
     }
@@ -293,6 +303,19 @@ pub fn user_by_name(name: &str) -> Key {
 /// The login or service token with this digest.
 pub fn token(digest: &[u8; 32]) -> Key {
     key(Kind::Token, &[digest])
+}
+
+/// A session that a person has open, other than the AWS session of a run.
+pub fn sign_in(user: UserId, sign_in: SignInId) -> Key {
+    key(Kind::SignIn, &[user.as_bytes(), sign_in.as_bytes()])
+}
+
+pub fn sign_ins_of(user: UserId) -> Prefix {
+    prefix(Kind::SignIn, &[user.as_bytes()])
+}
+
+pub fn password(user: UserId) -> Key {
+    key(Kind::Password, &[user.as_bytes()])
 }
 
 /// The recorded answer to a create or a submission, by the caller's `request_id`.
@@ -524,6 +547,47 @@ pub fn read_blob_user(key: &Key) -> Option<BlobUser> {
     }
 }
 
+// Notices
+
+/// Whom an organization tells what.
+pub fn subscriptions(organization: OrganizationId) -> Key {
+    key(Kind::Subscriptions, &[organization.as_bytes()])
+}
+
+/// A notice on its way.
+pub fn outbox(organization: OrganizationId, subscriber: SubscriberId, delivery: DeliveryId) -> Key {
+    key(Kind::Outbox, &[organization.as_bytes(), subscriber.as_bytes(), delivery.as_bytes()])
+}
+
+pub fn outbox_of(organization: OrganizationId, subscriber: SubscriberId) -> Prefix {
+    prefix(Kind::Outbox, &[organization.as_bytes(), subscriber.as_bytes()])
+}
+
+/// Returns the organization, subscriber and delivery of an [`outbox`] key.
+pub fn read_outbox(key: &Key) -> Option<(OrganizationId, SubscriberId, DeliveryId)> {
+    let (organization, rest) = key.0.get(1..)?.split_first_chunk::<16>()?;
+    let (subscriber, rest) = rest.split_first_chunk::<16>()?;
+    let delivery = rest.try_into().ok()?;
+    Some((
+        OrganizationId::from_bytes(*organization),
+        SubscriberId::from_bytes(*subscriber),
+        DeliveryId::from_bytes(delivery),
+    ))
+}
+
+/// How a notice's way ended.
+pub fn delivered(
+    organization: OrganizationId,
+    subscriber: SubscriberId,
+    delivery: DeliveryId,
+) -> Key {
+    key(Kind::Delivered, &[organization.as_bytes(), subscriber.as_bytes(), delivery.as_bytes()])
+}
+
+pub fn delivered_of(organization: OrganizationId, subscriber: SubscriberId) -> Prefix {
+    prefix(Kind::Delivered, &[organization.as_bytes(), subscriber.as_bytes()])
+}
+
 // Quarantine
 
 /// What names one thing that a lease may bring back: the newest is kept.
@@ -712,6 +776,8 @@ mod tests {
         let authentication_id = AuthenticationId::from_bytes([7; 16]);
         let scope = VariableScope::Personal(organization, user_id);
         let quarantined_id = QuarantinedId::from_bytes([8; 16]);
+        let subscriber_id = SubscriberId::from_bytes([10; 16]);
+        let delivery_id = DeliveryId::from_bytes([11; 16]);
         let digest = Digest::from_bytes([9; 32]);
         let slot = QuarantineSlot {
             organization,
@@ -723,6 +789,7 @@ mod tests {
             kind: 0,
         };
         let pairs = [
+            (sign_in(user_id, SignInId::from_bytes([1; 16])), sign_ins_of(user_id)),
             (membership(organization, user_id), memberships_of(organization)),
             (membership_by_user(user_id, organization), memberships_by_user(user_id)),
             (environment(organization, environment_id), environments_of(organization)),
@@ -744,6 +811,14 @@ mod tests {
             (pool_by_name(organization, "x"), pools_by_name(organization)),
             (runner_by_pool(pool_id, runner_id), runners_by_pool(pool_id)),
             (audit(organization, 1), audit_of(organization)),
+            (
+                outbox(organization, subscriber_id, delivery_id),
+                outbox_of(organization, subscriber_id),
+            ),
+            (
+                delivered(organization, subscriber_id, delivery_id),
+                delivered_of(organization, subscriber_id),
+            ),
         ];
         for (key, own) in &pairs {
             for (other, prefix) in &pairs {

@@ -13,10 +13,12 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::account_service_client::AccountServiceClient;
 use latchkey_proto::v1::audit_service_client::AuditServiceClient;
 use latchkey_proto::v1::environment_service_client::EnvironmentServiceClient;
+use latchkey_proto::v1::member_service_client::MemberServiceClient;
 use latchkey_proto::v1::organization_service_client::OrganizationServiceClient;
 use latchkey_proto::v1::pool_service_client::PoolServiceClient;
 use latchkey_proto::v1::quarantine_service_client::QuarantineServiceClient;
 use latchkey_proto::v1::run_service_client::RunServiceClient;
+use latchkey_proto::v1::session_service_client::SessionServiceClient;
 use latchkey_proto::v1::state_service_client::StateServiceClient;
 use latchkey_proto::v1::upload_configuration_request::Part;
 use latchkey_proto::v1::variable_scope::Scope;
@@ -180,10 +182,12 @@ impl Person {
         accounts: AccountServiceClient,
         audit: AuditServiceClient,
         environments: EnvironmentServiceClient,
+        members: MemberServiceClient,
         organizations: OrganizationServiceClient,
         pools: PoolServiceClient,
         quarantine: QuarantineServiceClient,
         runs: RunServiceClient,
+        sessions: SessionServiceClient,
         states: StateServiceClient,
         variables: VariableServiceClient,
     }
@@ -497,8 +501,8 @@ impl Person {
         let mut request = v1::ListAuditRecordsRequest {
             organization: self.organization.clone(),
             page_size: 200,
-            page_token: String::new(),
             run_id: run_id.to_owned(),
+            ..Default::default()
         };
         let mut records = Vec::new();
         loop {

@@ -92,6 +92,7 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
     let store: Arc<dyn Store> = world.store();
     let sts: Arc<dyn Sts> = Arc::new(SimulatedSts { world: Arc::clone(world) });
     Ok(App {
+        outbound: Arc::new(latchkey_control_plane::notices::Outbound::closed()),
         store,
         blobs: Blobs::open(path.join("blobs"), Arc::clone(&world.master))?,
         logs: RunLogs::open(run_log::Options::new(world.logs_directory()))?,
@@ -106,6 +107,7 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
         force_cancel_grace: FORCE_GRACE,
         history: History::default(),
         revocations: Revocations::default(),
+        sign_ins: latchkey_control_plane::app::sessions::Gate::default(),
         gates: Gates::default(),
         uploads: Uploads::default(),
     })

@@ -8,7 +8,7 @@ use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
 
 use crate::app::fixture::{Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::app::start_job::Start;
 use crate::app::variables::{NewVariable, Scope};
 use crate::app::view_runs::Lock;

@@ -6,7 +6,7 @@ use latchkey_aws_simulator::{Effect, Fault};
 use latchkey_domain::policy::{MfaPolicy, PlanRule};
 use latchkey_proto::v1::Reason;
 
-use super::{Proof, weakens};
+use super::{GivenCode, weakens};
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::settings::SettingsChange;
 use crate::app::variables::{NewVariable, Scope};
@@ -18,8 +18,8 @@ fn policy(policy: MfaPolicy) -> SettingsChange {
     SettingsChange { policy: Some(policy), ..SettingsChange::default() }
 }
 
-fn proof(code: &str, request_id: &str) -> Option<Proof> {
-    Some(Proof { code: code.into(), request_id: request_id.into() })
+fn proof(code: &str, request_id: &str) -> Option<GivenCode> {
+    Some(GivenCode { code: code.into(), request_id: request_id.into() })
 }
 
 async fn level(fixture: &Fixture) -> MfaPolicy {
@@ -36,7 +36,7 @@ fn variable(name: &str, value: &str) -> NewVariable {
     }
 }
 
-async fn set(fixture: &Fixture, name: &str, value: &str, proof: Option<Proof>) -> Result<()> {
+async fn set(fixture: &Fixture, name: &str, value: &str, proof: Option<GivenCode>) -> Result<()> {
     let (app, owner) = (&fixture.app, &fixture.owner);
     let variable = variable(name, value);
     app.set_variable(owner, ORGANIZATION, &Scope::Organization, variable, proof).await.map(drop)
@@ -145,7 +145,7 @@ async fn a_lower_level_takes_a_code_and_is_set_once() {
     let other = SettingsChange { auto_apply: Some(true), ..policy(MfaPolicy::Never) };
     let refused = fixture.try_settings(other.clone(), right.clone()).await.unwrap_err();
     assert_eq!(refused.field_name(), Some("request_id"));
-    let again = Proof { request_id: "again".into(), ..right.unwrap() };
+    let again = GivenCode { request_id: "again".into(), ..right.unwrap() };
     let refused = fixture.try_settings(other, Some(again)).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::CodeUsed);
 }

@@ -13,7 +13,7 @@ use super::Held;
 use crate::app::artifacts::{Made, Needed};
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::app::run_output::{Appender, Piece};
 use crate::app::runners::Budget;
 use crate::app::settings::SettingsChange;

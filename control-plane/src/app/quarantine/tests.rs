@@ -10,12 +10,13 @@ use latchkey_proto::v1::Reason;
 
 use super::QuarantinedView;
 use crate::app::artifacts::{ArtifactHeader, Destination, Made, Needed};
+use crate::app::audit_trail::AuditFilter;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::lease_job::Held;
-use crate::app::people::TokenScope;
 use crate::app::queue_run::NewRun;
 use crate::app::run_output::Piece;
+use crate::app::service_tokens::TokenScope;
 use crate::app::start_job::Start;
 use crate::app::{App, PageRequest};
 use crate::auth::{Caller, RunnerIdentity, sha256};
@@ -264,7 +265,7 @@ async fn say_full(fixture: &Fixture, runner: &RunnerIdentity, tally: Tally) {
 
 async fn audited(fixture: &Fixture, action: &str) -> usize {
     let page = PageRequest { size: 200, ..PageRequest::default() };
-    let records = fixture.app.list_audit(&fixture.owner, ORGANIZATION, "", page).await;
+    let records = fixture.app.list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page).await;
     let records = records.unwrap().items;
     records.iter().filter(|record| record.draft.action == action).count()
 }
@@ -512,7 +513,8 @@ async fn only_owners_in_person_read_accept_and_drop_and_every_one_is_recorded() 
     app.drop_quarantined(owner, ORGANIZATION, id).await.unwrap();
     app.drop_quarantined(owner, ORGANIZATION, id).await.unwrap();
     let page = PageRequest { size: 200, token: String::new() };
-    let records = app.list_audit(owner, ORGANIZATION, "", page).await.unwrap().items;
+    let records =
+        app.list_audit(owner, ORGANIZATION, AuditFilter::default(), page).await.unwrap().items;
     for action in ["quarantine", "read_quarantined", "accept_state", "drop_quarantined"] {
         let told = records.iter().filter(|record| record.draft.action == action);
         assert_eq!(told.count(), 1, "{action}");

@@ -9,7 +9,8 @@ use latchkey_proto::v1::Reason;
 
 use crate::app::App;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::organizations::FirstOwner;
+use crate::app::service_tokens::TokenScope;
 use crate::app::start_job::Start;
 use crate::backup::{self, Named, Restored, Source};
 use crate::clock::Clock;
@@ -127,6 +128,10 @@ async fn nobody_who_was_revoked_since_the_backup_gets_a_job_or_acts_for_a_progra
         .create_user(owner, ORGANIZATION, "bob", Role::Member, Access::Write, "bob")
         .await
         .unwrap();
+    let bob = app.prove(&login).await.unwrap();
+    let password = || secrecy::SecretString::from("bob's long password");
+    app.set_password(&bob, "".into(), password(), None).await.unwrap();
+    let (session, _) = app.sign_in("bob", password(), "", None).await.unwrap();
     let runner = fixture.runner().await;
     let key = keys::runner(runner.id);
     let pool = Pool {
@@ -160,6 +165,9 @@ async fn nobody_who_was_revoked_since_the_backup_gets_a_job_or_acts_for_a_progra
     assert_eq!(count(&app, keys::Kind::ServiceToken).await, 0);
     // People can act, or nobody could mend anything; also make the token anew.
     app.caller(&login).await.unwrap();
+    let error = app.caller(&session).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::IdentityRequired);
+    app.sign_in("bob", password(), "", None).await.unwrap();
     app.create_service_token(owner, ORGANIZATION, "ci", None, TokenScope::default(), "new")
         .await
         .unwrap();
@@ -285,6 +293,17 @@ async fn a_running_control_plane_takes_its_backup_when_asked_on_its_host() {
     assert_eq!(alarm(true).await.unwrap(), Some(Some(shown)));
     assert_eq!(alarm(false).await.unwrap(), Some(None));
     fixture.app.check_history().unwrap();
+    let organization = |owner: FirstOwner| {
+        let data = data.clone();
+        tokio::task::spawn_blocking(move || {
+            backup::socket::ask_organization(&data, "web".into(), owner)
+        })
+    };
+    let made = organization(FirstOwner::New("eve".into())).await.unwrap().unwrap();
+    let eve = fixture.app.caller(&made.unwrap().unwrap()).await.unwrap();
+    assert_eq!(eve.name(), "eve");
+    let taken = organization(FirstOwner::Existing("ada".into())).await.unwrap().unwrap_err();
+    assert!(taken.to_string().contains("the name is taken"), "{taken}");
     serving.abort();
     let _ = serving.await;
     assert_eq!(alarm(false).await.unwrap(), None);

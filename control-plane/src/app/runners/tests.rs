@@ -6,9 +6,10 @@ use latchkey_domain::run::Run;
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::app::audit_trail::AuditFilter;
 use crate::app::finish_job::JobResult;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::app::settings::SettingsChange;
 use crate::app::start_job::Start;
 use crate::dispatch::{Introduction, RUNNER_QUEUE, ToRunner};
@@ -71,7 +72,11 @@ async fn offer(frames: &mut mpsc::Receiver<ToRunner>) -> LeaseRef {
 
 async fn actions(fixture: &Fixture) -> Vec<String> {
     let page = PageRequest { size: 200, token: String::new() };
-    let records = fixture.app.list_audit(&fixture.owner, ORGANIZATION, "", page).await.unwrap();
+    let records = fixture
+        .app
+        .list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page)
+        .await
+        .unwrap();
     records.items.into_iter().map(|record| record.draft.action).collect()
 }
 

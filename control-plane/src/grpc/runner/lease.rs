@@ -357,7 +357,12 @@ impl Service {
             | Reason::ArchiveRefused
             | Reason::PoolTokenRejected
             | Reason::LogOffset
-            | Reason::DigestMismatch => {
+            | Reason::DigestMismatch
+            | Reason::SignInRejected
+            | Reason::SignInThrottled
+            | Reason::LastOwner
+            | Reason::UserShared
+            | Reason::MailUnavailable => {
                 tracing::warn!(job = %lease.job, epoch = lease.epoch.get(), error = %error,
                     "a runner's frame was refused");
                 revoke(answers, lease, error.message().to_owned()).await

@@ -11,7 +11,7 @@ use tower::{Layer, Service, ServiceExt};
 
 use super::*;
 use crate::app::fixture::Fixture;
-use crate::app::people::TokenScope;
+use crate::app::service_tokens::TokenScope;
 use crate::http::StateLayer;
 use crate::store::record::people::{Access, Role};
 

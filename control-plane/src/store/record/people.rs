@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use latchkey_domain::id::{EnvironmentId, OrganizationId, ServiceTokenId, UserId};
+use latchkey_domain::id::{
+    Digest, EnvironmentId, OrganizationId, ServiceTokenId, SignInId, UserId,
+};
 use serde::{Deserialize, Serialize};
 
-use super::{Millis, Text};
+use super::{Millis, SealedBytes, Text};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct User {
@@ -65,7 +67,16 @@ impl fmt::Display for Access {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+impl Role {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Role::Member => "member",
+            Role::Owner => "owner",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
     pub role: Role,
     /// In environments that `environments` does not name.
@@ -73,6 +84,8 @@ pub struct Membership {
     pub access: Access,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environments: BTreeMap<Text<EnvironmentId>, Access>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_at: Option<Millis>,
 }
 
 /// Found by the SHA-256 of a token: whom it speaks for.
@@ -81,6 +94,29 @@ pub struct Token {
     pub bearer: Bearer,
     /// Absent: until it is revoked.
     pub expires_at: Option<Millis>,
+    /// The sign-in with a password that made it; absent in other tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sign_in: Option<Text<SignInId>>,
+    /// The hour of a session's last use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_at: Option<Millis>,
+}
+
+/// A session that a person has open: where to find its token.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SignIn {
+    pub token: Text<Digest>,
+    /// As the program called itself.
+    pub client: String,
+    pub created_at: Millis,
+    pub expires_at: Millis,
+}
+
+/// A person's password: what [`crate::auth::password`] made of it, sealed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Password {
+    pub sealed: SealedBytes,
+    pub set_at: Millis,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,11 +137,14 @@ pub struct ServiceToken {
     pub access: Access,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environments: BTreeMap<Text<EnvironmentId>, Access>,
+    /// Absent in records of before tokens could be revoked: then it has to be searched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Text<Digest>>,
 }
 
 /// The one-time secret of the first start: its digest, and whether it was spent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Bootstrap {
-    pub secret: Text<latchkey_domain::id::Digest>,
+    pub secret: Text<Digest>,
     pub spent_at: Option<Millis>,
 }

@@ -14,8 +14,11 @@ use tonic_prost::ProstCodec;
 use crate::support::options;
 
 /// What carries its proof in the request itself.
-const OPEN: [&str; 2] =
-    ["/latchkey.v1.AccountService/Bootstrap", "/latchkey.v1.RunnerService/Enroll"];
+const OPEN: [&str; 3] = [
+    "/latchkey.v1.AccountService/Bootstrap",
+    "/latchkey.v1.SessionService/SignIn",
+    "/latchkey.v1.RunnerService/Enroll",
+];
 
 fn every_rpc() -> Vec<String> {
     let set = prost_types::FileDescriptorSet::decode(latchkey_proto::DESCRIPTOR_SET).unwrap();

@@ -23,6 +23,8 @@ mod kinds;
 #[cfg(test)]
 mod main_story;
 #[cfg(test)]
+mod people;
+#[cfg(test)]
 mod processes;
 #[cfg(test)]
 mod provider;

@@ -1,0 +1,234 @@
+//! Members: who may change what of whom, and what ends with a membership.
+
+use latchkey_domain::policy::MfaPolicy;
+use secrecy::SecretString;
+
+use super::*;
+use crate::app::audit_trail::AuditFilter;
+use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::open_streams::Ground;
+use crate::app::settings::SettingsChange;
+use crate::app::variables::{NewVariable, Scope};
+use crate::store::record::variable::Category;
+
+fn role(role: Role) -> MemberChange {
+    MemberChange { role: Some(role), ..MemberChange::default() }
+}
+
+fn access(access: Access) -> MemberChange {
+    MemberChange { access: Some(access), ..MemberChange::default() }
+}
+
+fn only(environment: &str, access: Option<Access>) -> MemberChange {
+    MemberChange { environments: vec![(environment.into(), access)], ..MemberChange::default() }
+}
+
+async fn fixture() -> Fixture {
+    Fixture::new(MfaPolicy::Never).await
+}
+
+async fn names(fixture: &Fixture, caller: &Caller) -> Vec<String> {
+    let page = fixture.app.list_members(caller, ORGANIZATION, PageRequest::default()).await;
+    page.unwrap().items.into_iter().map(|member| member.user).collect()
+}
+
+async fn save(fixture: &Fixture, caller: &Caller, scope: Scope, name: &str) -> Result<()> {
+    let variable = NewVariable {
+        name: name.into(),
+        category: Category::Terraform,
+        value: SecretString::from("value"),
+        sensitive: false,
+        hcl: false,
+    };
+    fixture.app.set_variable(caller, ORGANIZATION, &scope, variable, None).await.map(drop)
+}
+
+/// What an owner would do alone; each is refused with this reason.
+#[track_caller]
+fn refused<T: std::fmt::Debug>(answer: Result<T>, reason: Reason) {
+    assert_eq!(answer.unwrap_err().reason(), reason);
+}
+
+#[tokio::test]
+async fn owners_see_everybody_and_a_member_itself_alone() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Read).await;
+    fixture.member("eve", Access::Read).await;
+    assert_eq!(names(&fixture, &fixture.owner).await, ["ada", "bob", "eve"]);
+    assert_eq!(names(&fixture, &bob).await, ["bob"]);
+    let page = PageRequest { size: 2, token: String::new() };
+    let first = fixture.app.list_members(&fixture.owner, ORGANIZATION, page).await.unwrap();
+    assert_eq!(first.items.len(), 2);
+    let page = PageRequest { size: 2, token: first.next.unwrap() };
+    let second = fixture.app.list_members(&fixture.owner, ORGANIZATION, page).await.unwrap();
+    assert_eq!((second.items[0].user.as_str(), second.next), ("eve", None));
+}
+
+#[tokio::test]
+async fn nobody_but_an_owner_changes_members() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Admin).await;
+    let app = &fixture.app;
+    let mine = role(Role::Owner);
+    refused(app.update_member(&bob, ORGANIZATION, "bob", mine).await, Reason::NotAllowed);
+    refused(app.remove_member(&bob, ORGANIZATION, "ada").await, Reason::NotAllowed);
+    let added = app.add_member(&bob, ORGANIZATION, "ada", MemberChange::default()).await;
+    refused(added, Reason::NotAllowed);
+}
+
+#[tokio::test]
+async fn access_is_changed_by_environment_and_taken_off_the_list_again() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Read).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let change = async |change| app.update_member(owner, ORGANIZATION, "bob", change).await;
+    let may_queue = async |n: &str| fixture.try_queue(&bob, n).await.map(drop);
+    refused(may_queue("1").await, Reason::NotAllowed);
+    let view = change(only(ENVIRONMENT, Some(Access::Write))).await.unwrap();
+    assert_eq!(view.environments[ENVIRONMENT], Access::Write);
+    may_queue("2").await.unwrap();
+    change(only(ENVIRONMENT, Some(Access::None))).await.unwrap();
+    refused(may_queue("3").await, Reason::NotFound);
+    let shown = app.show_environment(&bob, ORGANIZATION, ENVIRONMENT).await;
+    refused(shown, Reason::NotFound);
+    let view = change(only(ENVIRONMENT, None)).await.unwrap();
+    assert!(view.environments.is_empty());
+    refused(may_queue("4").await, Reason::NotAllowed);
+    refused(change(only("nowhere", Some(Access::Read))).await, Reason::FieldInvalid);
+    refused(
+        app.update_member(owner, ORGANIZATION, "eve", access(Access::Read)).await,
+        Reason::NotFound,
+    );
+    let records = app
+        .list_audit(owner, ORGANIZATION, AuditFilter::default(), PageRequest::default())
+        .await
+        .unwrap();
+    let updates =
+        records.items.iter().filter(|record| record.draft.action == "update_member").count();
+    assert_eq!(updates, 3);
+}
+
+#[tokio::test]
+async fn a_membership_names_a_hundred_environments_at_most() {
+    let fixture = fixture().await;
+    fixture.member("bob", Access::Read).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let mut environments = vec![(ENVIRONMENT.to_owned(), Some(Access::Write))];
+    for n in 1..MOST_ENVIRONMENTS {
+        let (name, settings) = (format!("env-{n}"), SettingsChange::default());
+        app.create_environment(owner, ORGANIZATION, &name, settings, &name).await.unwrap();
+        environments.push((name, Some(Access::Read)));
+    }
+    let all = MemberChange { environments, ..MemberChange::default() };
+    app.update_member(owner, ORGANIZATION, "bob", all).await.unwrap();
+    let settings = SettingsChange::default();
+    app.create_environment(owner, ORGANIZATION, "more", settings, "more").await.unwrap();
+    let one_more = only("more", Some(Access::Read));
+    refused(app.update_member(owner, ORGANIZATION, "bob", one_more).await, Reason::LimitReached);
+}
+
+#[tokio::test]
+async fn the_last_owner_stays() {
+    let fixture = fixture().await;
+    fixture.member("bob", Access::Admin).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let demoted = app.update_member(owner, ORGANIZATION, "ada", role(Role::Member)).await;
+    refused(demoted, Reason::LastOwner);
+    refused(app.remove_member(owner, ORGANIZATION, "ada").await, Reason::LastOwner);
+    app.update_member(owner, ORGANIZATION, "bob", role(Role::Owner)).await.unwrap();
+    app.update_member(owner, ORGANIZATION, "ada", role(Role::Member)).await.unwrap();
+    refused(app.remove_member(owner, ORGANIZATION, "bob").await, Reason::NotAllowed);
+}
+
+#[tokio::test]
+async fn of_two_owners_who_demote_each_other_one_stays() {
+    let fixture = fixture().await;
+    let token = fixture.create_user("bob", Role::Owner, Access::Admin).await;
+    let (app, ada) = (fixture.in_twos().await, &fixture.owner);
+    let bob = fixture.app.caller(&token).await.unwrap();
+    let (one, other) = tokio::join!(
+        app.update_member(ada, ORGANIZATION, "bob", role(Role::Member)),
+        app.remove_member(&bob, ORGANIZATION, "ada"),
+    );
+    assert!(one.is_ok() != other.is_ok(), "{one:?} {other:?}");
+    let lost = one.err().or(other.err()).unwrap();
+    assert_eq!(lost.reason(), Reason::ChangedMeanwhile);
+}
+
+#[tokio::test]
+async fn of_two_owners_who_leave_at_once_one_stays() {
+    let fixture = fixture().await;
+    let token = fixture.create_user("bob", Role::Owner, Access::Admin).await;
+    let (app, ada) = (fixture.in_twos().await, &fixture.owner);
+    let bob = fixture.app.caller(&token).await.unwrap();
+    let (one, other) = tokio::join!(
+        app.update_member(ada, ORGANIZATION, "ada", role(Role::Member)),
+        app.remove_member(&bob, ORGANIZATION, "bob"),
+    );
+    assert!(one.is_ok() != other.is_ok(), "{one:?} {other:?}");
+    let lost = one.err().or(other.err()).unwrap();
+    assert_eq!(lost.reason(), Reason::ChangedMeanwhile);
+}
+
+#[tokio::test]
+async fn a_personal_variable_is_not_left_behind_by_who_is_removed_meanwhile() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Write).await;
+    let app = fixture.in_twos().await;
+    let variable = NewVariable {
+        name: "mine".into(),
+        category: Category::Terraform,
+        value: SecretString::from("value"),
+        sensitive: false,
+        hcl: false,
+    };
+    let (removed, set) = tokio::join!(
+        app.remove_member(&fixture.owner, ORGANIZATION, "bob"),
+        app.set_variable(&bob, ORGANIZATION, &Scope::Personal, variable, None),
+    );
+    assert!(removed.is_ok() != set.is_ok(), "{removed:?} {set:?}");
+}
+
+#[tokio::test]
+async fn removing_somebody_takes_their_personal_variables_and_their_streams() {
+    let fixture = fixture().await;
+    let token = fixture.create_user("bob", Role::Member, Access::Write).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let proof = app.prove(&token).await.unwrap();
+    let bob = &proof.caller;
+    save(&fixture, bob, Scope::Personal, "mine").await.unwrap();
+    save(&fixture, owner, Scope::Personal, "hers").await.unwrap();
+    let run = fixture.try_queue(bob, "one").await.unwrap();
+    let lost = app.hold(&proof, Ground::Run(run.id)).await.unwrap();
+
+    app.remove_member(owner, ORGANIZATION, "bob").await.unwrap();
+    assert_eq!(lost.await.reason(), Reason::NotFound);
+    refused(app.show_run(bob, run.id).await, Reason::NotFound);
+    refused(save(&fixture, bob, Scope::Personal, "mine").await, Reason::NotFound);
+    refused(app.remove_member(owner, ORGANIZATION, "bob").await, Reason::NotFound);
+
+    app.add_member(owner, ORGANIZATION, "bob", access(Access::Read)).await.unwrap();
+    let twice = app.add_member(owner, ORGANIZATION, "bob", access(Access::Read)).await;
+    refused(twice, Reason::NameTaken);
+    let list = async |caller: &Caller| {
+        let page = PageRequest::default();
+        app.list_variables(caller, ORGANIZATION, &Scope::Personal, page).await.unwrap().items.len()
+    };
+    assert_eq!((list(bob).await, list(owner).await), (0, 1));
+}
+
+#[tokio::test]
+async fn a_stream_outlives_a_change_that_leaves_its_right() {
+    let fixture = fixture().await;
+    let token = fixture.create_user("bob", Role::Member, Access::Write).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let proof = app.prove(&token).await.unwrap();
+    let run = fixture.queue("one").await;
+    let mut lost = app.hold(&proof, Ground::Run(run.id)).await.unwrap();
+    app.update_member(owner, ORGANIZATION, "bob", access(Access::Read)).await.unwrap();
+    let quiet = tokio::time::timeout(std::time::Duration::from_millis(50), &mut lost).await;
+    assert!(quiet.is_err(), "{quiet:?}");
+    app.update_member(owner, ORGANIZATION, "bob", access(Access::None)).await.unwrap();
+    assert_eq!(lost.await.reason(), Reason::NotFound);
+    refused(app.hold(&proof, Ground::Run(run.id)).await.map(drop), Reason::NotFound);
+}

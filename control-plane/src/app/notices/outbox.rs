@@ -1,0 +1,184 @@
+//! The outbox as the worker sees it: what is on its way, claims, outcomes.
+//!
+//! A claim counts the attempt and says until when it may take, before anything is sent: should
+//! the process die in between, somebody tries again after that.
+
+use std::time::Duration;
+
+use latchkey_domain::id::{DeliveryId, OrganizationId, SubscriberId};
+use latchkey_domain::time::Timestamp;
+use secrecy::SecretString;
+
+use super::{App, REMEMBERED};
+use crate::error::Result;
+use crate::notices::{Attempt, DETAIL};
+use crate::seal::random;
+use crate::store::keys::Kind;
+use crate::store::record::notice::{Delivery, DeliveryState, Outcome, Subscriptions};
+use crate::store::record::{Loaded, decode, encode};
+use crate::store::{Batch, CommitError, Expect, Key, Scan, Version, keys};
+
+/// How long an attempt may take before another may begin: longer than any does.
+const CLAIM: Duration = Duration::from_secs(90);
+
+/// Remembered deliveries that one settlement prunes.
+const PRUNED: usize = 20;
+
+type Place = (OrganizationId, SubscriberId, DeliveryId);
+
+/// A delivery that is this process's to attempt.
+#[derive(Debug)]
+pub struct Claimed {
+    place: Place,
+    version: Version,
+    pub delivery: Delivery,
+    pub target: Target,
+}
+
+/// Where a notice goes.
+#[derive(Debug)]
+pub enum Target {
+    Webhook { url: String, secret: SecretString },
+    Mail { address: String },
+}
+
+/// What follows an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    Over,
+    In(Duration),
+}
+
+impl App {
+    /// Lists all that is on its way, and how long each still waits.
+    pub async fn outbox(&self) -> Result<Vec<(Place, Duration)>> {
+        let mut waiting = vec![];
+        let mut after = None;
+        loop {
+            let scan = Scan::ascending(keys::all(Kind::Outbox), crate::store::SCAN_LIMIT);
+            let page = self.scan(scan.after(after)).await?;
+            for (key, found) in &page {
+                let Some(place) = keys::read_outbox(key) else { continue };
+                let delivery: Delivery = decode(key, found)?;
+                waiting.push((place, self.still(delivery.next_at.into())));
+            }
+            match page.into_iter().last() {
+                Some((key, _)) => after = Some(key),
+                None => return Ok(waiting),
+            }
+        }
+    }
+
+    /// Finds how long one still waits; nothing when it is gone.
+    pub async fn outbox_wait(&self, key: &Key) -> Result<Option<Duration>> {
+        let found: Option<Loaded<Delivery>> = self.fetch(key.clone()).await?;
+        Ok(found.map(|found| self.still(found.value.next_at.into())))
+    }
+
+    fn still(&self, at: Timestamp) -> Duration {
+        let millis = at.as_millis().saturating_sub(self.now().as_millis());
+        Duration::from_millis(u64::try_from(millis).unwrap_or(0))
+    }
+
+    /// Claims a delivery; nothing when it is over or another process has it.
+    pub async fn claim_delivery(&self, place: Place) -> Result<Option<Claimed>> {
+        let (organization, subscriber, id) = place;
+        let key = keys::outbox(organization, subscriber, id);
+        let Some(found) = self.fetch::<Delivery>(key.clone()).await? else { return Ok(None) };
+        let Some(target) = self.target(organization, subscriber).await? else {
+            // Its subscriber was deleted while it was being made.
+            self.try_commit(Batch::new().delete(key, Expect::At(found.version))).await?;
+            return Ok(None);
+        };
+        let mut delivery = found.value;
+        delivery.attempts = delivery.attempts.saturating_add(1);
+        delivery.next_at = (self.now() + CLAIM).into();
+        let batch = Batch::new().put(key, Expect::At(found.version), encode(&delivery));
+        let version = self.try_commit(batch).await?;
+        Ok(version.map(|version| Claimed { place, version, delivery, target }))
+    }
+
+    /// Writes down what became of an attempt.
+    pub async fn settle_delivery(&self, claimed: Claimed, attempt: Attempt) -> Result<Next> {
+        let Claimed { place: (organization, subscriber, id), version, mut delivery, .. } = claimed;
+        debug_assert!(attempt.detail.len() <= DETAIL);
+        let now = self.now();
+        let pace = &self.outbound.pace;
+        delivery.last =
+            Some(Outcome { at: now.into(), status: attempt.status, detail: attempt.detail });
+        let old = Timestamp::from(delivery.created_at) + pace.life <= now;
+        let key = keys::outbox(organization, subscriber, id);
+        delivery.state = match (attempt.accepted, old) {
+            (true, _) => DeliveryState::Delivered,
+            (false, true) => DeliveryState::GivenUp,
+            (false, false) => {
+                let wait = pace.wait(delivery.attempts, u32::from_be_bytes(random()));
+                delivery.next_at = (now + wait).into();
+                let batch = Batch::new().put(key, Expect::At(version), encode(&delivery));
+                let stands = self.try_commit(batch).await?;
+                return Ok(stands.map_or(Next::Over, |_| Next::In(wait)));
+            }
+        };
+        if delivery.state == DeliveryState::GivenUp {
+            tracing::warn!(delivery = %id, attempts = delivery.attempts, "a notice was given up");
+        }
+        let log = keys::delivered(organization, subscriber, id);
+        let mut batch = Batch::new().delete(key, Expect::At(version)).put(
+            log,
+            Expect::Absent,
+            encode(&delivery),
+        );
+        let remembered =
+            Scan::descending(keys::delivered_of(organization, subscriber), REMEMBERED - 1 + PRUNED);
+        for (key, _) in self.scan(remembered).await?.into_iter().skip(REMEMBERED - 1) {
+            batch = batch.delete(key, Expect::Anything);
+        }
+        self.try_commit(batch).await?;
+        Ok(Next::Over)
+    }
+
+    /// Drops notices that an organization has too many of.
+    pub async fn drop_notices(&self, organization: OrganizationId, places: &[Place]) -> Result<()> {
+        let mut batch = Batch::new();
+        for (_, subscriber, id) in places {
+            let key = keys::outbox(organization, *subscriber, *id);
+            batch = batch.delete(key, Expect::Anything);
+        }
+        let oldest = places.first().map(|(_, _, id)| id.to_string()).unwrap_or_default();
+        let draft = self
+            .draft(organization, "system", "drop_notices", "notices")
+            .with("count", places.len())
+            .with("oldest", oldest)
+            .with("reason", "more than 1,000 notices were on their way");
+        self.store.commit(batch.audit(draft)).await?;
+        tracing::warn!(%organization, count = places.len(), "notices were dropped: too many wait");
+        Ok(())
+    }
+
+    async fn target(
+        &self,
+        organization: OrganizationId,
+        subscriber: SubscriberId,
+    ) -> Result<Option<Target>> {
+        let Subscriptions { webhooks, recipients } = self.subscriptions(organization).await?.value;
+        if let Some(found) = recipients.into_iter().find(|found| found.id.0 == subscriber) {
+            return Ok(Some(Target::Mail { address: found.address }));
+        }
+        let Some(found) = webhooks.into_iter().find(|found| found.id.0 == subscriber) else {
+            return Ok(None);
+        };
+        use secrecy::ExposeSecret;
+        let open = |part, sealed| self.open_part(organization, subscriber, part, sealed);
+        let url = open("url", &found.url)?.expose_secret().to_owned();
+        Ok(Some(Target::Webhook { url, secret: open("secret", &found.secret)? }))
+    }
+
+    /// Commits; nothing when somebody else was faster.
+    async fn try_commit(&self, batch: Batch) -> Result<Option<Version>> {
+        match self.store.commit(batch).await {
+            Ok(version) => Ok(Some(version)),
+            Err(CommitError::Conflict { .. }) => Ok(None),
+            Err(error @ CommitError::Store(_)) => Err(error.into()),
+        }
+    }
+}
