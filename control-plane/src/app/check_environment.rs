@@ -4,7 +4,7 @@
 //!    partition, the account is listed.
 //! 2. Calls that spend nothing: the long-term keys say who they are.
 //! 3. If a code was given and nothing has failed so far: it is counted, remembered and spent as
-//!    any other, exactly once, on a session of 15 minutes.
+//!    any other, exactly once, on a session that lives as long as a run's would.
 //! 4. For each role that the modes use: it is assumed with what a run would say, for as long as a
 //!    run would ask; where its trust demands MFA, with the session of step 3. What is issued is
 //!    dropped at once.
@@ -176,10 +176,12 @@ impl App {
 
         let Asked { environment, actor, request, .. } = asked;
         let subject = format!("environment {}", environment.name);
-        let mut draft = self.draft(environment.organization, actor, "check_environment", subject);
-        for step in &findings.0 {
-            draft = draft.with("step", format!("{}: {}", step.name, step.outcome.as_str()));
-        }
+        let steps = findings.0.iter();
+        let steps: Vec<_> =
+            steps.map(|step| format!("{}: {}", step.name, step.outcome.as_str())).collect();
+        let draft = self
+            .draft(environment.organization, actor, "check_environment", subject)
+            .with("steps", steps);
         let mut batch = Batch::new().audit(draft);
         if let Some(request) = request {
             let environment = Text(environment.id);

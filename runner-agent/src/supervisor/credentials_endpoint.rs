@@ -223,6 +223,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn long_term_keys_are_served_with_an_empty_token_and_looked_at_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("token");
+        let keys = Session::from_wire(v1::SessionCredentials {
+            access_key_id: "AKIA1".into(),
+            secret_access_key: "canary".into(),
+            ..Default::default()
+        });
+        let endpoint = CredentialsEndpoint::start(keys, &file).await.unwrap();
+        let host = endpoint.shared.address.to_string();
+        let token = std::fs::read_to_string(&file).unwrap();
+        let headers = [("Host", host.as_str()), ("Authorization", token.as_str())];
+        let (status, body) = request(&host, "GET", "/credentials", &headers, b"").await;
+        assert_eq!(status, 200);
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        // Some SDKs demand the field, and each takes an empty one for none.
+        assert_eq!(body["Token"], "");
+        let announced: Timestamp = body["Expiration"].as_str().unwrap().parse().unwrap();
+        assert!(announced <= clock::now() + ANNOUNCED);
+    }
+
+    #[tokio::test]
     async fn only_the_holder_of_the_token_gets_the_session() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("token");

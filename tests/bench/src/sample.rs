@@ -63,6 +63,8 @@ pub(crate) fn finished_run(
         replace: vec![],
         auto_apply: false,
         policy: MfaPolicy::AppliesOnly,
+        plan_rule: Default::default(),
+        second_person: false,
         queued_by: Actor::User { id: UserId::from_bytes([4; 16]), name: "ada".into() },
         queued_at: now,
         retry_of: None,
@@ -91,6 +93,7 @@ pub(crate) fn finished_run(
         },
         digest,
         applyable: true,
+        facts: None,
         counts: Counts { add: 3, change: 2, destroy: 1, import: 0, ..Counts::default() },
         engine: "terraform".into(),
         terraform_version: "1.11.4".into(),
@@ -121,6 +124,7 @@ pub(crate) const fn audit_records() -> usize {
 /// Returns an environment.
 pub(crate) fn environment(id: EnvironmentId, organization: OrganizationId) -> Environment {
     Environment {
+        break_glass: None,
         id,
         organization,
         name: "web".into(),

@@ -256,7 +256,14 @@ impl Bed {
             facts.access_key_id = user.access_keys[0].id.clone();
             facts.secret_access_key = user.access_keys[0].secret.clone();
             facts.mfa_serial = user.devices[0].serial.clone();
-            self.owner.set_triple(Scope::WholeOrganization(true), &facts).await?;
+            match &self.device {
+                // Four were used of it, so that one is left of what a device may have.
+                Some((before, _)) => {
+                    let code = self.aws.unused_code_of(before).await?;
+                    self.owner.replace_triple(&facts, &code).await?;
+                }
+                None => self.owner.set_triple(Scope::WholeOrganization(true), &facts).await?,
+            }
             self.device = Some((facts.mfa_serial, 0));
         }
         let (serial, used) = self.device.as_mut().context("a device was just chosen")?;

@@ -252,6 +252,7 @@ impl Person {
             value: value.to_owned(),
             sensitive,
             hcl: false,
+            ..Default::default()
         };
         let answer = self.variables().set_variable(request).await?;
         Ok(answer.into_inner().variable.unwrap_or_default())
@@ -271,11 +272,30 @@ impl Person {
         Ok(())
     }
 
+    /// Replaces the organization's triple, by a code of the device that it has.
+    pub async fn replace_triple(&self, facts: &Facts, code: &str) -> anyhow::Result<()> {
+        let scope = Scope::WholeOrganization(true);
+        let of = v1::VariableScope {
+            organization: self.organization.clone(),
+            scope: Some(scope.clone()),
+        };
+        let request = v1::DeleteVariableRequest {
+            scope: Some(of),
+            name: "AWS_MFA_SERIAL_NUMBER".into(),
+            category: VariableCategory::Environment.into(),
+            token_code: code.to_owned(),
+            request_id: format!("replace-{code}"),
+        };
+        self.variables().delete_variable(request).await.context("failed to delete the device")?;
+        self.set_triple(scope, facts).await
+    }
+
     /// Replaces the list of accounts that triples may belong to.
     pub async fn list_accounts(&self, accounts: &[&str]) -> anyhow::Result<()> {
         let request = v1::UpdateOrganizationRequest {
             organization: self.organization.clone(),
             aws_accounts: accounts.iter().map(|account| (*account).to_owned()).collect(),
+            ..Default::default()
         };
         let answer = self.organizations().update_organization(request).await;
         answer.context("failed to list the AWS accounts")?;

@@ -286,10 +286,14 @@ impl Person {
         let policies =
             [v1::MfaPolicy::Never, v1::MfaPolicy::AppliesOnly, v1::MfaPolicy::PlansAndApplies];
         let policy = policies[self.world.chance.index(policies.len())];
+        // For when the level becomes lower. Nothing may ever be given the session that it buys.
+        let token_code = self.world.next_code(false);
         let request = v1::UpdateEnvironmentRequest {
             organization: ORGANIZATION.into(),
             environment: environment.into(),
             mfa_policy: Some(policy.into()),
+            request_id: format!("change-{token_code}"),
+            token_code,
             ..Default::default()
         };
         self.world.model.note(format!("{environment} gets the policy {}", policy.as_str_name()));

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use latchkey_aws_simulator::{Facts, User, World};
 use latchkey_harness::{Configuration, Stage, is_ended};
-use latchkey_proto::v1::variable_scope::Scope;
 use latchkey_proto::v1::{self, MfaPolicy, Phase, RunKind, RunState};
 use uuid::Uuid;
 
@@ -14,8 +13,8 @@ use crate::physics::{self, Spread};
 use crate::row::{Budget, Context, Figure, Limit, Row};
 use crate::timed_runs::{Prepared, StubStage, prepare_with, watch};
 
-/// What Latchkey lets one device try in three minutes, and what AWS takes at one moment.
-const CODES: usize = 5;
+/// What Latchkey lets one device try in three minutes, but for the one that replaces it.
+const CODES: usize = 4;
 
 pub(crate) async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
     let devices = context.pick(2, 10);
@@ -29,8 +28,10 @@ pub(crate) async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
     let users = world.accounts[0].users[1..].to_vec();
     let stage = StubStage::start_in(world).await?;
     let (mut leased, mut answered) = (Vec::new(), Vec::new());
+    let mut before = stage.stage.aws.facts().mfa_serial.clone();
     for user in &users {
-        let prepared = prepare(&stage, user).await?;
+        let prepared = prepare(&stage, user, &before).await?;
+        before.clone_from(&user.devices[0].serial);
         for _ in 0..CODES {
             let one = authenticate(&stage, &prepared, &user.devices[0].serial).await?;
             leased.push(one.leased);
@@ -71,7 +72,7 @@ fn millis(duration: Duration) -> f64 {
 }
 
 /// Makes an environment, and one user's device that of the organization.
-async fn prepare(stage: &StubStage, user: &User) -> anyhow::Result<Prepared> {
+async fn prepare(stage: &StubStage, user: &User, before: &str) -> anyhow::Result<Prepared> {
     let owner = &stage.stage.owner;
     let settings = v1::EnvironmentSettings {
         mfa_policy: MfaPolicy::PlansAndApplies.into(),
@@ -88,7 +89,8 @@ async fn prepare(stage: &StubStage, user: &User) -> anyhow::Result<Prepared> {
         ..stage.stage.aws.facts().clone()
     };
     // In turn: environments have no triple of their own.
-    owner.set_triple(Scope::WholeOrganization(true), &facts).await?;
+    let code = stage.stage.aws.unused_code_of(before).await?;
+    owner.replace_triple(&facts, &code).await?;
     Ok(prepared)
 }
 

@@ -87,6 +87,16 @@ resource "terraform_data" "gated" {{
 /// Keeps its state in the simulated S3, behind a role that demands MFA or, as `read`, none. Its
 /// plan takes as long as AWS takes to answer, which is the test's to script.
 pub(crate) fn with_s3(stage: &Stage, role: &str) -> Configuration {
+    let arn = format!("arn:aws:iam::123456789012:role/{role}");
+    s3(stage, &format!("assume_role    = {{ role_arn = \"{arn}\" }}"))
+}
+
+/// The same with the credentials as they are given, for sessions of a role.
+pub(crate) fn with_s3_as_given(stage: &Stage) -> Configuration {
+    s3(stage, "")
+}
+
+fn s3(stage: &Stage, assume_role: &str) -> Configuration {
     let url = &stage.aws.facts().url;
     let main = format!(
         r#"
@@ -98,7 +108,7 @@ terraform {{
     use_path_style = true
     use_lockfile   = true
     endpoints      = {{ s3 = "{url}", sts = "{url}" }}
-    assume_role    = {{ role_arn = "arn:aws:iam::123456789012:role/{role}" }}
+    {assume_role}
   }}
 }}
 
