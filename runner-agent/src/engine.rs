@@ -132,7 +132,7 @@ impl Engines {
     }
 
     /// Takes only what is installed or may be.
-    fn without_looking(settings: EngineSettings) -> Self {
+    pub(crate) fn without_looking(settings: EngineSettings) -> Self {
         let cache = Cache::new(settings.cache.clone(), settings.confinement.clone());
         Self { found: Vec::new(), cache, settings }
     }

@@ -1,7 +1,9 @@
 //! What comes before the agent's loop: the directory, the engines, the identity, the host.
 //!
 //! Each may take its time: an engine a minute to answer, a control plane for ever. A wish to end
-//! is heard meanwhile, and met at once: no job of this host has been taken up yet, so those go on.
+//! is heard meanwhile. It is met at once where it leaves the jobs of this host to others, or where
+//! there are none. Else they are to be brought to their end: what they do without is not waited
+//! for, and the loop takes them up and does the rest.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,7 +26,7 @@ use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::engine::{self, EngineSettings, Engines, GiveUp};
 use crate::enroll::Identity;
-use crate::job_directory::{Settings, create_private, private_directory};
+use crate::job_directory::{JobDirectory, Settings, create_private, private_directory};
 use crate::supervisor::confine::Isolation;
 use crate::supervisor::isolation;
 use crate::{random, spool};
@@ -35,18 +37,24 @@ const FAREWELL: Duration = Duration::from_secs(3);
 /// Runs the agent until it is wished to end, or does by itself with `--once` and a time-out.
 pub(super) async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result<(), Error> {
     let lock = claim(&config.work_dir)?;
-    let Some(engines) = find_engines(config.engines.clone(), &wish).await? else {
-        return Ok(());
-    };
+    let jobs_path = config.work_dir.join("jobs");
+    private_directory(&jobs_path)?;
+    // Whoever is to drain has these to bring to their end.
+    let bar = if JobDirectory::list(&jobs_path)?.is_empty() { Wish::Drain } else { Wish::Leave };
+    let engines = find_engines(config.engines.clone(), &wish).await?;
+    let wished_so_far = *wish.borrow();
+    if wished_so_far >= bar {
+        return leave(wished_so_far);
+    }
     let identity = tokio::select! {
         identity = identity(&config) => identity?,
-        () = wished(&wish) => return Ok(()),
+        wish = wished(&wish, bar) => return leave(wish),
     };
     // Before any job is confined: what is not there cannot be allowed.
     private_directory(&config.provider_cache)?;
     let isolation = tokio::select! {
         facts = isolation::probe(&config.program, &config.work_dir, &config.confinement) => facts,
-        () = wished(&wish) => return Ok(()),
+        wish = wished(&wish, bar) => return leave(wish),
     };
     let client = RunnerServiceClient::new(identity.channel(&config)?)
         .max_decoding_message_size(LARGEST_FRAME);
@@ -56,8 +64,6 @@ pub(super) async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result
         "the runner starts"
     );
     let (events_to, events) = mpsc::channel(64);
-    let jobs_path = config.work_dir.join("jobs");
-    private_directory(&jobs_path)?;
     let mut pulse = interval(Service::pulse());
     pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut agent = Agent {
@@ -92,6 +98,10 @@ pub(super) async fn serve(config: Config, wish: watch::Receiver<Wish>) -> Result
         agent.intake.refuse_all();
     }
     agent.find_jobs()?;
+    if *agent.wish.borrow() >= Wish::Drain {
+        // The first `Hello` says so: nothing is offered.
+        agent.intake.leave();
+    }
     leftovers::look_after(agent.client.clone(), &agent.config.work_dir);
     agent.run().await;
     Ok(())
@@ -106,33 +116,42 @@ fn claim(work_dir: &Path) -> Result<File, Error> {
     Ok(lock)
 }
 
-/// Waits until this process is wished to end.
-async fn wished(wish: &watch::Receiver<Wish>) {
-    // Whoever could wish is gone: that is one, too.
-    let _ = wish.clone().wait_for(|wish| *wish != Wish::Stay).await;
+/// Waits until so much is wished, or more.
+async fn wished(wish: &watch::Receiver<Wish>, bar: Wish) -> Wish {
+    match wish.clone().wait_for(|wish| *wish >= bar).await {
+        Ok(wish) => *wish,
+        // Whoever could wish is gone: that is one, too.
+        Err(_) => Wish::Leave,
+    }
 }
 
-/// Answers `None` when it was given up.
+fn leave(wish: Wish) -> Result<(), Error> {
+    tracing::info!(?wish, "the runner leaves before it has begun");
+    Ok(())
+}
+
+/// Finds them, or none when this process is wished to end meanwhile: what runs has its own.
 async fn find_engines(
     settings: EngineSettings,
     wish: &watch::Receiver<Wish>,
-) -> Result<Option<Arc<Engines>>, Error> {
+) -> Result<Arc<Engines>, Error> {
     let give_up = GiveUp::default();
     let given = give_up.clone();
+    let unasked = settings.clone();
     let mut search = tokio::task::spawn_blocking(move || Engines::find(settings, &given));
     let found = tokio::select! {
         found = &mut search => found,
-        () = wished(wish) => {
+        _ = wished(wish, Wish::Drain) => {
             give_up.now();
             // What was being asked is ended before this process is.
             if tokio::time::timeout(FAREWELL, search).await.is_err() {
                 tracing::warn!("an engine that was asked for its version is still there");
             }
-            return Ok(None);
+            return Ok(Arc::new(Engines::without_looking(unasked)));
         }
     };
     let engines = found.map_err(|error| Error::Runtime(error.into()))??;
-    Ok(Some(Arc::new(engines)))
+    Ok(Arc::new(engines))
 }
 
 /// Enrols, however long the control plane cannot be reached.

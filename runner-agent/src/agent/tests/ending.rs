@@ -273,32 +273,84 @@ async fn a_quit_signal_leaves_at_once_and_the_next_agent_takes_the_job_up() {
     next.stop().await.unwrap();
 }
 
+/// An engine that does not answer when it is asked for its version.
+struct Slow(tempfile::TempDir);
+
+impl Slow {
+    fn new() -> Self {
+        let host = tempfile::tempdir().unwrap();
+        let engine = host.path().join("terraform");
+        let text = "#!/bin/sh\necho $$ > \"${0%/*}/own/pid.new\"\n\
+                    mv \"${0%/*}/own/pid.new\" \"${0%/*}/own/pid\"\nsleep 600\n";
+        std::fs::create_dir(host.path().join("own")).unwrap();
+        std::fs::write(&engine, text).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&engine, mode).unwrap();
+        Self(host)
+    }
+
+    /// Starts an agent, and answers once the engine is being asked.
+    async fn agent(&self, plane: &Plane, work_dir: &Path) -> (Running, i32) {
+        let engine = self.0.path().join("terraform").display().to_string();
+        let engines = EngineSettings::of(&["--terraform", &engine], work_dir);
+        let agent = Running::start(Config { engines, ..plane.config(work_dir) });
+        let asked = async {
+            loop {
+                match std::fs::read_to_string(self.0.path().join("own/pid")) {
+                    Ok(pid) => return pid.trim().parse::<i32>().unwrap(),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+                }
+            }
+        };
+        let pid = tokio::time::timeout(LIMIT, asked).await.expect("the engine is asked");
+        (agent, pid)
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_is_heard_while_an_engine_takes_its_time_to_answer() {
     let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
-    let host = tempfile::tempdir().unwrap();
-    let engine = host.path().join("terraform");
-    let text = "#!/bin/sh\necho $$ > \"${0%/*}/own/pid.new\"\n\
-                mv \"${0%/*}/own/pid.new\" \"${0%/*}/own/pid\"\nsleep 600\n";
-    std::fs::create_dir(host.path().join("own")).unwrap();
-    std::fs::write(&engine, text).unwrap();
-    std::fs::set_permissions(&engine, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let engine = engine.display().to_string();
-    let engines = EngineSettings::of(&["--terraform", &engine], work_dir.path());
-    let agent = Running::start(Config { engines, ..plane.config(work_dir.path()) });
-    let asked = async {
-        loop {
-            match std::fs::read_to_string(host.path().join("own/pid")) {
-                Ok(pid) => return pid.trim().parse::<i32>().unwrap(),
-                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
-            }
-        }
-    };
-    let pid = tokio::time::timeout(LIMIT, asked).await.expect("the engine is asked");
+    let engine = Slow::new();
+    let (agent, pid) = engine.agent(&plane, work_dir.path()).await;
     let begun = Instant::now();
     agent.wish(Wish::Drain);
     agent.ended().await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the engine that was asked lives");
     assert!(plane.story().is_empty(), "{:?}", plane.story());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_at_the_start_of_an_agent_that_has_a_job_drains_or_cancels_or_leaves_it() {
+    let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
+    let first = Running::start(plane.config(work_dir.path()));
+    apply_begins(&plane, "2").await;
+    first.stop().await.unwrap();
+    let engine = Slow::new();
+    let (agent, _) = engine.agent(&plane, work_dir.path()).await;
+    agent.stop().await.unwrap();
+    assert_eq!(jobs_left(work_dir.path()).len(), 1);
+    let engine = Slow::new();
+    let (agent, pid) = engine.agent(&plane, work_dir.path()).await;
+    agent.wish(Wish::Drain);
+    agent.ended().await.unwrap();
+    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the engine that was asked lives");
+    let finished = plane.finished().await;
+    assert!(matches!(finished.result, Some(v1::finished::Result::Apply(_))), "{finished:?}");
+    assert!(plane.world().hellos.last().unwrap().draining);
+    assert!(jobs_left(work_dir.path()).is_empty());
+
+    let first = Running::start(plane.config(work_dir.path()));
+    apply_begins(&plane, "600").await;
+    first.stop().await.unwrap();
+    let engine = Slow::new();
+    let (agent, _) = engine.agent(&plane, work_dir.path()).await;
+    agent.wish(Wish::Cancel);
+    agent.ended().await.unwrap();
+    let finished = plane.finished().await;
+    let Some(v1::finished::Result::Failed(failed)) = finished.result else {
+        panic!("{finished:?}")
+    };
+    assert_eq!(failed.kind(), v1::JobFailure::Canceled, "{failed:?}");
+    assert!(jobs_left(work_dir.path()).is_empty());
 }
