@@ -11,6 +11,7 @@ mod login;
 mod logout;
 mod logs;
 mod member;
+mod mail;
 mod org;
 mod password;
 mod pool;
@@ -22,6 +23,7 @@ mod service_token;
 mod session;
 mod user;
 mod var;
+mod webhook;
 mod whoami;
 
 use clap::Subcommand;
@@ -74,6 +76,12 @@ pub(crate) enum Command {
     /// What runners brought that is not current, kept for a person
     #[command(subcommand)]
     Quarantine(quarantine::Quarantine),
+    /// Programs that are told when a run needs somebody or ends
+    #[command(subcommand)]
+    Webhook(webhook::Webhook),
+    /// People who are told by mail when a run needs somebody or ends
+    #[command(subcommand)]
+    Mail(mail::Mail),
     /// The chained record of who did what
     #[command(subcommand)]
     Audit(audit::Audit),
@@ -105,6 +113,8 @@ impl Command {
             | Command::Runner(_)
             | Command::Pool(_)
             | Command::Quarantine(_)
+            | Command::Webhook(_)
+            | Command::Mail(_)
             | Command::Audit(_)
             | Command::Completions(_) => false,
         }
@@ -133,6 +143,8 @@ impl Command {
             Command::Runner(command) => command.run(context).await,
             Command::Pool(command) => command.run(context).await,
             Command::Quarantine(command) => command.run(context).await,
+            Command::Webhook(command) => command.run(context).await,
+            Command::Mail(command) => command.run(context).await,
             Command::Audit(command) => command.run(context).await,
             Command::Completions(command) => command.run(context),
         }

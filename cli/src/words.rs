@@ -7,8 +7,8 @@ use prost_types::Duration as WireDuration;
 use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
-    Access, Lock, MfaPolicy, Phase, PlainCredentials, QuarantinedKind, Role, RunKind, RunState,
-    VariableCategory,
+    Access, DeliveryState, Lock, MfaPolicy, NoticeEvent, Phase, PlainCredentials, QuarantinedKind,
+    Role, RunKind, RunState, VariableCategory,
 };
 
 use crate::exit::Exit;
@@ -53,8 +53,10 @@ macro_rules! words {
 
 words! {
     Access: "ACCESS_",
+    DeliveryState: "DELIVERY_STATE_",
     Lock: "LOCK_",
     MfaPolicy: "MFA_POLICY_",
+    NoticeEvent: "NOTICE_EVENT_",
     Phase: "PHASE_",
     PlainCredentials: "PLAIN_CREDENTIALS_",
     QuarantinedKind: "QUARANTINED_KIND_",
