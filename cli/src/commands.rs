@@ -11,6 +11,7 @@ mod login;
 mod logout;
 mod logs;
 mod member;
+mod mail;
 mod org;
 mod password;
 mod pool;
@@ -25,6 +26,7 @@ mod state;
 mod top_up;
 mod user;
 mod var;
+mod webhook;
 mod whoami;
 
 use clap::Subcommand;
@@ -84,6 +86,12 @@ pub(crate) enum Command {
     /// keep what they have until there is room, and the audit trail says `quarantine_full`.
     #[command(subcommand)]
     Quarantine(quarantine::Quarantine),
+    /// Programs that are told when a run needs somebody or ends
+    #[command(subcommand)]
+    Webhook(webhook::Webhook),
+    /// People who are told by mail when a run needs somebody or ends
+    #[command(subcommand)]
+    Mail(mail::Mail),
     /// Versions of an environment's state, its lock, and how a workstation uses it
     #[command(subcommand)]
     State(state::State),
@@ -120,6 +128,8 @@ impl Command {
             | Command::Runner(_)
             | Command::Pool(_)
             | Command::Quarantine(_)
+            | Command::Webhook(_)
+            | Command::Mail(_)
             | Command::State(_)
             | Command::Audit(_)
             | Command::Completions(_) => false,
@@ -151,6 +161,8 @@ impl Command {
             Command::Runner(command) => command.run(context).await,
             Command::Pool(command) => command.run(context).await,
             Command::Quarantine(command) => command.run(context).await,
+            Command::Webhook(command) => command.run(context).await,
+            Command::Mail(command) => command.run(context).await,
             Command::State(command) => command.run(context).await,
             Command::Audit(command) => command.run(context).await,
             Command::Completions(command) => command.run(context),

@@ -5,6 +5,7 @@ pub(crate) mod account;
 pub(crate) mod check;
 pub(crate) mod environment;
 pub(crate) mod member;
+pub(crate) mod notice;
 pub(crate) mod pool;
 pub(crate) mod quarantine;
 pub(crate) mod run;

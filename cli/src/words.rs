@@ -7,9 +7,9 @@ use prost_types::Duration as WireDuration;
 use prost_types::Timestamp as WireTimestamp;
 
 use latchkey_proto::v1::{
-    Access, CheckOutcome, CodeCredentials, Lock, MfaPolicy, Phase, PlainCredentials,
-    QuarantinedKind, Role, RunKind, RunState, StateChangeAction, StateOrigin, VariableCategory,
-    VariableOrigin,
+    Access, CheckOutcome, CodeCredentials, DeliveryState, Lock, MfaPolicy, NoticeEvent, Phase,
+    PlainCredentials, QuarantinedKind, Role, RunKind, RunState, StateChangeAction, StateOrigin,
+    VariableCategory, VariableOrigin,
 };
 
 use crate::exit::Exit;
@@ -56,8 +56,10 @@ words! {
     Access: "ACCESS_",
     CheckOutcome: "CHECK_OUTCOME_",
     CodeCredentials: "CODE_CREDENTIALS_",
+    DeliveryState: "DELIVERY_STATE_",
     Lock: "LOCK_",
     MfaPolicy: "MFA_POLICY_",
+    NoticeEvent: "NOTICE_EVENT_",
     Phase: "PHASE_",
     PlainCredentials: "PLAIN_CREDENTIALS_",
     QuarantinedKind: "QUARANTINED_KIND_",

@@ -22,7 +22,7 @@ pub struct Program {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Run the control plane; meant when no command is given
-    Run(Args),
+    Run(Box<Args>),
     Backup(BackupArgs),
     Restore(RestoreArgs),
     Alarm(AlarmArgs),
@@ -347,7 +347,7 @@ mod tests {
     fn config(args: &[&str]) -> Result<Config, ConfigError> {
         let args = ["latchkey-control-plane", "--data-dir", "/data"].iter().chain(args);
         match Program::read(args.map(OsString::from)).unwrap().command {
-            Command::Run(args) => args.try_into(),
+            Command::Run(args) => (*args).try_into(),
             other @ (Command::Backup(_)
             | Command::Restore(_)
             | Command::Alarm(_)

@@ -100,9 +100,14 @@ impl Outbound {
     }
 }
 
-/// The client's side of TLS. The process has installed its provider.
-pub fn tls(roots: RootCertStore) -> ClientConfig {
-    let mut config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+/// Makes the client's side of TLS, with the one provider whether it is installed or not.
+fn tls(roots: RootCertStore) -> ClientConfig {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("the provider has the ciphers of both versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     config
 }

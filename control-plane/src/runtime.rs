@@ -66,7 +66,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let done = runtime.context("start the runtime").and_then(|runtime| {
         let done = match command {
             Command::Run(args) => {
-                Config::try_from(args).map_err(Into::into).and_then(|c| runtime.block_on(serve(c)))
+                Config::try_from(*args).map_err(Into::into).and_then(|c| runtime.block_on(serve(c)))
             }
             Command::Backup(args) => runtime.block_on(back_up(&args)),
             Command::Restore(args) => runtime.block_on(bring_back(&args)),

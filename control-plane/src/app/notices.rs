@@ -546,7 +546,11 @@ impl App {
     ) -> Result<Vec<String>> {
         let mut names = vec![];
         for Text(id) in &selection.environments {
-            names.push(self.environment(organization, *id).await?.value.name);
+            match self.environment(organization, *id).await {
+                Ok(found) => names.push(found.value.name),
+                Err(error) if error.reason() == Reason::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
         names.sort_unstable();
         Ok(names)

@@ -1,9 +1,13 @@
 //! People: signing in, what a member may do, and how everything ends for who is revoked or removed.
 
+use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
-use latchkey_harness::{Person, Stage, StageOptions, reason};
+use latchkey_harness::{LIMIT, Person, Stage, StageOptions, reason};
 use latchkey_proto::v1::{self, Access, MfaPolicy, Phase, RunState};
+use serde_json::Value;
+use tokio::io::AsyncWriteExt;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{options, small};
@@ -156,4 +160,91 @@ async fn a_revoked_service_token_ends_with_its_streams() {
     stage.owner.accounts().revoke_service_token(request).await.unwrap();
     assert_eq!(end_of(watched).await.code(), Code::Unauthenticated);
     assert_eq!(ci.run(&run.run_id).await.unwrap_err().code(), Code::Unauthenticated);
+}
+
+/// Somebody at a terminal of their own: their credentials file, and what they type.
+struct Terminal<'a> {
+    stage: &'a Stage,
+    config: PathBuf,
+}
+
+impl<'a> Terminal<'a> {
+    fn of(stage: &'a Stage, who: &str) -> Self {
+        Self { stage, config: stage.directory().join(format!("{who}.json")) }
+    }
+
+    /// Runs `latchkey` and returns its exit code and both its outputs.
+    async fn run(&self, arguments: &str, typed: &str) -> (i32, String, String) {
+        let mut command = self.stage.programs().cli().command();
+        command.arg("--config").arg(&self.config).args(arguments.split(' '));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(typed.as_bytes()).await.unwrap();
+        let ended = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
+        let ended = ended.expect("it does not end").unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (ended.status.code().unwrap_or(-1), text(&ended.stdout), text(&ended.stderr))
+    }
+
+    /// Runs what must go well and returns what it wrote.
+    async fn done(&self, arguments: &str, typed: &str) -> String {
+        let (code, out, err) = self.run(arguments, typed).await;
+        assert_eq!(code, 0, "{arguments}: {err}");
+        out
+    }
+
+    async fn json(&self, arguments: &str) -> Value {
+        serde_json::from_str(&self.done(&format!("{arguments} -o json"), "").await).unwrap()
+    }
+
+    fn login(&self, more: &str) -> String {
+        let (url, ca) = (self.stage.plane.people_url(), self.stage.plane.ca_file().display());
+        format!("login {url} --ca-file {ca}{more}")
+    }
+}
+
+#[tokio::test]
+async fn people_are_managed_from_the_command_line() {
+    let stage = stage().await;
+    let (ada, bob) = (Terminal::of(&stage, "ada"), Terminal::of(&stage, "bob"));
+    ada.done(&ada.login(""), &format!("{}\n", stage.owner.token())).await;
+    let token = ada.done("user create bob --role member --access read", "").await;
+    bob.done(&bob.login(""), &token).await;
+    assert_eq!(bob.done("password", &format!("{PASSWORD}\n")).await, "The password is set\n");
+    bob.done(&bob.login(" --user bob"), &format!("{PASSWORD}\n")).await;
+
+    ada.done("member set bob --env web=write --env vault=none", "").await;
+    let listed = ada.done("member list", "").await;
+    assert!(listed.contains("vault=none web=write"), "{listed}");
+    let own = bob.json("member list").await;
+    assert_eq!(own["members"][0]["environments"]["web"], "write");
+    assert_eq!(own["members"].as_array().unwrap().len(), 1);
+    let (code, _, err) = ada.run("member set ada --role member", "").await;
+    assert_eq!(code, 1);
+    assert!(err.contains("LAST_OWNER") && err.contains("hint:"), "{err}");
+
+    let sessions = bob.json("session list").await;
+    assert_eq!(sessions["sessions"][0]["current"], true);
+    assert!(bob.done("session list", "").await.contains("latchkey "));
+    bob.done("logout", "").await;
+    bob.done(&bob.login(" --user bob"), &format!("{PASSWORD}\n")).await;
+    assert_eq!(bob.json("session list").await["sessions"].as_array().unwrap().len(), 1);
+
+    ada.done("service-token create ci --env web --access read", "").await;
+    let tokens = ada.json("service-token list").await;
+    assert_eq!(tokens["service_tokens"][0]["environments"][0], "web");
+    assert!(ada.done("service-token list", "").await.contains("ci"));
+    ada.done("service-token revoke ci", "").await;
+    assert_eq!(ada.done("service-token list", "").await, "no service tokens\n");
+
+    let (code, _, err) = ada.run("user reset bob", "bbo\n").await;
+    assert_eq!(code, 2, "{err}");
+    let token = ada.done("user reset bob", "bob\n").await;
+    assert_eq!(bob.run("whoami", "").await.0, 5);
+    bob.done(&bob.login(""), &token).await;
+    ada.done("member remove bob --yes", "").await;
+    let (code, _, err) = bob.run("env list --organization acme", "").await;
+    assert_eq!(code, 1, "{err}");
+    ada.done("member add bob --role owner", "").await;
+    assert!(bob.done("user list --organization acme", "").await.contains("ada"));
 }
