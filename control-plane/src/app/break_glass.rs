@@ -11,11 +11,13 @@ use latchkey_domain::policy::MfaPolicy;
 use serde::{Deserialize, Serialize};
 
 use super::App;
+use super::notices::News;
 use super::secrets::TRIPLE;
 use super::settings::shown;
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
 use crate::store::record::environment::{BreakGlass, Environment, EnvironmentRecord};
+use crate::store::record::notice::Event;
 use crate::store::record::people::Membership;
 use crate::store::record::variable::{Category, stored_name};
 use crate::store::record::{self, Loaded, Text, encode};
@@ -117,6 +119,18 @@ impl App {
                 .with("after", shown(&next.settings));
             let record = encode(&EnvironmentRecord::from(&next));
             let batch = Batch::new().put(found.key, Expect::At(found.version), record).audit(draft);
+            let batch = self
+                .announce(
+                    batch,
+                    next.organization,
+                    News {
+                        event: Event::BreakGlass,
+                        run: None,
+                        environment: Some((next.id, &next.name)),
+                        reason: Some(reason),
+                    },
+                )
+                .await?;
             match self.store.commit(batch).await {
                 Ok(_) => {
                     tracing::warn!(environment = next.name, reason, "break-glass: {what}");
@@ -164,7 +178,10 @@ impl App {
             let key = keys::variable(scope, &stored_name(Category::Environment, name));
             batch.delete(key, Expect::Anything)
         });
-        self.store.commit(batch.audit(draft)).await?;
+        let news =
+            News { event: Event::BreakGlass, run: None, environment: None, reason: Some(reason) };
+        let batch = self.announce(batch.audit(draft), organization, news).await?;
+        self.store.commit(batch).await?;
         tracing::warn!(reason, "break-glass: {what}");
         Ok(vec![what])
     }

@@ -7,7 +7,7 @@ use latchkey_domain::id::{EnvironmentId, RunId, UserId};
 use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
 
-use super::guarded_change::{Backing, GuardedChange, Intent, GivenCode};
+use super::guarded_change::{Backing, GivenCode, GuardedChange, Intent};
 use super::settings::{SettingsChange, asks, shown};
 use super::{App, Page, PageRequest, check_name, check_request_id};
 use crate::auth::{Caller, Right};

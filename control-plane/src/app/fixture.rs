@@ -21,8 +21,8 @@ use super::finish_job::JobResult;
 use super::guarded_change::GivenCode;
 use super::history::Mark;
 use super::lease_job::SESSION_FLOOR;
-use super::service_tokens::TokenScope;
 use super::queue_run::NewRun;
+use super::service_tokens::TokenScope;
 use super::settings::SettingsChange;
 use super::start_job::Start;
 use super::variables::{NewVariable, Scope};
@@ -78,7 +78,11 @@ impl Fixture {
         let fixture = Self::bare(aws, endpoint).await;
         let facts = fixture.aws.facts();
         let accounts = vec![facts.account_id];
-        fixture.app.update_organization(&fixture.owner, ORGANIZATION, accounts, None).await.unwrap();
+        fixture
+            .app
+            .update_organization(&fixture.owner, ORGANIZATION, accounts, None)
+            .await
+            .unwrap();
         let secret = facts.secret_access_key.expose().to_owned();
         fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
         fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
@@ -402,12 +406,7 @@ impl Fixture {
         self.planned_with(runner, lease, b"{}").await
     }
 
-    async fn planned_with(
-        &self,
-        runner: &RunnerIdentity,
-        lease: LeaseRef,
-        changes: &[u8],
-    ) -> Run {
+    async fn planned_with(&self, runner: &RunnerIdentity, lease: LeaseRef, changes: &[u8]) -> Run {
         self.end_plan(runner, lease, changes).await;
         self.app.run(lease.job.run).await.unwrap().value
     }
@@ -451,7 +450,11 @@ impl Fixture {
     /// Actions of the audit trail, oldest first, with their actors.
     pub(crate) async fn audited(&self) -> Vec<(String, String)> {
         let page = PageRequest { size: 200, ..PageRequest::default() };
-        let page = self.app.list_audit(&self.owner, ORGANIZATION, AuditFilter::default(), page).await.unwrap();
+        let page = self
+            .app
+            .list_audit(&self.owner, ORGANIZATION, AuditFilter::default(), page)
+            .await
+            .unwrap();
         let drafts = page.items.into_iter().map(|record| record.draft);
         drafts.map(|draft| (draft.action, draft.actor)).collect()
     }

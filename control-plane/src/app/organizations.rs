@@ -9,7 +9,7 @@ use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
-use super::guarded_change::{GuardedChange, Intent, GivenCode};
+use super::guarded_change::{GivenCode, GuardedChange, Intent};
 use super::members::with_member;
 use super::{App, check_name};
 use crate::auth::{Caller, NewToken};

@@ -25,7 +25,7 @@ pub use self::effective::{EffectiveVariable, Origin};
 pub(super) use self::for_run::Given;
 pub use self::for_run::JobVariable;
 use self::value::Prepared;
-use super::guarded_change::{GuardedChange, Intent, GivenCode};
+use super::guarded_change::{GivenCode, GuardedChange, Intent};
 use super::secrets::{ACCESS_KEY, SECRET_KEY, TRIPLE};
 use super::{App, Page, PageRequest};
 use crate::audit::Draft;

@@ -121,8 +121,7 @@ impl EnvironmentService for Service {
     ) -> Result<Response<v1::LockEnvironmentResponse>, Status> {
         let caller = caller(&request)?;
         let v1::LockEnvironmentRequest { organization, environment, reason } = request.into_inner();
-        let view =
-            self.app.lock_environment(&caller, &organization, &environment, &reason).await?;
+        let view = self.app.lock_environment(&caller, &organization, &environment, &reason).await?;
         let environment = Some(convert::environment(view));
         Ok(Response::new(v1::LockEnvironmentResponse { environment }))
     }

@@ -60,13 +60,8 @@ impl VariableService for Service {
         request: Request<v1::DeleteVariableRequest>,
     ) -> Result<Response<v1::DeleteVariableResponse>, Status> {
         let caller = caller(&request)?;
-        let v1::DeleteVariableRequest {
-            scope,
-            name,
-            category,
-            mut token_code,
-            mut request_id,
-        } = request.into_inner();
+        let v1::DeleteVariableRequest { scope, name, category, mut token_code, mut request_id } =
+            request.into_inner();
         let proof = given_code(&mut token_code, &mut request_id);
         let (organization, scope) = read_scope(scope)?;
         let category = read_category(category)?;

@@ -418,9 +418,7 @@ pub fn variable_stamp(scope: VariableScope) -> Key {
 
 fn of_scope(kind: Kind, scope: VariableScope) -> Prefix {
     match scope {
-        VariableScope::Organization(organization) => {
-            prefix(kind, &[b"o", organization.as_bytes()])
-        }
+        VariableScope::Organization(organization) => prefix(kind, &[b"o", organization.as_bytes()]),
         VariableScope::Environment(organization, environment) => {
             prefix(kind, &[b"e", organization.as_bytes(), environment.as_bytes()])
         }

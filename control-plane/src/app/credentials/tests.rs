@@ -8,8 +8,8 @@ use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
 use secrecy::ExposeSecret;
 
-use crate::app::audit_trail::AuditFilter;
 use crate::app::PageRequest;
+use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::settings::SettingsChange;
 use crate::app::start_job::Start;
@@ -187,7 +187,11 @@ async fn long_term_keys_go_out_as_they_are_and_are_recorded() {
     assert_eq!(keys.secret_access_key.expose_secret(), facts.secret_access_key.expose());
     assert!(keys.session_token.is_none() && keys.expires_at.is_none());
     let page = PageRequest { size: 200, ..PageRequest::default() };
-    let page = fixture.app.list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page).await.unwrap();
+    let page = fixture
+        .app
+        .list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page)
+        .await
+        .unwrap();
     let records = format!("{:?}", page.items);
     assert!(records.contains("the organization's long-term keys themselves"), "{records}");
     assert!(!records.contains(facts.secret_access_key.expose()));

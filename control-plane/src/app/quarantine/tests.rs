@@ -265,7 +265,8 @@ async fn say_full(fixture: &Fixture, runner: &RunnerIdentity, tally: Tally) {
 
 async fn audited(fixture: &Fixture, action: &str) -> usize {
     let page = PageRequest { size: 200, ..PageRequest::default() };
-    let records = fixture.app.list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page).await;
+    let records =
+        fixture.app.list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page).await;
     let records = records.unwrap().items;
     records.iter().filter(|record| record.draft.action == action).count()
 }

@@ -268,7 +268,9 @@ async fn a_plan_is_asked_for_by_its_settings_and_an_apply_by_its_plan() {
     assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.11.4"));
     app.hand_back(&runner, lease).await.unwrap();
     let run = fixture.plan(&run).await;
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None)
+        .await
+        .unwrap();
     let seen = run.planned.as_ref().unwrap().digest;
     app.confirm_run(owner, run.id, seen).await.unwrap();
     let (_, spec) = app.grant(run.job_id(Phase::Apply), runner.id).await.unwrap();
@@ -310,7 +312,9 @@ async fn settings_that_change_in_the_middle_of_a_plan_break_nothing() {
     app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let run = fixture.queue("first").await;
     let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None).await.unwrap();
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None)
+        .await
+        .unwrap();
     let run = fixture.planned(&runner, lease).await;
     assert_eq!(run.state, RunState::AwaitingConfirmation, "{:?}", run.reason);
 }

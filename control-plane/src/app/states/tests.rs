@@ -7,9 +7,9 @@ use latchkey_proto::v1::Reason;
 
 use super::StateVersionView;
 use super::push::Sending;
-use crate::app::audit_trail::AuditFilter;
 use crate::app::PageRequest;
 use crate::app::artifacts::Made;
+use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::service_tokens::TokenScope;
 use crate::app::state_lock::{LockAnswer, LockRequest};
@@ -105,7 +105,11 @@ async fn applying(fixture: &Fixture) -> Run {
 
 async fn audited(fixture: &Fixture, action: &str) -> usize {
     let page = PageRequest { size: 200, ..PageRequest::default() };
-    let page = fixture.app.list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page).await.unwrap();
+    let page = fixture
+        .app
+        .list_audit(&fixture.owner, ORGANIZATION, AuditFilter::default(), page)
+        .await
+        .unwrap();
     page.items.iter().filter(|record| record.draft.action == action).count()
 }
 

@@ -77,9 +77,15 @@ async fn a_large_value_is_a_blob_that_goes_with_its_record() {
 
     set(&fixture, &here(), variable("large", "small")).await.unwrap();
     let app = &fixture.app;
-    app.delete_variable(&fixture.owner, ORGANIZATION, &here(), (Category::Terraform, "other"), None)
-        .await
-        .unwrap();
+    app.delete_variable(
+        &fixture.owner,
+        ORGANIZATION,
+        &here(),
+        (Category::Terraform, "other"),
+        None,
+    )
+    .await
+    .unwrap();
     fixture.app.collect_garbage().await.unwrap();
     assert_eq!((uses(&fixture).await, files(&fixture).await), (0, 0));
     assert_eq!(given(&fixture, &run).await, [("large".to_owned(), "small".to_owned())]);
@@ -99,7 +105,9 @@ async fn a_run_keeps_what_it_was_queued_with_until_it_ends() {
         &fixture.owner,
         ORGANIZATION,
         &Scope::Personal,
-        (Category::Terraform, "mine"), None)
+        (Category::Terraform, "mine"),
+        None,
+    )
     .await
     .unwrap();
     app.collect_garbage().await.unwrap();
@@ -180,9 +188,9 @@ async fn the_budget_of_a_scope_holds_for_those_who_save_at_once() {
     let saving = (0..5).map(|number| {
         let app = fixture.app.clone();
         let (owner, new) = (fixture.owner.clone(), variable(&format!("v{number}"), &value));
-        tokio::spawn(
-            async move { app.set_variable(&owner, ORGANIZATION, &here(), new, None).await.map(drop) },
-        )
+        tokio::spawn(async move {
+            app.set_variable(&owner, ORGANIZATION, &here(), new, None).await.map(drop)
+        })
     });
     let mut refused = 0;
     for saved in saving.collect::<Vec<_>>() {

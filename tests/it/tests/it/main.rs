@@ -43,6 +43,6 @@ mod secrets;
 #[cfg(test)]
 mod support;
 #[cfg(test)]
-mod workstation;
-#[cfg(test)]
 mod variables;
+#[cfg(test)]
+mod workstation;

@@ -178,6 +178,7 @@ async fn a_bad_expression_is_refused_at_its_place_when_it_is_saved() -> anyhow::
         value: "[\n  1,\n  two,\n]".into(),
         sensitive: false,
         hcl: true,
+        ..Default::default()
     };
     let status = ada.variables().set_variable(request).await.unwrap_err();
     assert_eq!(reason(&status), "FIELD_INVALID");
