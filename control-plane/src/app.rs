@@ -84,7 +84,7 @@ use crate::store::record::environment::{Environment, EnvironmentRecord};
 use crate::store::record::people::{Bearer, Membership, Organization, ServiceToken, Token};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{self, Loaded, Text};
-use crate::store::{Key, Prefix, Scan, Store, Versioned, keys};
+use crate::store::{Key, Prefix, Scan, Store, Version, Versioned, keys};
 use crate::sts::Sts;
 
 /// What the use cases stand on.
@@ -209,29 +209,30 @@ impl App {
         right: Right,
         environment: Option<EnvironmentId>,
     ) -> Result<Standing> {
-        let position = self.position(caller, organization).await?;
-        auth::check(caller, position.as_ref(), right, environment)?;
-        let position = position.ok_or_else(auth::hidden)?;
+        let found = self.position(caller, organization).await?;
+        auth::check(caller, found.as_ref().map(|found| &found.0), right, environment)?;
+        let (position, rests_on) = found.ok_or_else(auth::hidden)?;
         let name = self.organization(organization).await?.value.name;
-        Ok(Standing { caller: caller.clone(), organization, organization_name: name, position })
+        let (caller, organization_name) = (caller.clone(), name);
+        Ok(Standing { caller, organization, organization_name, position, rests_on })
     }
 
-    /// Finds what the caller is in an organization; `None` is nothing.
+    /// Finds what the caller is in an organization, and the record that says so; `None` is nothing.
     async fn position(
         &self,
         caller: &Caller,
         organization: OrganizationId,
-    ) -> Result<Option<Position>> {
+    ) -> Result<Option<(Position, (Key, Version))>> {
         Ok(match caller {
             Caller::User { id, .. } => {
                 let membership: Option<Loaded<Membership>> =
                     self.fetch(keys::membership(organization, *id)).await?;
-                membership.map(|membership| Position::from(membership.value))
+                membership.map(|found| (Position::from(found.value), (found.key, found.version)))
             }
             Caller::Service { id, organization: own, .. } if *own == organization => {
                 let token: Option<Loaded<ServiceToken>> =
                     self.fetch(keys::service_token(organization, *id)).await?;
-                token.map(|token| Position::from(token.value))
+                token.map(|found| (Position::from(found.value), (found.key, found.version)))
             }
             Caller::Service { .. } => None,
         })

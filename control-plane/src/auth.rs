@@ -27,6 +27,7 @@ use secrecy::{ExposeSecret, SecretString};
 use crate::error::{Error, Result};
 use crate::store::record::Text;
 use crate::store::record::people::{Access, Membership, Role, ServiceToken};
+use crate::store::{Batch, Expect, Key, Version};
 
 /// A person or a program, proved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +120,16 @@ pub struct Standing {
     pub organization: OrganizationId,
     pub organization_name: String,
     pub position: Position,
+    /// The record that says so, as it was when it was checked.
+    pub rests_on: (Key, Version),
+}
+
+impl Standing {
+    /// Makes a batch rest on the very record by which the caller was let.
+    pub fn guard(&self, batch: Batch) -> Batch {
+        let (key, version) = self.rests_on.clone();
+        batch.check(key, Expect::At(version))
+    }
 }
 
 impl Caller {
@@ -178,6 +189,12 @@ pub fn check(
     environment: Option<EnvironmentId>,
 ) -> Result<()> {
     let position = position.ok_or_else(hidden)?;
+    // First: the answer must be that of what does not exist, whatever is asked.
+    if environment.is_some_and(|environment| position.access(environment) == Access::None)
+        && right != Right::Belong
+    {
+        return Err(Error::not_found("environment"));
+    }
     let needed = match right {
         Right::Belong => return Ok(()),
         Right::Own => {
@@ -290,7 +307,7 @@ mod tests {
     #[test]
     fn each_access_holds_what_is_before_it() {
         let member = |access| position(Role::Member, access);
-        answers(&user(), &member(Access::None), [None, HIDDEN, HIDDEN, HIDDEN, HIDDEN, NO]);
+        answers(&user(), &member(Access::None), [None, HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN]);
         answers(&user(), &member(Access::Read), [None, None, NO, NO, NO, NO]);
         answers(&user(), &member(Access::Write), [None, None, None, None, NO, NO]);
         answers(&user(), &member(Access::Admin), [None, None, None, None, None, NO]);

@@ -12,12 +12,12 @@ use latchkey_proto::v1::Reason;
 use super::people::MOST_ENVIRONMENTS;
 use super::{App, Page, PageRequest};
 use crate::audit::Draft;
-use crate::auth::{Caller, Standing};
+use crate::auth::{self, Caller, Right, Standing};
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
 use crate::store::record::people::{Access, Membership, Role, User};
 use crate::store::record::{Loaded, Text, decode, encode};
-use crate::store::{Batch, Expect, Scan, keys};
+use crate::store::{Batch, CommitError, Expect, Scan, keys};
 
 /// A member with the names that people know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,10 @@ impl App {
         let mut names = Names::new();
         if standing.position.role != Role::Owner {
             let found = self.membership(organization, own).await?.ok_or_else(missing)?;
-            let view = self.member_view(organization, own, found.value, &mut names).await?;
+            let mut membership = found.value;
+            // They need not know what is hidden from them.
+            membership.environments.retain(|_, access| *access != Access::None);
+            let view = self.member_view(organization, own, membership, &mut names).await?;
             return Ok(Page { items: vec![view], next: None });
         }
         let after = page.after::<UserId>()?.map(|user| keys::membership(organization, user));
@@ -85,6 +88,9 @@ impl App {
         let organization = standing.organization;
         let user = self.user_named(name).await?.ok_or_else(|| Error::not_found("user"))?;
         let id = user.value.id.0;
+        if standing.caller.person()?.0 == id {
+            return Err(member_already());
+        }
         let new = Membership {
             role: Role::Member,
             access: Access::default(),
@@ -93,17 +99,15 @@ impl App {
         };
         let membership = self.changed_membership(organization, new, change).await?;
         if self.membership(organization, id).await?.is_some() {
-            return Err(Error::refused(
-                Reason::NameTaken,
-                "they are a member already; change what they may do instead",
-            ));
+            return Err(member_already());
         }
+        self.check_own_keys(&user.value, organization).await?;
         let view =
             self.member_view(organization, id, membership.clone(), &mut Names::new()).await?;
         let draft = with_position(self.member_draft(&standing, "add_member", name), "", &view);
         // Who resets the user at this moment rests on there being one organization alone.
         let batch = Batch::new().put(user.key, Expect::At(user.version), encode(&user.value));
-        let batch = batch.audit(draft);
+        let batch = standing.guard(batch.audit(draft));
         self.store.commit(with_member(batch, organization, id, &membership)).await?;
         Ok(view)
     }
@@ -117,7 +121,7 @@ impl App {
     ) -> Result<MemberView> {
         let standing = self.owner(caller, organization).await?;
         let organization = standing.organization;
-        let (id, found) = self.member_named(organization, name).await?;
+        let (id, found) = self.member_to_change(&standing, name).await?;
         let before = found.value;
         let membership = self.changed_membership(organization, before.clone(), change).await?;
         let mut names = Names::new();
@@ -139,22 +143,29 @@ impl App {
         Ok(view)
     }
 
-    /// Takes somebody out. Their open streams end by the change of the record.
+    /// Takes somebody out: owners anybody, others themselves. Their open streams end by the change
+    /// of the record.
     pub async fn remove_member(
         &self,
         caller: &Caller,
         organization: &str,
         name: &str,
     ) -> Result<()> {
-        let standing = self.owner(caller, organization).await?;
+        let standing = self.member(caller, organization).await?;
+        if caller.person()?.1 != name {
+            auth::check(caller, Some(&standing.position), Right::Own, None)?;
+        }
         let organization = standing.organization;
-        let (id, found) = self.member_named(organization, name).await?;
+        let (id, found) = self.member_to_change(&standing, name).await?;
         // None is added once the membership has another version: setting one rests on it.
         let personal = keys::variables_of(VariableScope::Personal(organization, id));
         let personal = self.list(personal).await?;
         let draft = self
             .member_draft(&standing, "remove_member", name)
             .with("personal_variables", personal.len());
+        let was =
+            self.member_view(organization, id, found.value.clone(), &mut Names::new()).await?;
+        let draft = with_position(draft, "_before", &was);
         let mut batch = Batch::new()
             .delete(found.key, Expect::At(found.version))
             .delete(keys::membership_by_user(id, organization), Expect::Anything)
@@ -180,10 +191,7 @@ impl App {
         let organization = standing.organization;
         let (own, _) = standing.caller.person()?;
         if own != target {
-            let found = self.membership(organization, own).await?;
-            let owner = found.filter(|found| found.value.role == Role::Owner);
-            let owner = owner.ok_or_else(crate::auth::hidden)?;
-            return Ok(batch.check(owner.key, Expect::At(owner.version)));
+            return Ok(standing.guard(batch));
         }
         if !gives_up {
             return Ok(batch);
@@ -199,6 +207,21 @@ impl App {
             Reason::LastOwner,
             "an organization keeps an owner, and this is the last one; make another one first",
         ))
+    }
+
+    /// Finds who is to be changed. The caller's own is the one that they were let by: another
+    /// owner may have taken the role from them since.
+    async fn member_to_change(
+        &self,
+        standing: &Standing,
+        name: &str,
+    ) -> Result<(UserId, Loaded<Membership>)> {
+        let (id, found) = self.member_named(standing.organization, name).await?;
+        let (key, version) = &standing.rests_on;
+        if found.key == *key && found.version != *version {
+            return Err(CommitError::Conflict { key: found.key }.into());
+        }
+        Ok((id, found))
     }
 
     async fn changed_membership(
@@ -321,6 +344,11 @@ fn with_position(draft: Draft, when: &str, view: &MemberView) -> Draft {
 
 fn missing() -> Error {
     Error::not_found("member of this organization")
+}
+
+fn member_already() -> Error {
+    let message = "they are a member already; change what they may do instead";
+    Error::refused(Reason::NameTaken, message)
 }
 
 fn too_many() -> Error {

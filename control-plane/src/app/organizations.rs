@@ -64,6 +64,7 @@ impl App {
             FirstOwner::Existing(owner) => {
                 let user = self.user_named(&owner).await?;
                 let user = user.ok_or_else(|| Error::not_found("user"))?;
+                self.check_own_keys(&user.value, id).await?;
                 let membership = Membership {
                     role: Role::Owner,
                     access: Access::Admin,
@@ -78,7 +79,8 @@ impl App {
             FirstOwner::New(owner) => {
                 check_name("user", &owner)?;
                 let token = NewToken::generate("lk_")?;
-                let batch = self.new_user(batch, id, &owner, (Role::Owner, Access::Admin), &token);
+                let position = (Role::Owner, Access::Admin);
+                let batch = self.new_user(batch, id, &owner, position, &token, None);
                 (batch, owner, Some(token.secret))
             }
         };

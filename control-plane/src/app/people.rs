@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use latchkey_domain::id::{OrganizationId, UserId};
 use latchkey_proto::v1::Reason;
@@ -13,10 +14,10 @@ use secrecy::SecretString;
 use super::environments::request_owner;
 use super::members::with_member;
 use super::{App, check_name, check_request_id};
-use crate::auth::{Caller, NewToken, token_digest};
+use crate::auth::{Caller, NewToken, Standing, token_digest};
 use crate::error::{Error, Result};
 use crate::store::record::people::{
-    Access, Bearer, Bootstrap, Membership, Organization, Role, Token, User,
+    Access, Bearer, Bootstrap, HandedOver, Membership, Organization, Role, Token, User,
 };
 use crate::store::record::{Loaded, Text, encode};
 use crate::store::{Batch, CommitError, Expect, Key, keys};
@@ -24,6 +25,8 @@ use crate::store::{Batch, CommitError, Expect, Key, keys};
 /// How many environments a service token or a membership names.
 pub(super) const MOST_ENVIRONMENTS: usize = 100;
 const BOOTSTRAP: &str = "bootstrap";
+/// How long a person has to set a password with the token that an owner has handed over.
+pub(super) const HANDED_OVER_FOR: Duration = Duration::from_secs(7 * 86_400);
 
 /// What a caller learns of itself.
 #[derive(Debug)]
@@ -86,7 +89,8 @@ impl App {
             created_at: now.into(),
         };
         let token = NewToken::generate("lk_")?;
-        let batch = self.new_user(Batch::new(), id, user, (Role::Owner, Access::Admin), &token);
+        let position = (Role::Owner, Access::Admin);
+        let batch = self.new_user(Batch::new(), id, user, position, &token, None);
         let batch = batch
             .put(stored.key, Expect::At(stored.version), encode(&spent))
             .put(keys::organization(id), Expect::Absent, encode(&record))
@@ -106,11 +110,14 @@ impl App {
         name: &str,
         (role, access): (Role, Access),
         token: &NewToken,
+        handed_over: Option<HandedOver>,
     ) -> Batch {
         let id = UserId::from_uuid(self.new_id());
         let bearer = Bearer::User { id: Text(id), name: name.to_owned() };
-        let record = Token { bearer, expires_at: None, sign_in: None, used_at: None };
-        let user = User { id: Text(id), name: name.to_owned(), created_at: self.now().into() };
+        let expires_at = handed_over.as_ref().map(|_| (self.now() + HANDED_OVER_FOR).into());
+        let record = Token { bearer, expires_at, sign_in: None, used_at: None };
+        let created_at = self.now().into();
+        let user = User { id: Text(id), name: name.to_owned(), created_at, handed_over };
         let membership = Membership {
             role,
             access,
@@ -134,21 +141,84 @@ impl App {
         what: &str,
         request_id: &str,
     ) -> NewToken {
-        let intent = format!("{}:{organization}:{what}:{request_id}", request_owner(caller));
+        let (owner, generation) = (request_owner(caller), self.generation.get());
+        let intent = format!("{owner}:{organization}:{what}:{request_id}:{generation}");
         NewToken::of(prefix, &self.master.digest(b"token for a request", intent.as_bytes()))
     }
 
+    /// Tells whether a request has made its token before. One that has ended since does not come
+    /// back: whoever ended it may have had a reason.
+    pub(super) async fn made_before(&self, caller: &Caller, token: &NewToken) -> Result<bool> {
+        if self.store.fetch(&made_token(caller, token)).await?.is_none() {
+            return Ok(false);
+        }
+        match self.live_token(token.digest).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.reason() == Reason::IdentityRequired => Err(Error::field(
+                "request_id",
+                "it made a token that has ended since; give a new request_id",
+            )),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Commits a batch that makes a token, or finds that the same request has made it before.
-    pub(super) async fn commit_token(&self, batch: Batch, stored: Key, what: &str) -> Result<()> {
-        match self.commit_named(batch, what).await {
-            Err(error) if error.reason() == Reason::NameTaken => {
-                match self.store.fetch(&stored).await? {
-                    Some(_) => Ok(()),
-                    None => Err(error),
+    pub(super) async fn commit_token(
+        &self,
+        standing: &Standing,
+        batch: Batch,
+        token: &NewToken,
+        what: &str,
+    ) -> Result<()> {
+        let made = made_token(&standing.caller, token);
+        let batch = standing.guard(batch.put(made, Expect::Absent, []));
+        match self.store.commit(batch).await {
+            Ok(_) => Ok(()),
+            Err(error @ CommitError::Conflict { .. }) => {
+                if self.made_before(&standing.caller, token).await? {
+                    return Ok(());
+                }
+                match &error {
+                    CommitError::Conflict { key } if *key == standing.rests_on.0 => {
+                        Err(error.into())
+                    }
+                    CommitError::Conflict { .. } | CommitError::Store(_) => Err(taken(what)),
                 }
             }
-            committed => committed,
+            Err(error @ CommitError::Store(_)) => Err(error.into()),
         }
+    }
+
+    /// Refuses to let somebody into an organization while another one holds a key to their
+    /// account. The commit rests on the user's record.
+    pub(super) async fn check_own_keys(&self, user: &User, into: OrganizationId) -> Result<()> {
+        let Some(HandedOver { token, by }) = &user.handed_over else { return Ok(()) };
+        if by.0 == into || self.live_token(token.0).await.is_err() {
+            return Ok(());
+        }
+        let message = "whoever made or reset this user still has a token of theirs; the user sets \
+                       a password first, which ends it";
+        Err(Error::refused(Reason::WrongState, message))
+    }
+
+    /// Refuses what an organization may not do with an account that others rely on, too.
+    pub(super) async fn check_unshared(
+        &self,
+        user: UserId,
+        organization: OrganizationId,
+    ) -> Result<()> {
+        let memberships = self.list(keys::memberships_by_user(user)).await?;
+        let elsewhere = memberships
+            .iter()
+            .any(|(key, _)| key.last_id().map(OrganizationId::from_bytes) != Some(organization));
+        if elsewhere {
+            return Err(Error::refused(
+                Reason::UserShared,
+                "the user belongs to other organizations, too, and no single one of them may take \
+                 the account over; remove them here, or have them sign in with their password",
+            ));
+        }
+        Ok(())
     }
 
     /// Makes a user of an organization. Users' names are unique in the whole control plane.
@@ -167,7 +237,18 @@ impl App {
         let organization = standing.organization;
         let what = format!("user {name}");
         let token = self.token_for(caller, "lk_", organization, &what, request_id);
-        let batch = self.new_user(Batch::new(), organization, name, (role, access), &token);
+        if self.made_before(caller, &token).await? {
+            // Answered only to who could reset the user as well.
+            let missing = || Error::not_found("member of this organization");
+            let user = self.user_named(name).await?.ok_or_else(missing)?.value.id.0;
+            self.membership(organization, user).await?.ok_or_else(missing)?;
+            self.check_unshared(user, organization).await?;
+            return Ok(token.secret);
+        }
+        let handed_over = HandedOver { token: Text(token.digest), by: Text(organization) };
+        let position = (role, access);
+        let batch =
+            self.new_user(Batch::new(), organization, name, position, &token, Some(handed_over));
         let batch = batch.audit(
             self.draft(
                 standing.organization,
@@ -178,7 +259,7 @@ impl App {
             .with("role", role.as_str())
             .with("access", access.as_str()),
         );
-        self.commit_token(batch, keys::token(token.digest.as_bytes()), "user").await?;
+        self.commit_token(&standing, batch, &token, "user").await?;
         Ok(token.secret)
     }
 
@@ -186,10 +267,7 @@ impl App {
     pub(super) async fn commit_named(&self, batch: Batch, what: &str) -> Result<()> {
         match self.store.commit(batch).await {
             Ok(_) => Ok(()),
-            Err(CommitError::Conflict { .. }) => Err(Error::refused(
-                Reason::NameTaken,
-                format!("the name is taken by another {what}; choose another"),
-            )),
+            Err(CommitError::Conflict { .. }) => Err(taken(what)),
             Err(error @ CommitError::Store(_)) => Err(error.into()),
         }
     }
@@ -214,4 +292,14 @@ impl App {
         }
         Ok(Who { caller: caller.clone(), memberships })
     }
+}
+
+fn taken(what: &str) -> Error {
+    let message = format!("the name is taken by another {what}; choose another");
+    Error::refused(Reason::NameTaken, message)
+}
+
+/// Where it is kept that a request has made its token, also once the token has ended.
+pub(super) fn made_token(caller: &Caller, token: &NewToken) -> Key {
+    keys::request(request_owner(caller), &format!("token:{}", token.digest))
 }

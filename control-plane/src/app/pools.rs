@@ -123,7 +123,14 @@ impl App {
             .put(keys::pool_token(token.digest.as_bytes()), Expect::Absent, encode(&record))
             .audit(draft);
         let stored = keys::pool_token(token.digest.as_bytes());
-        self.commit_token(batch, stored.clone(), "pool token").await?;
+        match self.store.commit(standing.guard(batch)).await {
+            Ok(_) => {}
+            // The same request has made it before, or else somebody takes the role from the caller.
+            Err(error) => match self.store.fetch(&stored).await? {
+                Some(_) => {}
+                None => return Err(error.into()),
+            },
+        }
         let stored: Option<Loaded<PoolToken>> = self.fetch(stored).await?;
         let expires_at = stored.map_or(expires_at, |token| token.value.expires_at.into());
         let fingerprint = self.authority.fingerprint();

@@ -10,8 +10,9 @@ use secrecy::SecretString;
 
 use super::people::MOST_ENVIRONMENTS;
 use super::{App, Page, PageRequest, check_name, check_request_id};
+use crate::audit::Draft;
 use crate::auth::{Caller, sha256};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, rfc3339};
 use crate::store::keys::Kind;
 use crate::store::record::people::{Access, Bearer, ServiceToken, Token};
 use crate::store::record::{Loaded, Text, decode, encode};
@@ -77,12 +78,14 @@ impl App {
             token: Some(Text(token.digest)),
         };
         let subject = format!("service-token {name}");
+        let draft = self.draft(organization, caller.audit_name(), "create_service_token", subject);
+        let draft = with_scope(draft, &service);
         let batch = Batch::new()
             .put(keys::service_token(organization, id), Expect::Absent, encode(&service))
             .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
-            .audit(self.draft(organization, caller.audit_name(), "create_service_token", subject));
+            .audit(draft);
         let stored = keys::token(token.digest.as_bytes());
-        self.commit_token(batch, stored.clone(), "service token").await?;
+        self.commit_token(&standing, batch, &token, "service token").await?;
         let stored: Option<Loaded<Token>> = self.fetch(stored).await?;
         let expires_at = stored.and_then(|token| token.value.expires_at).map(Timestamp::from);
         Ok((token.secret, expires_at.unwrap_or(self.now() + lifetime)))
@@ -167,6 +170,9 @@ impl App {
         let id = id_of(organization, name);
         let found: Loaded<ServiceToken> =
             self.fetch(keys::service_token(organization, id)).await?.ok_or_else(missing)?;
+        let subject = format!("service-token {name}");
+        let draft = self.draft(organization, caller.audit_name(), "revoke_service_token", subject);
+        let draft = with_scope(draft, &found.value);
         let mut batch = Batch::new().delete(found.key, Expect::At(found.version));
         let tokens = match found.value.token {
             Some(Text(digest)) => vec![keys::token(digest.as_bytes())],
@@ -176,14 +182,7 @@ impl App {
         for token in tokens {
             batch = batch.delete(token, Expect::Anything);
         }
-        let subject = format!("service-token {name}");
-        let batch = batch.audit(self.draft(
-            organization,
-            caller.audit_name(),
-            "revoke_service_token",
-            subject,
-        ));
-        match self.store.commit(batch).await {
+        match self.store.commit(batch.audit(draft)).await {
             Ok(_) => Ok(()),
             Err(CommitError::Conflict { .. }) => Err(missing()),
             Err(error @ CommitError::Store(_)) => Err(error.into()),
@@ -201,6 +200,19 @@ impl App {
         }
         Ok(tokens)
     }
+}
+
+/// Tells what a token was good for. Environments by id: their names may be long, and many.
+fn with_scope(draft: Draft, token: &ServiceToken) -> Draft {
+    let environments: serde_json::Map<String, serde_json::Value> = token
+        .environments
+        .iter()
+        .map(|(Text(id), access)| (id.to_string(), access.as_str().into()))
+        .collect();
+    draft
+        .with("access", token.access.as_str())
+        .with("environments", environments)
+        .with("expires_at", rfc3339(token.expires_at.into()))
 }
 
 /// Names are unique within an organization because the id is derived from both.
@@ -242,6 +254,9 @@ mod tests {
         assert_eq!(lost.await.reason(), Reason::IdentityRequired);
         let again = app.revoke_service_token(owner, ORGANIZATION, "ci").await;
         assert_eq!(again.unwrap_err().reason(), Reason::NotFound);
+        // A late repeat makes nothing.
+        let repeat = make("one").await.unwrap_err();
+        assert_eq!(repeat.field_name(), Some("request_id"));
         let (new, _) = make("two").await.unwrap();
         assert!(app.caller(&new).await.is_ok());
         assert!(app.caller(&old).await.is_err());

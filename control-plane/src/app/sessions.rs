@@ -10,13 +10,14 @@
 //! there were.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use latchkey_domain::id::{OrganizationId, SignInId, UserId};
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{App, check_name};
 use crate::auth::password::{self, Hashed};
@@ -25,7 +26,7 @@ use crate::auth::{Caller, NewToken, Proof};
 use crate::blocking;
 use crate::error::{Error, Result, rfc3339};
 use crate::store::keys::Kind;
-use crate::store::record::people::{Bearer, Password, SignIn, Token, User};
+use crate::store::record::people::{Bearer, HandedOver, Password, SignIn, Token, User};
 use crate::store::record::{Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, keys};
 
@@ -41,31 +42,53 @@ const HOUR: i64 = 3_600_000;
 const HASHING: usize = 2;
 const WAITING: usize = 64;
 
+/// How many of those wait who change their own: strangers do not take their places.
+const CHANGING: usize = 16;
+
+/// How often a lost race is run again.
+const ATTEMPTS: usize = 16;
+
 /// Keeps those out who guess passwords, and the work of checking them bounded.
 #[derive(Debug)]
 pub struct Gate {
     throttle: Throttle,
-    hashing: Semaphore,
-    waiting: Semaphore,
+    /// Of users who are known, by their ids: nobody else charges them.
+    changes: Throttle,
+    hashing: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+    changing: Arc<Semaphore>,
 }
+
+/// A place among those whose password is looked at; the work keeps it until it has ended.
+type Place = Arc<OwnedSemaphorePermit>;
 
 impl Default for Gate {
     fn default() -> Self {
         Self {
             throttle: Throttle::default(),
-            hashing: Semaphore::new(HASHING),
-            waiting: Semaphore::new(WAITING),
+            changes: Throttle::default(),
+            hashing: Arc::new(Semaphore::new(HASHING)),
+            waiting: Arc::new(Semaphore::new(WAITING)),
+            changing: Arc::new(Semaphore::new(CHANGING)),
         }
     }
 }
 
 impl Gate {
-    /// Does the work of one password on a thread of its own.
+    /// Does the work of one password on a thread of its own. Who no longer waits for it does not
+    /// make room for more of it.
     async fn hash<T: Send + 'static>(
         &self,
+        place: &Place,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let _turn = self.hashing.acquire().await.map_err(Error::internal)?;
+        let turn = Arc::clone(&self.hashing).acquire_owned().await.map_err(Error::internal)?;
+        let kept = (turn, Arc::clone(place));
+        let work = move || {
+            let done = work();
+            drop(kept);
+            done
+        };
         blocking::spawn(work).await.map_err(Error::internal)?
     }
 }
@@ -98,20 +121,30 @@ impl App {
             return Err(Error::field("client", "up to 64 characters, none of them of control"));
         }
         let attempt = Attempt::new(name, source);
-        let _place = self.admit(attempt)?;
+        let place = self.place(&self.sign_ins.waiting)?;
+        // The same whether there is such a user.
+        self.sign_ins.throttle.begin(attempt, self.now()).map_err(throttled)?;
         let user = self.user_named(name).await?;
         // Of nobody where there is no such user, so that as much is asked of the store.
         let id = user.as_ref().map_or(UserId::from_bytes([0; 16]), |user| user.value.id.0);
         let known = self.password_of(id).await?;
         let hashed = known.as_ref().map_or_else(Hashed::nobodys, |(_, hashed)| hashed.clone());
-        let is_right = self.sign_ins.hash(move || hashed.is_of(&password)).await?;
-        let (Some(user), Some((stored, _)), true) = (user, known, is_right) else {
+        let is_right = self.sign_ins.hash(&place, move || hashed.is_of(&password)).await?;
+        let (Some(mut user), Some((stored, _)), true) = (user, known, is_right) else {
             self.sign_ins.throttle.refused(attempt);
             // Not the name: a password may have been typed in its place.
             tracing::info!(?source, "a sign-in was refused");
             return Err(rejected());
         };
         let refused = self.sign_ins.throttle.succeeded(attempt);
+        for _ in 1..ATTEMPTS {
+            match self.begin_session(&user, &stored, client, refused).await {
+                Err(error) if error.reason() == Reason::ChangedMeanwhile => {}
+                answer => return answer,
+            }
+            // Another sign-in, or who has the last word: then the password is not that one.
+            user = self.user_named(name).await?.ok_or_else(rejected)?;
+        }
         self.begin_session(&user, &stored, client, refused).await
     }
 
@@ -140,8 +173,9 @@ impl App {
             expires_at: expires_at.into(),
         };
         let mut batch = Batch::new()
-            // Whoever reset the user or set another password meanwhile has the last word.
-            .check(user.key.clone(), Expect::At(user.version))
+            // Whoever resets the user or sets another password has the last word: they rest on the
+            // user's record, too, and one who has missed this session reads again.
+            .put(user.key.clone(), Expect::At(user.version), encode(&user.value))
             .check(password.key.clone(), Expect::At(password.version))
             .put(keys::token(token.digest.as_bytes()), Expect::Absent, encode(&record))
             .put(keys::sign_in(user_id, id), Expect::Absent, encode(&session));
@@ -149,11 +183,7 @@ impl App {
         for (key, session) in open.iter().rev().skip(MOST_SESSIONS - 1) {
             batch = without_session(batch, key, session);
         }
-        let details = [
-            ("session", id.to_string().into()),
-            ("client", client.into()),
-            ("refused_before", refused.into()),
-        ];
+        let details = [("refused_before", refused.into())];
         let batch = self.audit_user(batch, user_id, &user.value.name, "sign_in", details).await?;
         self.store.commit(batch).await?;
         let view = SessionView {
@@ -187,8 +217,7 @@ impl App {
         let batch = Batch::new()
             .delete(found.key, Expect::At(found.version))
             .delete(keys::token(found.value.token.0.as_bytes()), Expect::Anything);
-        let details = [("session", id.to_string().into())];
-        let batch = self.audit_user(batch, user, name, action, details).await?;
+        let batch = self.audit_user(batch, user, name, action, []).await?;
         match self.store.commit(batch).await {
             Ok(_) => Ok(()),
             Err(CommitError::Conflict { .. }) => Err(missing()),
@@ -226,34 +255,57 @@ impl App {
     ) -> Result<usize> {
         let (id, name) = proof.caller.person()?;
         password::check("new_password", &new)?;
-        let user = self.user_named(name).await?;
-        let user = user.ok_or_else(|| Error::internal("a token of a user who does not exist"))?;
-        // Asked after the user was read: a reset meanwhile either is seen here or refuses the
-        // commit.
-        self.live_token(proof.token).await?;
         let known = self.password_of(id).await?;
-        let attempt = Attempt::new(name, source);
+        let place = self.place(&self.sign_ins.changing)?;
+        let attempt = Attempt::of_user(id, source);
+        self.sign_ins.changes.begin_account(attempt, self.now()).map_err(throttled)?;
         // A session is not enough: somebody may have found it open.
-        let _place = match proof.sign_in {
-            Some(_) => {
-                let place = self.admit(attempt)?;
-                self.check_current(attempt, known.as_ref(), current).await?;
-                place
-            }
-            None => self.place()?,
-        };
-        let hashed = self.sign_ins.hash(move || Hashed::of(&new)).await?;
+        if proof.sign_in.is_some() {
+            self.check_current(&place, known.as_ref(), current).await?;
+        }
+        let hashed = self.sign_ins.hash(&place, move || Hashed::of(&new)).await?;
         let key = keys::password(id);
         let record = Password {
             sealed: self.seal_value(&key, &hashed.to_text()),
             set_at: self.now().into(),
         };
         let expect = known.map_or(Expect::Absent, |(found, _)| Expect::At(found.version));
-        let mut batch = Batch::new().check(user.key, Expect::At(user.version)).put(
-            key,
-            expect,
-            encode(&record),
-        );
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let batch = Batch::new().put(key.clone(), expect, encode(&record));
+            match self.commit_password(proof, (id, name), batch).await {
+                // A sign-in came in between, perhaps.
+                Err(error) if error.reason() == Reason::ChangedMeanwhile && attempts < ATTEMPTS => {
+                }
+                Err(error) => return Err(error),
+                Ok(ended) => {
+                    self.sign_ins.changes.succeeded(attempt);
+                    return Ok(ended);
+                }
+            }
+        }
+    }
+
+    /// Commits a new password with the end of all that somebody else may know: the other sessions
+    /// and the token that an owner has handed over.
+    async fn commit_password(
+        &self,
+        proof: &Proof,
+        (id, name): (UserId, &str),
+        batch: Batch,
+    ) -> Result<usize> {
+        let user = self.user_named(name).await?;
+        let user = user.ok_or_else(|| Error::internal("a token of a user who does not exist"))?;
+        // Asked after the user was read: a reset meanwhile either is seen here or refuses the
+        // commit.
+        self.live_token(proof.token).await?;
+        let mut next = user.value.clone();
+        let handed_over = next.handed_over.take();
+        let mut batch = batch.put(user.key, Expect::At(user.version), encode(&next));
+        if let Some(HandedOver { token, .. }) = handed_over {
+            batch = batch.delete(keys::token(token.0.as_bytes()), Expect::Anything);
+        }
         let mut ended = 0_usize;
         for (key, session) in self.open_sessions(id).await? {
             if key.last_id().map(SignInId::from_bytes) != proof.sign_in {
@@ -269,33 +321,24 @@ impl App {
 
     async fn check_current(
         &self,
-        attempt: Attempt,
+        place: &Place,
         known: Option<&(Loaded<Password>, Hashed)>,
         current: SecretString,
     ) -> Result<()> {
-        let wrong = || Error::field("current_password", "it is not your current password");
         let hashed = known.map_or_else(Hashed::nobodys, |(_, hashed)| hashed.clone());
         let is_right = password::check("current_password", &current).is_ok()
-            && self.sign_ins.hash(move || hashed.is_of(&current)).await?;
-        if known.is_some() && is_right {
-            self.sign_ins.throttle.succeeded(attempt);
-            return Ok(());
+            && self.sign_ins.hash(place, move || hashed.is_of(&current)).await?;
+        match known.is_some() && is_right {
+            true => Ok(()),
+            false => Err(Error::field("current_password", "it is not your current password")),
         }
-        self.sign_ins.throttle.refused(attempt);
-        Err(wrong())
-    }
-
-    /// Charges an attempt, or says when to come again: the same whether there is such a user.
-    fn admit(&self, attempt: Attempt) -> Result<tokio::sync::SemaphorePermit<'_>> {
-        let place = self.place()?;
-        self.sign_ins.throttle.begin(attempt, self.now()).map_err(throttled)?;
-        Ok(place)
     }
 
     /// Takes a place among those whose password is looked at.
-    fn place(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
+    fn place(&self, places: &Arc<Semaphore>) -> Result<Place> {
         let soon = self.now() + Duration::from_secs(1);
-        self.sign_ins.waiting.try_acquire().map_err(|_| throttled(soon))
+        let place = Arc::clone(places).try_acquire_owned().map_err(|_| throttled(soon))?;
+        Ok(Arc::new(place))
     }
 
     async fn password_of(&self, user: UserId) -> Result<Option<(Loaded<Password>, Hashed)>> {
@@ -358,7 +401,8 @@ impl App {
         Ok(())
     }
 
-    /// Tells every organization that somebody belongs to what they did with their account.
+    /// Tells every organization that somebody belongs to what they did with their account; not
+    /// from where: each of them would learn what is the others'.
     async fn audit_user<const N: usize>(
         &self,
         mut batch: Batch,

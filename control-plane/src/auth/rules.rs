@@ -41,7 +41,8 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("MemberService", "ListMembers", within(Right::Belong)),
     ("MemberService", "AddMember", within(Right::Own)),
     ("MemberService", "UpdateMember", within(Right::Own)),
-    ("MemberService", "RemoveMember", within(Right::Own)),
+    // Of others: owners.
+    ("MemberService", "RemoveMember", within(Right::Belong)),
     ("OrganizationService", "GetOrganization", within(Right::Belong)),
     ("OrganizationService", "UpdateOrganization", within(Right::Own)),
     ("EnvironmentService", "CreateEnvironment", within(Right::Own)),

@@ -7,7 +7,7 @@
 //! wash an account's refusals away by naming others.
 //!
 //! Whoever keeps guessing holds up the account's owner, too: their open sessions and their token
-//! stay good meanwhile.
+//! stay good meanwhile, and so does what they change by them.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -15,7 +15,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use latchkey_domain::id::Digest;
+use latchkey_domain::id::{Digest, UserId};
 use latchkey_domain::time::Timestamp;
 
 use super::sha256;
@@ -47,6 +47,11 @@ impl Attempt {
     pub fn new(account: &str, source: Option<IpAddr>) -> Self {
         let source = source.unwrap_or(Ipv6Addr::UNSPECIFIED.into());
         Self { account: sha256(account.as_bytes()), source: network(source) }
+    }
+
+    /// Of a user who has proved who they are.
+    pub fn of_user(user: UserId, source: Option<IpAddr>) -> Self {
+        Self::new(&user.to_string(), source)
     }
 }
 
@@ -91,6 +96,14 @@ impl Throttle {
             (Err(at), Ok(_)) | (Ok(_), Err(at)) => Err(at),
             (Err(one), Err(other)) => Err(one.max(other)),
         }
+    }
+
+    /// Charges the account alone: of somebody who has proved who they are.
+    pub fn begin_account(&self, attempt: Attempt, now: Timestamp) -> Result<(), Timestamp> {
+        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let account = charged(tables.accounts.get(&attempt.account), ACCOUNT, now)?;
+        keep(&mut tables.accounts, attempt.account, account, now);
+        Ok(())
     }
 
     /// Remembers that it was wrong.

@@ -232,3 +232,47 @@ async fn a_stream_outlives_a_change_that_leaves_its_right() {
     assert_eq!(lost.await.reason(), Reason::NotFound);
     refused(app.hold(&proof, Ground::Run(run.id)).await.map(drop), Reason::NotFound);
 }
+
+#[tokio::test]
+async fn members_leave_by_themselves_but_the_last_owner() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Read).await;
+    let app = &fixture.app;
+    app.remove_member(&bob, ORGANIZATION, "bob").await.unwrap();
+    refused(app.remove_member(&bob, ORGANIZATION, "bob").await, Reason::NotFound);
+    let added = app.add_member(&fixture.owner, ORGANIZATION, "ada", role(Role::Owner)).await;
+    refused(added, Reason::NameTaken);
+    refused(app.remove_member(&fixture.owner, ORGANIZATION, "ada").await, Reason::LastOwner);
+}
+
+#[tokio::test]
+async fn an_owner_who_is_demoted_meanwhile_changes_nothing_by_what_they_were() {
+    let fixture = fixture().await;
+    let token = fixture.create_user("bob", Role::Owner, Access::Admin).await;
+    let (app, bob) = (&fixture.app, fixture.app.caller(&token).await.unwrap());
+    let standing = app.owner(&bob, ORGANIZATION).await.unwrap();
+    let demoted = role(Role::Member);
+    app.update_member(&fixture.owner, ORGANIZATION, "bob", demoted).await.unwrap();
+    let own = app.member_to_change(&standing, "bob").await.map(drop);
+    refused(own, Reason::ChangedMeanwhile);
+    let batch =
+        app.resting_on_an_owner(Batch::new(), &standing, UserId::from_bytes([9; 16]), false);
+    let stale = app.store.commit(batch.await.unwrap()).await;
+    assert!(matches!(stale, Err(CommitError::Conflict { .. })), "{stale:?}");
+}
+
+#[tokio::test]
+async fn what_is_hidden_from_a_member_is_not_named_to_them() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Read).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let hide = only(ENVIRONMENT, Some(Access::None));
+    app.update_member(owner, ORGANIZATION, "bob", hide).await.unwrap();
+    let own = app.list_members(&bob, ORGANIZATION, PageRequest::default()).await.unwrap();
+    assert!(own.items[0].environments.is_empty());
+    let change = SettingsChange { policy: Some(MfaPolicy::Never), ..SettingsChange::default() };
+    for name in [ENVIRONMENT, "nowhere"] {
+        let set = app.update_environment(&bob, ORGANIZATION, name, change.clone()).await;
+        refused(set.map(drop), Reason::NotFound);
+    }
+}

@@ -129,6 +129,7 @@ async fn nobody_who_was_revoked_since_the_backup_gets_a_job_or_acts_for_a_progra
         .await
         .unwrap();
     let bob = app.prove(&login).await.unwrap();
+    let login = fixture.create_user("eve", Role::Member, Access::Write).await;
     let password = || secrecy::SecretString::from("bob's long password");
     app.set_password(&bob, "".into(), password(), None).await.unwrap();
     let (session, _) = app.sign_in("bob", password(), "", None).await.unwrap();

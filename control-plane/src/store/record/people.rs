@@ -15,6 +15,16 @@ pub struct User {
     pub id: Text<UserId>,
     pub name: String,
     pub created_at: Millis,
+    /// The token that an owner has handed over, until the person sets a password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handed_over: Option<HandedOver>,
+}
+
+/// A token that somebody else has seen: who made the user, or reset them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    pub token: Text<Digest>,
+    pub by: Text<OrganizationId>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -115,7 +115,9 @@ async fn a_revoked_session_ends_with_its_streams_and_its_calls() {
     assert_eq!(phone.run(&run.run_id).await.unwrap().state(), RunState::PlanQueued);
     phone.sessions().sign_out(v1::SignOutRequest {}).await.unwrap();
     assert_eq!(end_of(still_watched).await.code(), Code::Unauthenticated);
-    bob.run(&run.run_id).await.unwrap();
+    // The token that was handed over ended with the first password.
+    let status = bob.run(&run.run_id).await.unwrap_err();
+    assert_eq!(reason(&status), "IDENTITY_REQUIRED");
     let log = stage.plane.log();
     assert!(!log.contains(PASSWORD), "{log}");
 }
