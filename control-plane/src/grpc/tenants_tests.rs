@@ -30,10 +30,12 @@ use uuid::Uuid;
 use crate::app::PageRequest;
 use crate::app::artifacts::Made;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::notices::Wish;
 use crate::app::service_tokens::TokenScope;
 use crate::app::settings::SettingsChange;
 use crate::app::variables::{NewVariable, Scope};
 use crate::auth::Caller;
+use crate::store::record::notice::Event;
 use crate::store::record::people::{Access, Role};
 use crate::store::record::variable::Category;
 use crate::store::{Batch, Expect, Version, keys};
@@ -41,8 +43,16 @@ use crate::store::{Batch, Expect, Version, keys};
 /// In all that is the other organization's to know.
 const CANARY: &str = "canary";
 
-/// The rpcs about nothing that is anybody's.
-const ABOUT_NOTHING: [&str; 1] = ["AccountService/WhoAmI"];
+/// The rpcs about nothing that an organization has: a person's own sign-ins are theirs alone, as
+/// the tests of sessions show.
+const ABOUT_NOTHING: [&str; 6] = [
+    "AccountService/WhoAmI",
+    "SessionService/SignIn",
+    "SessionService/SignOut",
+    "SessionService/ListSessions",
+    "SessionService/RevokeSession",
+    "SessionService/SetPassword",
+];
 
 /// What carries its proof in the request, and tells nothing without it.
 const WITH_SECRET: [&str; 1] = ["AccountService/Bootstrap"];
@@ -60,6 +70,11 @@ struct Aim {
     plan: String,
     lock: String,
     variable: String,
+    user: String,
+    token: String,
+    /// A webhook.
+    subscriber: String,
+    delivery: String,
 }
 
 /// The other organization, and two of its own kind that have nothing of it.
@@ -136,8 +151,8 @@ impl Tenants {
 
     /// What nobody else may be told, beyond the words that a request used itself.
     fn assert_untold(&self, what: &str, told: &[u8], asked: &Aim) {
-        let Aim { run, runner, quarantined, lock, .. } = &self.theirs;
-        let mut secrets = vec![CANARY, run, runner, quarantined, lock];
+        let Aim { run, runner, quarantined, lock, subscriber, delivery, .. } = &self.theirs;
+        let mut secrets = vec![CANARY, run, runner, quarantined, lock, subscriber, delivery];
         if asked.organization != ORGANIZATION {
             secrets.push(ORGANIZATION);
         }
@@ -178,6 +193,12 @@ async fn fill(fixture: &Fixture) -> Aim {
     fixture.upload(&runner, lease, Made::State, state).await.unwrap();
     fixture.upload(&runner, lease, Made::ErroredState, state).await.unwrap();
     fixture.queue_kind(RunKind::Destroy, "ended").await;
+    fixture.service_token("canary-token").await;
+    fixture.member("canary-user", Access::Read).await;
+    let wish = Wish { events: [Event::Applied].into(), environments: vec![] };
+    let url = "https://canary.example.org/hook";
+    let (webhook, _) = app.create_webhook(owner, ORGANIZATION, url, wish, "hook").await.unwrap();
+    let delivery = app.send_test(owner, ORGANIZATION, webhook.id).await.unwrap();
     let page = PageRequest::default();
     let kept = app.list_quarantined(owner, ORGANIZATION, None, page).await.unwrap();
     Aim {
@@ -191,6 +212,10 @@ async fn fill(fixture: &Fixture) -> Aim {
         plan: plan.to_string(),
         lock: "canary-lock".into(),
         variable: "canary-variable".into(),
+        user: "canary-user".into(),
+        token: "canary-token".into(),
+        subscriber: webhook.id.to_string(),
+        delivery: delivery.to_string(),
     }
 }
 
@@ -304,7 +329,14 @@ impl Filling<'_> {
             "configuration_digest" => &aim.configuration,
             "plan_digest" => &aim.plan,
             "lock_id" => &aim.lock,
+            "webhook_id" | "recipient_id" | "subscriber_id" => &aim.subscriber,
+            "delivery_id" => &aim.delivery,
             "name" if self.rpc.starts_with("VariableService") => &aim.variable,
+            "name" if self.rpc == "AccountService/RevokeServiceToken" => &aim.token,
+            // To add one is to name who is in no organization of the caller's.
+            "user" if self.rpc == "AccountService/ResetUser" => &aim.user,
+            "user" if self.rpc == "MemberService/UpdateMember" => &aim.user,
+            "user" if self.rpc == "MemberService/RemoveMember" => &aim.user,
             // Names of all organizations in one room, or that are made: nobody's.
             "name" | "user" => {
                 return Some(format!("n{}", &Uuid::new_v4().simple().to_string()[..8]));
@@ -313,6 +345,11 @@ impl Filling<'_> {
             "token_code" => return Some("123456".into()),
             "request_id" => return Some(Uuid::new_v4().to_string()),
             "value" => return Some("1".into()),
+            "url" => return Some("https://example.org/hook".into()),
+            "address" => return Some("ada@example.org".into()),
+            "session_id" => return Some(Uuid::new_v4().to_string()),
+            "password" | "current_password" | "new_password" | "client" | "actor" | "action"
+            | "subject_prefix" => return None,
             "region" => return Some("us-east-1".into()),
             "page_token" | "message" | "target" | "replace" | "aws_accounts"
             | "working_directory" | "engine" | "engine_version" => return None,
@@ -374,6 +411,10 @@ async fn what_another_organization_has_is_answered_as_what_nobody_has() {
         plan: "cd".repeat(32),
         lock: "no-lock".into(),
         variable: "no-variable".into(),
+        user: "no-user".into(),
+        token: "no-token".into(),
+        subscriber: id(),
+        delivery: id(),
     };
     for method in methods() {
         let rpc = name(&method);
@@ -410,8 +451,10 @@ async fn what_another_organization_has_is_answered_as_what_nobody_has() {
 /// A message without the words that the request brought.
 fn neutral(message: &str, aim: &Aim) -> String {
     let Aim { environment, pool, run, runner, quarantined, configuration, variable, .. } = aim;
+    let Aim { user, token, subscriber, delivery, .. } = aim;
     let words = [environment, pool, run, runner, quarantined, configuration, variable];
-    words.iter().fold(message.to_owned(), |message, word| message.replace(word.as_str(), "_"))
+    let words = words.into_iter().chain([user, token, subscriber, delivery]);
+    words.fold(message.to_owned(), |message, word| message.replace(word.as_str(), "_"))
 }
 
 /// Passes messages on as bytes.

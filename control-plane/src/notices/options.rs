@@ -16,6 +16,7 @@ use super::network::{Network, Networks};
 
 /// Flags about notices.
 #[derive(Clone, Debug, Default, clap::Args)]
+#[group(id = "notices")]
 pub struct Args {
     /// Network that webhooks may go to although it is not public, such as 10.0.0.0/8; may be
     /// repeated. With a loopback network, webhooks on it may use plain http
