@@ -68,7 +68,7 @@ impl App {
         let organization = standing.organization;
         let request_key =
             keys::request(request_owner(caller), &format!("run:{organization}:{}", new.request_id));
-        if let Some(made) = self.made_before(&request_key).await? {
+        if let Some(made) = self.queued_before(&request_key, environment.value.id).await? {
             return Ok(made);
         }
         check(&new)?;
@@ -88,12 +88,20 @@ impl App {
         self.queue(caller, asked).await
     }
 
-    /// Returns the run that this request made already.
-    pub(super) async fn made_before(&self, request_key: &Key) -> Result<Option<Run>> {
-        match self.fetch::<Text<RunId>>(request_key.clone()).await? {
-            Some(made) => Ok(Some(self.run(made.value.0).await?.value)),
-            None => Ok(None),
+    /// Finds the run that a request has made: in the environment that the caller's right was
+    /// checked on, and in no other.
+    pub(super) async fn queued_before(
+        &self,
+        request: &Key,
+        checked: EnvironmentId,
+    ) -> Result<Option<Run>> {
+        let Some(made) = self.fetch::<Text<RunId>>(request.clone()).await? else { return Ok(None) };
+        let run = self.run(made.value.0).await?.value;
+        if run.request.environment != checked {
+            let message = "it queued a run of another environment; give a new request_id";
+            return Err(Error::field("request_id", message));
         }
+        Ok(Some(run))
     }
 
     pub(super) async fn queue(self: &Arc<Self>, caller: &Caller, mut asked: Asked) -> Result<Run> {
@@ -152,7 +160,7 @@ impl App {
             match self.commit_queued(caller, run, environment, request_key, given).await? {
                 Queued::Made(run) => return Ok((*run, Settled::Kept)),
                 Queued::LostRace => {
-                    if let Some(made) = self.made_before(&asked.request_key).await? {
+                    if let Some(made) = self.queued_before(&asked.request_key, asked.environment).await? {
                         return Ok((made, Settled::NotNeeded));
                     }
                 }

@@ -37,7 +37,7 @@ impl App {
             request_owner(caller),
             &format!("retry:{}:{}", first.id, retry.request_id),
         );
-        if let Some(made) = self.made_before(&request_key).await? {
+        if let Some(made) = self.queued_before(&request_key, request.environment).await? {
             return Ok(made);
         }
         if !first.state.is_end() {

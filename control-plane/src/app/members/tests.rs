@@ -272,7 +272,7 @@ async fn what_is_hidden_from_a_member_is_not_named_to_them() {
     assert!(own.items[0].environments.is_empty());
     let change = SettingsChange { policy: Some(MfaPolicy::Never), ..SettingsChange::default() };
     for name in [ENVIRONMENT, "nowhere"] {
-        let set = app.update_environment(&bob, ORGANIZATION, name, change.clone()).await;
+        let set = app.update_environment(&bob, ORGANIZATION, name, change.clone(), None).await;
         refused(set.map(drop), Reason::NotFound);
     }
 }
