@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
-use latchkey_domain::id::{Digest, RunId};
+use latchkey_domain::id::{Digest, EnvironmentId, RunId};
 use latchkey_domain::run::{Request, Run, RunKind, RunState};
 use latchkey_proto::v1::Reason;
 
@@ -14,7 +14,7 @@ use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, Text, encode};
-use crate::store::{Batch, CommitError, Expect, Version, keys};
+use crate::store::{Batch, CommitError, Expect, Key, Version, keys};
 
 const LONGEST_MESSAGE: usize = 512;
 const MOST_ADDRESSES: usize = 100;
@@ -42,15 +42,16 @@ pub struct NewRun {
 
 impl App {
     pub async fn queue_run(self: &Arc<Self>, caller: &Caller, new: NewRun) -> Result<Run> {
-        let (standing, _) =
+        let (standing, found) =
             self.on(caller, &new.organization, &new.environment, Right::Operate).await?;
+        let checked = found.value.id;
         check_request_id(&new.request_id)?;
         let request_key = keys::request(
             request_owner(caller),
             &format!("run:{}:{}", standing.organization, new.request_id),
         );
-        if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
-            return Ok(self.run(made.value.0).await?.value);
+        if let Some(made) = self.queued_before(&request_key, checked).await? {
+            return Ok(made);
         }
         check(&new)?;
         let organization = standing.organization;
@@ -82,8 +83,8 @@ impl App {
             match self.commit_queued(caller, run, environment, request_key.clone()).await? {
                 Queued::Made(run) => return Ok(*run),
                 Queued::LostRace => {
-                    if let Some(made) = self.fetch::<Text<RunId>>(request_key.clone()).await? {
-                        return Ok(self.run(made.value.0).await?.value);
+                    if let Some(made) = self.queued_before(&request_key, checked).await? {
+                        return Ok(made);
                     }
                 }
             }
@@ -94,12 +95,24 @@ impl App {
         ))
     }
 
+    /// Finds the run that a request has made: in the environment that the caller's right was
+    /// checked on, and in no other.
+    async fn queued_before(&self, request: &Key, checked: EnvironmentId) -> Result<Option<Run>> {
+        let Some(made) = self.fetch::<Text<RunId>>(request.clone()).await? else { return Ok(None) };
+        let run = self.run(made.value.0).await?.value;
+        if run.request.environment != checked {
+            let message = "it queued a run of another environment; give a new request_id";
+            return Err(Error::field("request_id", message));
+        }
+        Ok(Some(run))
+    }
+
     async fn commit_queued(
         self: &Arc<Self>,
         caller: &Caller,
         run: Run,
         environment: Loaded<crate::store::record::environment::Environment>,
-        request_key: crate::store::Key,
+        request_key: Key,
     ) -> Result<Queued> {
         let id = run.id;
         // The run is not stored yet: its version is only a placeholder.
