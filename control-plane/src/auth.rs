@@ -90,6 +90,12 @@ pub struct Position {
 }
 
 impl Position {
+    /// Tells whether there may be an environment to read.
+    pub fn reads(&self) -> bool {
+        let all = [self.access].into_iter().chain(self.environments.values().copied());
+        self.role == Role::Owner || all.max() > Some(Access::None)
+    }
+
     /// Answers what may be done in an environment.
     pub fn access(&self, environment: EnvironmentId) -> Access {
         match self.role {

@@ -20,6 +20,7 @@ pub async fn run(app: Arc<App>) {
         every(PERIOD, "give turns", || app.give_all_turns()),
         every(PERIOD, "delete what nothing needs", || app.collect_garbage()),
         every(PERIOD, "delete sessions that have run out", || app.prune_sessions()),
+        every(PERIOD, "tell whose passwords are guessed", || app.tell_guesses()),
         every(PERIOD, "look for what nobody needs", || app.sweep_blobs()),
     );
 }

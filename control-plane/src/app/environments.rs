@@ -93,25 +93,30 @@ impl App {
     ) -> Result<Page<EnvironmentView>> {
         let standing = self.member(caller, organization).await?;
         let (size, organization) = (page.size()?, standing.organization);
-        let after =
+        let mut after =
             page.after::<String>()?.map(|name| keys::environment_by_name(organization, &name));
-        let scan = Scan::ascending(keys::environments_by_name(organization), size + 1).after(after);
-        let found = self.scan(scan).await?;
-        let (mut items, mut next) = (vec![], None);
-        for (number, (key, value)) in found.iter().enumerate() {
-            if number == size {
-                // Also where the last one is hidden.
-                next = found[number - 1].0.name().map(str::to_owned);
-                break;
+        let (mut items, mut next): (Vec<EnvironmentView>, _) = (vec![], None);
+        'pages: loop {
+            let scan = Scan::ascending(keys::environments_by_name(organization), size + 1);
+            let found = self.scan(scan.after(after.take())).await?;
+            for (key, value) in &found {
+                let id: Text<EnvironmentId> = crate::store::record::decode(key, value)?;
+                if standing.position.access(id.0) == Access::None {
+                    continue;
+                }
+                if items.len() == size {
+                    // Of one that is shown: the token tells its name.
+                    next = items.last().map(|last| last.environment.name.clone());
+                    break 'pages;
+                }
+                let environment = self.environment(organization, id.0).await?.value;
+                let organization_name = standing.organization_name.clone();
+                items.push(self.environment_view(environment, organization_name).await?);
             }
-            let id: Text<EnvironmentId> = crate::store::record::decode(key, value)?;
-            if standing.position.access(id.0) == Access::None {
-                continue;
+            match found.into_iter().nth(size) {
+                Some((last, _)) => after = Some(last),
+                None => break,
             }
-            let environment = self.environment(organization, id.0).await?.value;
-            let view =
-                self.environment_view(environment, standing.organization_name.clone()).await?;
-            items.push(view);
         }
         Ok(Page { items, next })
     }
@@ -174,8 +179,14 @@ impl App {
     ) -> Result<EnvironmentView> {
         let standing = self.owner(caller, organization).await?;
         let found = self.environment_named(standing.organization, name).await?;
-        if self.run(run).await?.value.request.environment != found.value.id {
-            return Err(Error::not_found("run of this environment"));
+        let missing = || Error::not_found("run of this environment");
+        let of_run = match self.run(run).await {
+            Ok(run) => run.value.request.environment,
+            Err(error) if error.reason() == Reason::NotFound => return Err(missing()),
+            Err(error) => return Err(error),
+        };
+        if of_run != found.value.id {
+            return Err(missing());
         }
         let frozen = found.value.hold.frozen.as_ref();
         if frozen.is_none() {

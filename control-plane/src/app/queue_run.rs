@@ -160,7 +160,9 @@ impl App {
             match self.commit_queued(caller, run, environment, request_key, given).await? {
                 Queued::Made(run) => return Ok((*run, Settled::Kept)),
                 Queued::LostRace => {
-                    if let Some(made) = self.queued_before(&asked.request_key, asked.environment).await? {
+                    if let Some(made) =
+                        self.queued_before(&asked.request_key, asked.environment).await?
+                    {
                         return Ok((made, Settled::NotNeeded));
                     }
                 }

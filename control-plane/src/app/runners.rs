@@ -16,9 +16,10 @@ use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
 
 use super::{App, Page, PageRequest};
-use crate::auth::{Caller, Right, RunnerIdentity};
+use crate::auth::{Caller, Position, Right, RunnerIdentity};
 use crate::dispatch::{Abilities, Engine, Seen, Standing};
 use crate::error::{Error, Result};
+use crate::store::record::people::Access;
 use crate::store::record::runner::{Pool, Runner, Said};
 use crate::store::record::{Loaded, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, Scan, keys};
@@ -71,7 +72,8 @@ impl App {
         organization: &str,
         page: PageRequest,
     ) -> Result<Page<RunnerView>> {
-        let organization = self.member(caller, organization).await?.organization;
+        let member = self.member(caller, organization).await?;
+        let organization = member.organization;
         let (size, after) = (page.size()?, page.after::<Place>()?);
         let mut found: Vec<(RunnerId, Pool)> = vec![];
         for (key, stored) in self.list(keys::pools_of(organization)).await? {
@@ -98,14 +100,18 @@ impl App {
         for (id, pool) in found {
             let Some(runner) = self.fetch::<Runner>(keys::runner(id)).await? else { continue };
             let seen = seen.remove(&id).unwrap_or_default();
-            items.push(self.runner_view(runner.value, pool.name, seen).await?);
+            items.push(
+                self.runner_view(runner.value, pool.name, seen, Some(&member.position)).await?,
+            );
         }
         Ok(Page { items, next })
     }
 
     pub async fn show_runner(&self, caller: &Caller, id: RunnerId) -> Result<RunnerView> {
-        let runner = self.runner_for(caller, id, Right::Belong).await?;
-        self.shown_runner(runner.value).await
+        let runner = self.runner_for(caller, id, Right::Belong).await?.value;
+        let organization = runner.organization.0;
+        let member = self.standing_in(caller, organization, Right::Belong, None).await?;
+        self.shown_runner(runner, Some(&member.position)).await
     }
 
     /// Lets a runner finish what it holds and offers it nothing more.
@@ -118,7 +124,7 @@ impl App {
             runner.drained_at.get_or_insert(now.into());
             Ok(changes)
         });
-        self.shown_runner(drained.await?).await
+        self.shown_runner(drained.await?, None).await
     }
 
     /// Takes a drain back.
@@ -130,7 +136,7 @@ impl App {
             }
             Ok(runner.drained_at.take().is_some())
         });
-        self.shown_runner(resumed.await?).await
+        self.shown_runner(resumed.await?, None).await
     }
 
     /// Records what a connecting runner says of itself, if that is news, and answers whether it
@@ -276,15 +282,27 @@ impl App {
         self.fetch(keys::runner(id)).await?.ok_or_else(|| Error::not_found("runner"))
     }
 
-    async fn shown_runner(&self, runner: Runner) -> Result<RunnerView> {
+    /// Shows it to an owner, or to who is in this position.
+    async fn shown_runner(
+        &self,
+        runner: Runner,
+        position: Option<&Position>,
+    ) -> Result<RunnerView> {
         let (organization, pool): (OrganizationId, PoolId) = (runner.organization.0, runner.pool.0);
         let name = self.pool(organization, pool).await?.name;
         let id = runner.id.0;
         let seen = self.dispatch.see(vec![id]).await.remove(&id).unwrap_or_default();
-        self.runner_view(runner, name, seen).await
+        self.runner_view(runner, name, seen, position).await
     }
 
-    async fn runner_view(&self, runner: Runner, pool: String, seen: Seen) -> Result<RunnerView> {
+    async fn runner_view(
+        &self,
+        runner: Runner,
+        pool: String,
+        seen: Seen,
+        position: Option<&Position>,
+    ) -> Result<RunnerView> {
+        let hides = |id| position.is_some_and(|position| position.access(id) == Access::None);
         let mut holds = vec![];
         for (job, epoch) in &seen.held {
             let run = match self.run(job.run).await {
@@ -294,7 +312,7 @@ impl App {
             };
             let lease = run.job(job.phase).lease.as_ref();
             let Some(lease) = lease.filter(|lease| lease.is(runner.id.0, *epoch)) else { continue };
-            if run.state != RunState::Lost {
+            if run.state != RunState::Lost && !hides(run.request.environment) {
                 holds.push(HeldJob {
                     job: *job,
                     epoch: *epoch,

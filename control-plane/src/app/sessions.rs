@@ -7,10 +7,11 @@
 //!
 //! A session ends 12 hours after its sign-in, whatever is done with it. Refused sign-ins are not
 //! audited one by one, or strangers could fill the chain: the next one that succeeds says how many
-//! there were.
+//! there were, and so does one record an hour while an account's throttle holds.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use latchkey_domain::id::{OrganizationId, SignInId, UserId};
@@ -45,6 +46,9 @@ const WAITING: usize = 64;
 /// How many of those wait who change their own: strangers do not take their places.
 const CHANGING: usize = 16;
 
+/// How many names are kept between two rounds of telling.
+const MOST_GUESSED: usize = 1024;
+
 /// How often a lost race is run again.
 const ATTEMPTS: usize = 16;
 
@@ -57,6 +61,8 @@ pub struct Gate {
     hashing: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
     changing: Arc<Semaphore>,
+    /// Names whose throttle holds, with how many attempts were refused; not told yet.
+    guessed: Mutex<BTreeMap<String, u32>>,
 }
 
 /// A place among those whose password is looked at; the work keeps it until it has ended.
@@ -70,11 +76,23 @@ impl Default for Gate {
             hashing: Arc::new(Semaphore::new(HASHING)),
             waiting: Arc::new(Semaphore::new(WAITING)),
             changing: Arc::new(Semaphore::new(CHANGING)),
+            guessed: Mutex::default(),
         }
     }
 }
 
 impl Gate {
+    /// Keeps that a name is being guessed at, for who tells it: told here, it would take longer
+    /// where there is such a user.
+    fn note_guesses(&self, name: &str, attempt: Attempt, now: Timestamp) {
+        let mut guessed = self.guessed.lock().unwrap_or_else(PoisonError::into_inner);
+        if guessed.len() < MOST_GUESSED
+            && let Some(refused) = self.throttle.untold(attempt, now)
+        {
+            guessed.insert(name.to_owned(), refused);
+        }
+    }
+
     /// Does the work of one password on a thread of its own. Who no longer waits for it does not
     /// make room for more of it.
     async fn hash<T: Send + 'static>(
@@ -123,7 +141,10 @@ impl App {
         let attempt = Attempt::new(name, source);
         let place = self.place(&self.sign_ins.waiting)?;
         // The same whether there is such a user.
-        self.sign_ins.throttle.begin(attempt, self.now()).map_err(throttled)?;
+        self.sign_ins.throttle.begin(attempt, self.now()).map_err(|retry_at| {
+            self.sign_ins.note_guesses(name, attempt, self.now());
+            throttled(retry_at)
+        })?;
         let user = self.user_named(name).await?;
         // Of nobody where there is no such user, so that as much is asked of the store.
         let id = user.as_ref().map_or(UserId::from_bytes([0; 16]), |user| user.value.id.0);
@@ -136,16 +157,39 @@ impl App {
             tracing::info!(?source, "a sign-in was refused");
             return Err(rejected());
         };
-        let refused = self.sign_ins.throttle.succeeded(attempt);
-        for _ in 1..ATTEMPTS {
+        let refused = self.sign_ins.throttle.refusals(attempt);
+        let mut attempts = 0;
+        let opened = loop {
+            attempts += 1;
             match self.begin_session(&user, &stored, client, refused).await {
-                Err(error) if error.reason() == Reason::ChangedMeanwhile => {}
-                answer => return answer,
+                Err(error) if error.reason() == Reason::ChangedMeanwhile && attempts < ATTEMPTS => {
+                }
+                answer => break answer?,
             }
             // Another sign-in, or who has the last word: then the password is not that one.
             user = self.user_named(name).await?.ok_or_else(rejected)?;
+        };
+        // Only now: their number is in the record.
+        self.sign_ins.throttle.succeeded(attempt);
+        Ok(opened)
+    }
+
+    /// Tells in the audit whose passwords are being guessed, once an hour for each.
+    pub async fn tell_guesses(&self) -> Result<()> {
+        let guessed = {
+            let mut guessed = self.sign_ins.guessed.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *guessed)
+        };
+        for (name, refused) in guessed {
+            let Some(user) = self.user_named(&name).await? else { continue };
+            for (key, _) in self.list(keys::memberships_by_user(user.value.id.0)).await? {
+                let Some(id) = key.last_id().map(OrganizationId::from_bytes) else { continue };
+                let draft = self.draft(id, "system", "sign_in_throttled", format!("user {name}"));
+                let draft = draft.with("refused", refused);
+                self.store.commit(Batch::new().audit(draft)).await?;
+            }
         }
-        self.begin_session(&user, &stored, client, refused).await
+        Ok(())
     }
 
     async fn begin_session(

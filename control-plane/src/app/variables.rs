@@ -304,7 +304,14 @@ impl App {
             }
             Scope::Organization => {
                 let standing = match access {
-                    Access::Read => self.member(caller, organization).await?,
+                    Access::Read => {
+                        let standing = self.member(caller, organization).await?;
+                        if !standing.position.reads() {
+                            let message = "this takes READ on an environment; ask an owner";
+                            return Err(Error::refused(Reason::NotAllowed, message));
+                        }
+                        standing
+                    }
                     Access::Change => self.owner(caller, organization).await?,
                 };
                 let scope = VariableScope::Organization(standing.organization);

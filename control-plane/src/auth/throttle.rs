@@ -26,6 +26,9 @@ const ACCOUNT: Rate = Rate { burst: 5, period: Duration::from_secs(30) };
 /// Twenty at once, then one in three seconds: many people may stand behind one address.
 const SOURCE: Rate = Rate { burst: 20, period: Duration::from_secs(3) };
 
+/// How often it is told that an account is being guessed at.
+const TOLD_EVERY: Duration = Duration::from_secs(3600);
+
 /// How many accounts, and how many sources, are known at once.
 const MOST: usize = 8192;
 
@@ -78,6 +81,8 @@ struct Bucket {
     full_at: Timestamp,
     /// Since the last right password.
     refused: u32,
+    /// When somebody was last told of the refusals.
+    told_at: Option<Timestamp>,
 }
 
 impl Throttle {
@@ -114,6 +119,23 @@ impl Throttle {
         }
     }
 
+    /// Answers how many were refused, as far as is known, once in an hour.
+    pub fn untold(&self, attempt: Attempt, now: Timestamp) -> Option<u32> {
+        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let bucket = tables.accounts.get_mut(&attempt.account)?;
+        if bucket.refused == 0 || bucket.told_at.is_some_and(|at| now < at + TOLD_EVERY) {
+            return None;
+        }
+        bucket.told_at = Some(now);
+        Some(bucket.refused)
+    }
+
+    /// Answers how many were refused since the last that succeeded.
+    pub fn refusals(&self, attempt: Attempt) -> u32 {
+        let tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.accounts.get(&attempt.account).map_or(0, |bucket| bucket.refused)
+    }
+
     /// Takes the charge back, and answers how many were refused before, as far as is known.
     pub fn succeeded(&self, attempt: Attempt) -> u32 {
         let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -134,8 +156,8 @@ fn charged(bucket: Option<&Bucket>, rate: Rate, now: Timestamp) -> Result<Bucket
     if room_at > now {
         return Err(room_at);
     }
-    let refused = bucket.map_or(0, |bucket| bucket.refused);
-    Ok(Bucket { full_at: full_at + period, refused })
+    let (refused, told_at) = bucket.map_or((0, None), |bucket| (bucket.refused, bucket.told_at));
+    Ok(Bucket { full_at: full_at + period, refused, told_at })
 }
 
 fn keep<K: Eq + Hash + Copy>(

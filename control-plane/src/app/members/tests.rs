@@ -7,6 +7,7 @@ use super::*;
 use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::open_streams::Ground;
+use crate::app::queue_run::NewRun;
 use crate::app::settings::SettingsChange;
 use crate::app::variables::{NewVariable, Scope};
 use crate::store::record::variable::Category;
@@ -271,8 +272,59 @@ async fn what_is_hidden_from_a_member_is_not_named_to_them() {
     let own = app.list_members(&bob, ORGANIZATION, PageRequest::default()).await.unwrap();
     assert!(own.items[0].environments.is_empty());
     let change = SettingsChange { policy: Some(MfaPolicy::Never), ..SettingsChange::default() };
+    // "web" is behind the only one that bob sees.
+    app.create_environment(owner, ORGANIZATION, "app", change.clone(), "app").await.unwrap();
+    let page = PageRequest { size: 1, token: String::new() };
+    let page = app.list_environments(&bob, ORGANIZATION, page).await.unwrap();
+    assert_eq!((page.items[0].environment.name.as_str(), page.next), ("app", None));
+    let page = PageRequest { size: 1, token: String::new() };
+    let page = app.list_environments(owner, ORGANIZATION, page).await.unwrap();
+    assert_eq!(page.next.as_deref(), Some("app"));
     for name in [ENVIRONMENT, "nowhere"] {
         let set = app.update_environment(&bob, ORGANIZATION, name, change.clone(), None).await;
         refused(set.map(drop), Reason::NotFound);
     }
+}
+
+#[tokio::test]
+async fn a_known_request_id_shows_no_run_of_another_environment() {
+    let fixture = fixture().await;
+    let bob = fixture.member("bob", Access::Write).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let run = fixture.try_queue(&bob, "known").await.unwrap();
+    assert_eq!(fixture.try_queue(&bob, "known").await.unwrap().id, run.id);
+    let settings = SettingsChange::default();
+    app.create_environment(owner, ORGANIZATION, "dev", settings, "dev").await.unwrap();
+    let hide = only(ENVIRONMENT, Some(Access::None));
+    app.update_member(owner, ORGANIZATION, "bob", hide).await.unwrap();
+    let new = NewRun {
+        organization: ORGANIZATION.into(),
+        environment: "dev".into(),
+        configuration: run.request.configuration,
+        kind: run.request.kind,
+        message: String::new(),
+        target: vec![],
+        replace: vec![],
+        auto_apply: None,
+        destroy_confirmation: String::new(),
+        request_id: "known".into(),
+    };
+    let error = app.queue_run(&bob, new).await.unwrap_err();
+    assert_eq!(error.field_name(), Some("request_id"));
+    let page = PageRequest::default();
+    let listed = app.list_quarantined(&bob, ORGANIZATION, Some(run.id), page).await.map(drop);
+    refused(listed, Reason::NotFound);
+    let unknown = Some(latchkey_domain::id::RunId::from_bytes([9; 16]));
+    let page = PageRequest::default();
+    let listed = app.list_quarantined(&bob, ORGANIZATION, unknown, page).await.map(drop);
+    refused(listed, Reason::NotFound);
+    let nothing = MemberChange {
+        access: Some(Access::None),
+        environments: vec![(ENVIRONMENT.into(), None)],
+        ..MemberChange::default()
+    };
+    app.update_member(owner, ORGANIZATION, "bob", nothing).await.unwrap();
+    let page = PageRequest::default();
+    let listed = app.list_variables(&bob, ORGANIZATION, &Scope::Organization, page).await;
+    refused(listed.map(drop), Reason::NotAllowed);
 }

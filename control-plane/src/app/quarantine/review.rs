@@ -44,16 +44,25 @@ impl App {
         let standing = self.member(caller, organization).await?;
         let organization = standing.organization;
         let environment = match run {
-            Some(run) => {
-                let run = self.run(run).await.ok().map(|run| run.value.request);
-                // Another organization's is as one that does not exist.
-                run.filter(|run| run.organization == organization).map(|run| run.environment)
-            }
+            Some(run) => match self.run(run).await {
+                // A run of others is none.
+                Ok(run) => Some(run.value.request)
+                    .filter(|request| request.organization == organization)
+                    .map(|request| request.environment),
+                Err(error) if error.reason() == Reason::NotFound => None,
+                Err(error) => return Err(error),
+            },
             None => None,
         };
         // What is of no known environment, owners alone may see: a run that a restore forgot.
         let right = if environment.is_some() { Right::Read } else { Right::Own };
-        auth::check(caller, Some(&standing.position), right, environment)?;
+        auth::check(caller, Some(&standing.position), right, environment).map_err(|error| {
+            match run {
+                // Hidden, of others and unknown are told alike.
+                Some(_) => Error::not_found("run"),
+                None => error,
+            }
+        })?;
         let size = page.size()?;
         let after = page.after::<QuarantinedId>()?;
         let mut records: Vec<Quarantined> = match run {

@@ -54,7 +54,7 @@ impl App {
             Ok::<_, Error>(runner)
         };
         let runner = tokio::spawn(revoking.in_current_span()).await.map_err(Error::internal)??;
-        self.shown_runner(runner).await
+        self.shown_runner(runner, None).await
     }
 
     /// Ends what this process has of a runner whose record says that it is revoked.

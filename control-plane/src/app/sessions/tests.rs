@@ -100,6 +100,9 @@ async fn unknown_passwordless_and_wrong_are_told_alike_and_throttled_alike() {
     // The right one is not looked at either, until the time has come.
     let error = scene.try_sign_in("bob", PASSWORD).await.unwrap_err();
     assert_eq!(error.reason(), Reason::SignInThrottled);
+    scene.fixture.app.tell_guesses().await.unwrap();
+    scene.try_sign_in("bob", PASSWORD).await.unwrap_err();
+    scene.fixture.app.tell_guesses().await.unwrap();
     scene.fixture.clock.advance(Duration::from_secs(30));
     scene.sign_in().await;
     let owner = &scene.fixture.owner;
@@ -110,6 +113,11 @@ async fn unknown_passwordless_and_wrong_are_told_alike_and_throttled_alike() {
         .list_audit(owner, ORGANIZATION, AuditFilter::default(), page)
         .await
         .unwrap();
+    // Of bob and of ada, once each.
+    let throttled = |record: &&crate::audit::Record| record.draft.action == "sign_in_throttled";
+    let told: Vec<_> = records.items.iter().filter(throttled).collect();
+    assert_eq!(told.len(), 2);
+    assert_eq!(told[0].draft.details["refused"], 5);
     let signed_in = records.items.last().unwrap();
     assert_eq!(signed_in.draft.action, "sign_in");
     assert_eq!(signed_in.draft.details["refused_before"], 5);
