@@ -207,7 +207,7 @@ mod tests {
             sensitive: false,
             hcl: false,
         };
-        app.set_variable(&bob, ORGANIZATION, &Scope::Personal, variable).await.unwrap();
+        app.set_variable(&bob, ORGANIZATION, &Scope::Personal, variable, None).await.unwrap();
         app.reset_user(owner, ORGANIZATION, "bob", "one").await.unwrap();
         let page = PageRequest::default();
         let listed = app.list_variables(&bob, ORGANIZATION, &Scope::Personal, page).await.unwrap();

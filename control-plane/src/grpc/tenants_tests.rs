@@ -344,7 +344,7 @@ impl Filling<'_> {
             "secret" => return Some("none".into()),
             "token_code" => return Some("123456".into()),
             "request_id" => return Some(Uuid::new_v4().to_string()),
-            "value" => return Some("1".into()),
+            "value" | "reason" => return Some("1".into()),
             "url" => return Some("https://example.org/hook".into()),
             "address" => return Some("ada@example.org".into()),
             "session_id" => return Some(Uuid::new_v4().to_string()),

@@ -307,6 +307,7 @@ async fn a_known_request_id_shows_no_run_of_another_environment() {
         replace: vec![],
         auto_apply: None,
         destroy_confirmation: String::new(),
+        variables: vec![],
         request_id: "known".into(),
     };
     let error = app.queue_run(&bob, new).await.unwrap_err();
