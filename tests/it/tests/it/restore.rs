@@ -157,7 +157,10 @@ async fn a_raw_old_copy_is_found_out_by_the_runner_and_stands_still() -> anyhow:
     // Whether the wish itself is taken does not matter.
     let _ = ada.confirm(&id).await;
     let other = ada.queue("more", &small()).await;
+    // An agent says each reason once: another one is refused again, and would be granted.
     let refusals = stage.runners[0].log().matches("old copy").count();
+    stage.runners[0].kill().await?;
+    stage.runners[0].restart()?;
     wait_for_log("old copy", || stage.runners[0].log(), refusals).await?;
     for run in [Ok(ada.run(&id).await?), other] {
         let Ok(run) = run else { continue };
