@@ -109,12 +109,13 @@ fn open(world: &Arc<World>, dispatch: dispatch::Handle) -> anyhow::Result<App> {
         revocations: Revocations::default(),
         sign_ins: latchkey_control_plane::app::sessions::Gate::default(),
         gates: Gates::default(),
+        limits: latchkey_control_plane::app::limits::Timer::default(),
         uploads: Uploads::default(),
     })
 }
 
 /// Makes the organization, its owner, environments, triple, configuration and runners.
-async fn furnish(world: &World, app: &App) -> anyhow::Result<Furniture> {
+async fn furnish(world: &World, app: &Arc<App>) -> anyhow::Result<Furniture> {
     let secret = app.prepare_bootstrap().await?;
     let secret = secret.ok_or_else(|| anyhow::anyhow!("find a store that is new"))?;
     let token = app.bootstrap(&secret, ORGANIZATION, "ada").await?;
@@ -167,7 +168,7 @@ async fn furnish(world: &World, app: &App) -> anyhow::Result<Furniture> {
     Ok(Furniture { token, configuration: sha256(CONFIGURATION).to_string() })
 }
 
-async fn set(app: &App, owner: &Caller, name: &str, value: &str) -> anyhow::Result<()> {
+async fn set(app: &Arc<App>, owner: &Caller, name: &str, value: &str) -> anyhow::Result<()> {
     let variable = NewVariable {
         name: name.into(),
         category: Category::Environment,
