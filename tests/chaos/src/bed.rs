@@ -239,7 +239,7 @@ impl Bed {
 
     /// Takes a code of a device that is good and not blocked: a new person's after a few.
     pub(crate) async fn code(&mut self) -> anyhow::Result<String> {
-        if self.device.as_ref().is_none_or(|(_, used)| *used >= 3) {
+        if self.device.as_ref().is_none_or(|(_, used)| *used >= 2) {
             self.devices += 1;
             let name = format!("person-{}", self.devices);
             let account = self.aws.facts().account_id.clone();
@@ -257,7 +257,7 @@ impl Bed {
             facts.secret_access_key = user.access_keys[0].secret.clone();
             facts.mfa_serial = user.devices[0].serial.clone();
             match &self.device {
-                // Of the five that a device may have, two are left: one may meet a dead plane.
+                // A code that meets a dead plane is lost, and a device has four or five at a time.
                 Some((before, _)) => {
                     let code = self.aws.unused_code_of(before).await?;
                     self.owner.replace_triple(&facts, &code).await?;
