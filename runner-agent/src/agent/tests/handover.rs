@@ -158,6 +158,16 @@ async fn a_supervisor_that_speaks_otherwise_is_left_alone_until_its_result_is_th
     agent.stop().await.unwrap();
 }
 
+/// What a supervisor is told next.
+#[track_caller]
+fn next(orders: &mut mpsc::Receiver<Order>) -> impl Future<Output = Order> {
+    let asked = std::panic::Location::caller();
+    async move {
+        let told = tokio::time::timeout(LIMIT, orders.recv()).await;
+        told.unwrap_or_else(|_| panic!("no order in time, at {asked}")).expect("a supervisor")
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_wanted_of_a_dead_supervisor_is_wanted_of_the_next() {
     let (plane, work_dir) = (Plane::start().await, tempfile::tempdir().unwrap());
@@ -166,26 +176,27 @@ async fn what_was_wanted_of_a_dead_supervisor_is_wanted_of_the_next() {
     let _lock = directory.claim().unwrap().unwrap();
     let mut status = control::Status { protocol: 1, ..Default::default() };
     status.set_stage(control::Stage::Executing);
-    let (_status_to, status) = watch::channel(status);
     let supervisor = || {
         let (orders_to, orders) = mpsc::channel(16);
+        // Without it, open connections end as well: they are served by tasks of their own.
+        let (alive, status) = watch::channel(status);
         let listener = control::listen(directory.path()).unwrap();
-        (tokio::spawn(control::serve(listener, orders_to, status.clone())), orders)
+        (tokio::spawn(control::serve(listener, orders_to, status)), alive, orders)
     };
-    let (first, mut orders) = supervisor();
+    let (first, alive, mut orders) = supervisor();
     knows(&plane, &lease);
     (plane.world().cancel, plane.world().forces) = (true, true);
     let agent = Running::start(plane.config(work_dir.path()));
-    assert_eq!(orders.recv().await, Some(Order::Cancel(true)));
+    assert_eq!(next(&mut orders).await, Order::Cancel(true));
     plane.world().cancel = false;
     plane.world().give_up = true;
     plane.cut();
-    while orders.recv().await != Some(Order::GiveUp(true)) {}
+    while next(&mut orders).await != Order::GiveUp(true) {}
     plane.world().offer = None;
     first.abort();
-    drop(orders);
-    let (_second, mut orders) = supervisor();
-    let mut told = vec![orders.recv().await.unwrap(), orders.recv().await.unwrap()];
+    drop((alive, orders));
+    let (_second, _alive, mut orders) = supervisor();
+    let mut told = vec![next(&mut orders).await, next(&mut orders).await];
     told.sort_by_key(|order| *order != Order::GiveUp(true));
     assert_eq!(told, [Order::GiveUp(true), Order::Cancel(true)]);
     agent.stop().await.unwrap();
