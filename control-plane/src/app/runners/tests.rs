@@ -250,25 +250,28 @@ async fn a_waiting_run_says_what_it_waits_for() {
     assert_eq!(offer(&mut frames).await.job.run, run.id);
 }
 
+fn engine(name: &str, version: &str) -> SettingsChange {
+    SettingsChange {
+        engine: Some(name.into()),
+        engine_version: Some(version.into()),
+        ..SettingsChange::default()
+    }
+}
+
 #[tokio::test]
 async fn a_plan_is_asked_for_by_its_settings_and_an_apply_by_its_plan() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     fixture.dispatch();
     let runner = enrolled(&fixture).await;
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let set = |engine: &str, version: &str| SettingsChange {
-        engine: Some(engine.into()),
-        engine_version: Some(version.into()),
-        ..SettingsChange::default()
-    };
-    let change = set("terraform", "1.11.4");
+    let change = engine("terraform", "1.11.4");
     app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let run = fixture.queue("first").await;
     let (lease, spec) = app.grant(run.job_id(Phase::Plan), runner.id).await.unwrap();
     assert_eq!((spec.engine.as_str(), spec.terraform_version.as_str()), ("terraform", "1.11.4"));
     app.hand_back(&runner, lease).await.unwrap();
     let run = fixture.plan(&run).await;
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None)
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, engine("tofu", "1.9.0"), None)
         .await
         .unwrap();
     let seen = run.planned.as_ref().unwrap().digest;
@@ -303,16 +306,11 @@ async fn settings_that_change_in_the_middle_of_a_plan_break_nothing() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     fixture.dispatch();
     let (app, owner) = (&fixture.app, &fixture.owner);
-    let set = |engine: &str, version: &str| SettingsChange {
-        engine: Some(engine.into()),
-        engine_version: Some(version.into()),
-        ..SettingsChange::default()
-    };
-    let change = set("terraform", "1.11.4");
+    let change = engine("terraform", "1.11.4");
     app.update_environment(owner, ORGANIZATION, ENVIRONMENT, change, None).await.unwrap();
     let run = fixture.queue("first").await;
     let (runner, lease, _) = fixture.start(&run, Phase::Plan).await;
-    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, set("tofu", "1.9.0"), None)
+    app.update_environment(owner, ORGANIZATION, ENVIRONMENT, engine("tofu", "1.9.0"), None)
         .await
         .unwrap();
     let run = fixture.planned(&runner, lease).await;
