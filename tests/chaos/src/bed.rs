@@ -12,6 +12,7 @@ use latchkey_harness::{
     Aws, Network, Person, PlaneOptions, Program, Proxy, RunnerOptions, Stage, TestPlane,
     TestRunner, wait_for,
 };
+use latchkey_proto::v1::Role;
 use latchkey_proto::v1::variable_scope::Scope;
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -23,6 +24,9 @@ const LEASE_TERM: u64 = 3;
 
 /// How often a control plane may fail to open before that is a violation.
 const STARTS: usize = 3;
+
+/// A device has four or five codes at a time, and a new one only every 30 s.
+const CODES_OF_A_DEVICE: u32 = 4;
 
 const NAME: &str = "build-1";
 const OTHER: &str = "build-2";
@@ -41,6 +45,14 @@ pub(crate) enum Hosts {
     Two,
 }
 
+/// The device in use, and how many codes of it were.
+#[derive(Debug)]
+struct Device {
+    person: Person,
+    serial: String,
+    used: u32,
+}
+
 /// Fields are dropped in order: runners before what they talk to, the directory last.
 #[derive(Debug)]
 pub(crate) struct Bed {
@@ -56,8 +68,7 @@ pub(crate) struct Bed {
     pub(crate) stub: Stub,
     /// How many rounds it has seen.
     pub(crate) rounds: u64,
-    /// The device in use, and how many codes of it were.
-    device: Option<(String, u32)>,
+    device: Option<Device>,
     devices: u32,
     directory: TempDir,
 }
@@ -237,38 +248,38 @@ impl Bed {
         })
     }
 
-    /// Takes a code of a device that is good and not blocked: a new person's after a few.
-    pub(crate) async fn code(&mut self) -> anyhow::Result<String> {
-        if self.device.as_ref().is_none_or(|(_, used)| *used >= 2) {
-            self.devices += 1;
-            let name = format!("person-{}", self.devices);
-            let account = self.aws.facts().account_id.clone();
-            let made = self.aws.simulator().change_world(|world| {
-                world.add_user(&account, User::with_key_and_device("aws", &account, &name))?;
-                let account = world.accounts.iter().find(|known| known.id == account);
-                let user = account.and_then(|account| {
-                    account.users.iter().find(|user| user.name == name).cloned()
-                });
-                Ok::<_, latchkey_aws_simulator::Invalid>(user)
-            });
-            let user = made.context("add a user")?.context("find the user")?;
-            let mut facts = self.aws.facts().clone();
-            facts.access_key_id = user.access_keys[0].id.clone();
-            facts.secret_access_key = user.access_keys[0].secret.clone();
-            facts.mfa_serial = user.devices[0].serial.clone();
-            match &self.device {
-                // A code that meets a dead plane is lost, and a device has four or five at a time.
-                Some((before, _)) => {
-                    let code = self.aws.unused_code_of(before).await?;
-                    self.owner.replace_triple(&facts, &code).await?;
-                }
-                None => self.owner.set_triple(Scope::WholeOrganization(true), &facts).await?,
-            }
-            self.device = Some((facts.mfa_serial, 0));
+    /// Takes a code of a device that is good and not blocked, and says whose it is: a new
+    /// person's after a few.
+    pub(crate) async fn code(&mut self) -> anyhow::Result<(Person, String)> {
+        if self.device.as_ref().is_none_or(|device| device.used >= CODES_OF_A_DEVICE) {
+            self.device = Some(self.equip().await?);
         }
-        let (serial, used) = self.device.as_mut().context("a device was just chosen")?;
-        *used += 1;
-        self.aws.unused_code_of(serial).await
+        let device = self.device.as_mut().context("a device was just chosen")?;
+        device.used += 1;
+        Ok((device.person.clone(), self.aws.unused_code_of(&device.serial).await?))
+    }
+
+    /// Makes a person whose own triple has a device that was never used. To replace a triple
+    /// takes a code, and that could meet what is broken just now; to set a first one takes none.
+    async fn equip(&mut self) -> anyhow::Result<Device> {
+        self.devices += 1;
+        let name = format!("person-{}", self.devices);
+        let account = self.aws.facts().account_id.clone();
+        let made = self.aws.simulator().change_world(|world| {
+            world.add_user(&account, User::with_key_and_device("aws", &account, &name))?;
+            let account = world.accounts.iter().find(|known| known.id == account);
+            let user = account
+                .and_then(|account| account.users.iter().find(|user| user.name == name).cloned());
+            Ok::<_, latchkey_aws_simulator::Invalid>(user)
+        });
+        let user = made.context("add a user")?.context("find the user")?;
+        let mut facts = self.aws.facts().clone();
+        facts.access_key_id = user.access_keys[0].id.clone();
+        facts.secret_access_key = user.access_keys[0].secret.clone();
+        facts.mfa_serial = user.devices[0].serial.clone();
+        let person = self.owner.create_user(&self.plane, &name, Role::Owner).await?;
+        person.set_triple(Scope::Personal(true), &facts).await?;
+        Ok(Device { person, serial: facts.mfa_serial, used: 0 })
     }
 }
 

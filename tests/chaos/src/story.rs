@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use latchkey_aws_simulator::Fault as AwsFault;
 use latchkey_harness::stub::Script;
-use latchkey_harness::{Configuration, Network, TestRunner, is_ended, reason};
+use latchkey_harness::{Configuration, Network, Person, TestRunner, is_ended, reason};
 use latchkey_proto::v1;
 use latchkey_proto::v1::{MfaPolicy, Phase, PlainCredentials, RunState};
 use tokio::time::{Instant, sleep, timeout};
@@ -118,6 +118,7 @@ pub(crate) struct Seen {
 /// A code on its way; repeated as it is until it has an outcome.
 #[derive(Debug, Clone)]
 struct Submission {
+    person: Person,
     request: v1::AuthenticateRequest,
 }
 
@@ -472,7 +473,8 @@ impl Story<'_> {
             Some(submission) if submission.request.phase() == phase => submission,
             Some(_) | None => {
                 // The triple is set through the control plane, which may be down.
-                let Ok(Ok(code)) = timeout(PATIENCE, self.bed.code()).await else { return Ok(()) };
+                let made = timeout(PATIENCE, self.bed.code()).await;
+                let Ok(Ok((person, code))) = made else { return Ok(()) };
                 self.seen.codes.push(code.clone());
                 let digest = run.plan_result.as_ref().map(|plan| plan.digest.clone());
                 let request = v1::AuthenticateRequest {
@@ -482,12 +484,12 @@ impl Story<'_> {
                     plan_digest: digest.unwrap_or_default(),
                     request_id: Uuid::new_v4().to_string(),
                 };
-                Submission { request }
+                Submission { person, request }
             }
         };
         self.submission = Some(submission.clone());
-        let owner = self.bed.owner.clone();
-        let asked = timeout(PATIENCE, owner.runs().authenticate(submission.request)).await;
+        let Submission { person, request } = submission;
+        let asked = timeout(PATIENCE, person.runs().authenticate(request)).await;
         match asked {
             Ok(Ok(_)) => self.submission = None,
             // An answer of our own: the code is spent, or its fate unknown.
