@@ -1,8 +1,8 @@
-//! The README names the tests that prove what it says; it must not outlive them. What it shows
-//! of the command line is played.
+//! The pages name the tests that prove what they say; they must not outlive them. What the README
+//! shows of the command line is played.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use std::{env, fs};
@@ -15,19 +15,30 @@ use crate::support::programs;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// The pages that people read, wherever they lie.
+fn pages(root: &Path) -> Vec<PathBuf> {
+    let listed = fs::read_dir(root.join("deploy")).unwrap().flatten().map(|entry| entry.path());
+    let of_deploy = listed.filter(|path| path.extension().is_some_and(|found| found == "md"));
+    let others = ["README.md", "INVARIANTS.md", "deploy/systemd/README.md"];
+    of_deploy.chain(others.map(|name| root.join(name))).collect()
+}
+
 #[test]
-fn every_test_that_the_readme_names_exists() {
+fn every_test_and_file_that_a_page_names_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let readme = fs::read_to_string(root.join("README.md")).unwrap();
     let mut named = 0;
-    for piece in readme.split("[`").skip(1) {
-        let Some((name, rest)) = piece.split_once("`](") else { continue };
-        let Some((path, _)) = rest.split_once(')') else { continue };
-        let text = fs::read_to_string(root.join(path));
-        let text = text.unwrap_or_else(|error| panic!("{path}: {error}"));
-        if path.ends_with(".rs") {
-            assert!(text.contains(&format!("fn {name}(")), "{name} is not in {path}");
-            named += 1;
+    for page in pages(&root) {
+        let text = fs::read_to_string(&page).unwrap();
+        for piece in text.split('[').skip(1) {
+            let Some((name, rest)) = piece.split_once("](") else { continue };
+            let Some((path, _)) = rest.split_once(')') else { continue };
+            let found = fs::read_to_string(page.with_file_name(path));
+            let found = found.unwrap_or_else(|error| panic!("{}: {path}: {error}", page.display()));
+            if path.ends_with(".rs") {
+                let name = name.trim_matches('`');
+                assert!(found.contains(&format!("fn {name}(")), "{name} is not in {path}");
+                named += 1;
+            }
         }
     }
     assert!(named > 20, "only {named} tests are named");
