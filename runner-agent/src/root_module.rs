@@ -1,4 +1,4 @@
-//! What the root module's `terraform` blocks say about where the state lives.
+//! What the root module says of itself: its variables, and where the state lives.
 //!
 //! Latchkey keeps the state unless the configuration names a backend of its own: then one
 //! override file with the `http` backend is added, which terraform merges over `backend` and
@@ -9,6 +9,8 @@
 //! - `terraform.workspace` under `cloud` or `remote`: it would become `default` (measured);
 //! - a `local` backend on a relative path: the state would vanish with the job's directory.
 
+mod declared;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use hcl::{Block, Body, Expression};
 use serde_json::Value;
 
+pub(crate) use self::declared::{Declared, declared};
 use crate::engine::is_tofu;
 
 const OVERRIDE_STEM: &str = "zz_latchkey_override";

@@ -12,6 +12,7 @@ use super::plan::{show_json, words};
 use super::terraform::Ended;
 use super::{Error, Running, record_at_last};
 use crate::job::{Failure, JobResult};
+use crate::root_module;
 use crate::untrusted::{self, Folder};
 
 /// The control plane keeps them in the run's record.
@@ -76,11 +77,11 @@ impl Running {
         // The point of no return: after this, the job is never started again.
         self.executing()?;
         let mut arguments = words(&["apply", "-input=false", "-no-color", "-json"]);
-        if self.variables.file.is_some() {
+        let var_file = self.variables.of_apply(&root_module::declared(&self.terraform.root));
+        if var_file.is_some() {
             arguments.push("-var-file=/dev/stdin".into());
         }
         arguments.push(self.directory.join("plan.bin").into());
-        let var_file = self.variables.file.clone();
         let ended = self.terraform.run(&arguments, var_file.as_ref()).await?;
         let drained = self.log.drain().await?;
         let (directory, spec) = (&self.directory, &self.spec);

@@ -52,8 +52,12 @@ impl Running {
         }
         self.step("plan");
         let ended = {
-            let arguments = self.plan_arguments();
-            let var_file = self.variables.file.clone();
+            let mut arguments = self.plan_arguments();
+            let declared = root_module::declared(&self.terraform.root);
+            let var_file = self.variables.of_plan(&declared);
+            if var_file.is_some() {
+                arguments.push("-var-file=/dev/stdin".into());
+            }
             self.terraform.run(&arguments, var_file.as_ref()).await?
         };
         self.log.drain().await?;
@@ -206,9 +210,6 @@ impl Running {
         }
         arguments.extend(self.spec.target.iter().map(|a| format!("-target={a}").into()));
         arguments.extend(self.spec.replace.iter().map(|a| format!("-replace={a}").into()));
-        if self.variables.file.is_some() {
-            arguments.push("-var-file=/dev/stdin".into());
-        }
         arguments
     }
 

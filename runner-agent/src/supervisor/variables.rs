@@ -3,6 +3,11 @@
 //!
 //! HCL rather than JSON, because a value may be an HCL expression. `$` and `%` are written as
 //! escapes, so that no string can begin an interpolation whatever stands before it.
+//!
+//! A plan is not given sensitive variables that the root module does not declare: terraform would
+//! name each in a warning, and the names of personal variables are nobody else's to know. An apply
+//! is given the ephemeral ones alone: a saved plan holds the values of all others. Terraform before
+//! 1.10 refuses to be given any beside a plan, and later ones refuse another value than the plan's.
 
 use std::fmt::Write;
 
@@ -12,6 +17,7 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use super::environment::UserVariable;
+use crate::root_module::Declared;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -27,15 +33,41 @@ pub(crate) enum Error {
 #[derive(Debug, Default)]
 pub(super) struct Variables {
     pub(super) environment: Vec<UserVariable>,
-    /// The var-file; `None` when there are no Terraform variables.
-    pub(super) file: Option<SecretString>,
+    terraform: Vec<Assignment>,
     /// What the log must not show.
     pub(super) sensitive: Vec<SecretString>,
 }
 
+/// A Terraform variable as a line, or lines, of the var-file.
+#[derive(Debug)]
+struct Assignment {
+    name: String,
+    text: SecretString,
+    sensitive: bool,
+}
+
+impl Variables {
+    /// Answers the var-file of a plan; `None` when nothing is to be given.
+    pub(super) fn of_plan(&self, declared: &Declared) -> Option<SecretString> {
+        self.file(|one| !one.sensitive || declared.names.contains(&one.name))
+    }
+
+    /// Answers the var-file of an apply of a saved plan; `None` when nothing is to be given.
+    pub(super) fn of_apply(&self, declared: &Declared) -> Option<SecretString> {
+        self.file(|one| declared.ephemeral.contains(&one.name))
+    }
+
+    fn file(&self, is_given: impl Fn(&Assignment) -> bool) -> Option<SecretString> {
+        let mut file = Zeroizing::new(String::new());
+        for one in self.terraform.iter().filter(|one| is_given(one)) {
+            file.push_str(one.text.expose_secret());
+        }
+        (!file.is_empty()).then(|| SecretString::from(file.as_str()))
+    }
+}
+
 pub(super) fn sort(variables: Vec<v1::JobVariable>) -> Result<Variables, Error> {
     let mut sorted = Variables::default();
-    let mut file = Zeroizing::new(String::new());
     for variable in variables {
         let v1::JobVariable { name, value, environment, hcl, sensitive } = variable;
         let value = SecretString::from(value);
@@ -43,6 +75,10 @@ pub(super) fn sort(variables: Vec<v1::JobVariable>) -> Result<Variables, Error> 
             sorted.sensitive.push(value.clone());
             if hcl {
                 sorted.sensitive.extend(inner_strings(value.expose_secret()));
+            } else if !environment {
+                // A diagnostic quotes the var-file.
+                let written = literal(value.expose_secret());
+                sorted.sensitive.push(SecretString::from(&written[1..written.len() - 1]));
             }
         }
         if environment {
@@ -52,22 +88,20 @@ pub(super) fn sort(variables: Vec<v1::JobVariable>) -> Result<Variables, Error> 
             }
             sorted.environment.push(UserVariable { name, value });
         } else {
-            assign(&name, value.expose_secret(), hcl, &mut file)?;
+            let text = assign(&name, value.expose_secret(), hcl)?;
+            let text = SecretString::from(text.as_str());
+            sorted.terraform.push(Assignment { name, text, sensitive });
         }
-    }
-    if !file.is_empty() {
-        sorted.file = Some(SecretString::from(file.as_str()));
     }
     Ok(sorted)
 }
 
-fn assign(name: &str, value: &str, hcl: bool, file: &mut String) -> Result<(), Error> {
+fn assign(name: &str, value: &str, hcl: bool) -> Result<Zeroizing<String>, Error> {
     if !is_identifier(name) {
         return Err(Error::Name(name.to_owned()));
     }
     if !hcl {
-        let _ = writeln!(file, "{name} = {}", *literal(value));
-        return Ok(());
+        return Ok(Zeroizing::new(format!("{name} = {}\n", *literal(value))));
     }
     // In parentheses an expression may have several lines; on lines of its own a comment or a
     // heredoc in it ends before the closing one.
@@ -75,10 +109,7 @@ fn assign(name: &str, value: &str, hcl: bool, file: &mut String) -> Result<(), E
     let body = hcl::parse(&assignment).map_err(|_| Error::Expression(name.to_owned()))?;
     let mut structures = body.iter();
     match (structures.next(), structures.next()) {
-        (Some(Structure::Attribute(attribute)), None) if attribute.key() == name => {
-            file.push_str(&assignment);
-            Ok(())
-        }
+        (Some(Structure::Attribute(attribute)), None) if attribute.key() == name => Ok(assignment),
         _ => Err(Error::Expression(name.to_owned())),
     }
 }
@@ -128,6 +159,16 @@ fn strings(expression: &hcl::Expression, found: &mut Vec<SecretString>) {
             object.values().for_each(|value| strings(value, found));
         }
         hcl::Expression::Parenthesis(inner) => strings(inner, found),
+        hcl::Expression::TemplateExpr(template) => {
+            // As it stands there, which a diagnostic quotes, and as terraform understands it.
+            let text = match &**template {
+                hcl::TemplateExpr::QuotedString(text) => text,
+                hcl::TemplateExpr::Heredoc(heredoc) => &heredoc.template,
+            };
+            let meant = Zeroizing::new(text.replace("$${", "${").replace("%%{", "%{"));
+            found.push(SecretString::from(text.as_str()));
+            found.push(SecretString::from(meant.as_str()));
+        }
         // What must be evaluated is not known here.
         _ => {}
     }
@@ -142,7 +183,7 @@ mod tests {
     }
 
     fn file(variables: Vec<v1::JobVariable>) -> Result<String, Error> {
-        let file = sort(variables)?.file;
+        let file = sort(variables)?.of_plan(&Declared::default());
         Ok(file.map(|file| file.expose_secret().to_owned()).unwrap_or_default())
     }
 
@@ -169,10 +210,44 @@ mod tests {
         }
     }
 
+    fn sensitive(name: &str, value: &str, hcl: bool) -> v1::JobVariable {
+        v1::JobVariable { sensitive: true, ..variable(name, value, hcl) }
+    }
+
+    #[test]
+    fn a_sensitive_value_is_known_as_the_var_file_writes_it() {
+        for (value, hcl, written) in [
+            ("q%canary$1", false, "q\\u0025canary\\u00241"),
+            ("{ a = \"x-$${canary}\" }", true, "x-${canary}"),
+            ("<<-E\n  x-$${canary}\n  E\n", true, "x-${canary}"),
+        ] {
+            let known = sort(vec![sensitive("x", value, hcl)]).unwrap().sensitive;
+            let known: Vec<&str> = known.iter().map(|secret| secret.expose_secret()).collect();
+            assert!(known.iter().any(|known| known.trim() == written), "{value}: {known:?}");
+        }
+    }
+
+    #[test]
+    fn a_plan_is_given_no_sensitive_one_that_is_not_declared_and_an_apply_the_ephemeral_ones() {
+        let names = ["declared", "token"].map(str::to_owned).into();
+        let declared = Declared { names, ephemeral: ["token".to_owned()].into() };
+        let variables = sort(vec![
+            variable("typo", "1", false),
+            variable("declared", "2", false),
+            sensitive("elsewhere", "3", false),
+            sensitive("token", "4", false),
+        ]);
+        let variables = variables.unwrap();
+        let file = |file: Option<SecretString>| file.unwrap().expose_secret().to_owned();
+        let plan = file(variables.of_plan(&declared));
+        assert_eq!(plan, "typo = \"1\"\ndeclared = \"2\"\ntoken = \"4\"\n");
+        assert_eq!(file(variables.of_apply(&declared)), "token = \"4\"\n");
+        assert!(variables.of_apply(&Declared::default()).is_none());
+    }
+
     #[test]
     fn strings_inside_a_sensitive_expression_are_known() {
-        let mut sensitive = variable("x", "{ a = [\"canary-1\"], b = \"canary-2\" }", true);
-        sensitive.sensitive = true;
+        let sensitive = sensitive("x", "{ a = [\"canary-1\"], b = \"canary-2\" }", true);
         let known = sort(vec![sensitive]).unwrap().sensitive;
         let known: Vec<&str> = known.iter().map(|secret| secret.expose_secret()).collect();
         assert!(known.contains(&"canary-1") && known.contains(&"canary-2"), "{known:?}");

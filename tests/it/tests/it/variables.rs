@@ -148,8 +148,12 @@ resource "terraform_data" "all" {
 }
 "#;
     let configuration = Configuration::of(&[("main.tf", &main)]);
+    // Its name would be in a warning of terraform's: this root module does not declare it.
+    ada.set_variable(Scope::Personal(true), TERRAFORM, "canary_pager", "x", false).await?;
     let secret = RunVariable { sensitive: true, ..given("d", "canary-run") };
     let mine = applied(ada, &configuration, vec![secret]).await?.run_id;
+    let plan = bob.log_text(&mine, Phase::Plan).await?;
+    assert!(!plan.contains("canary"), "{plan}");
     // Whoever reads the log learns neither; that they came shows in what bob does not get.
     let log = bob.log_text(&mine, Phase::Apply).await?;
     assert!(log.contains("got organization environment ") && !log.contains("canary"), "{log}");
@@ -159,6 +163,32 @@ resource "terraform_data" "all" {
     let theirs = applied(&bob, &configuration, vec![given("d", "bobs")]).await?.run_id;
     let log = ada.log_text(&theirs, Phase::Apply).await?;
     assert!(log.contains("got organization environment environment bobs"), "{log}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_sensitive_value_that_terraform_refuses_is_quoted_masked() -> anyhow::Result<()> {
+    let stage = stage().await?;
+    let ada = &stage.owner;
+    ada.create_environment("web", MfaPolicy::Never).await?;
+    let main = r#"
+variable "password" {
+  type      = string
+  sensitive = true
+  validation {
+    condition     = length(var.password) > 100
+    error_message = "It is too short."
+  }
+}
+"#;
+    let configuration = Configuration::of(&[("main.tf", main)]);
+    let scope = Scope::Environment("web".into());
+    ada.set_variable(scope, TERRAFORM, "password", "p%canary$1", true).await?;
+    let run = ada.queue("web", &configuration).await?;
+    ada.wait_for_state(&run.run_id, RunState::Errored).await?;
+    let log = String::from_utf8(ada.read_log(&run.run_id, Phase::Plan).await?)?;
+    assert!(log.contains("It is too short.") && log.contains("password = "), "{log}");
+    assert!(!log.contains("canary"), "{log}");
     Ok(())
 }
 
