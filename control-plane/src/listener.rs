@@ -11,6 +11,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -127,12 +128,12 @@ async fn accept(listener: TcpListener, security: Security, ready: Ready) {
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok((stream, address)) => {
                 let (security, callers) = (security.clone(), callers.clone());
                 let place = callers.enter(Who::Opening);
                 let ready = ready.clone();
                 tokio::spawn(async move {
-                    match Connection::open(stream, security, &callers, place).await {
+                    match Connection::open(stream, address, security, &callers, place).await {
                         // A server that stops takes no more.
                         Ok(connection) => drop(ready.send(Ok(connection)).await),
                         Err(error) => tracing::debug!(%error, "a connection came to nothing"),
@@ -156,9 +157,11 @@ fn is_of_the_connection(error: &io::Error) -> bool {
     [ConnectionAborted, ConnectionReset, Interrupted, TimedOut].contains(&error.kind())
 }
 
-/// What the other side of a connection has proved in its handshake.
-#[derive(Clone, Debug, Default)]
+/// Who is on the other side of a connection, and what they proved in its handshake.
+#[derive(Clone, Debug)]
 pub(crate) struct Peer {
+    /// A proxy's, where one stands between.
+    pub(crate) address: SocketAddr,
     pub(crate) certificate: Option<CertificateDer<'static>>,
 }
 
@@ -185,6 +188,7 @@ struct Opening {
 impl Connection {
     async fn open(
         stream: TcpStream,
+        address: SocketAddr,
         security: Security,
         callers: &Callers,
         mut place: Caller,
@@ -192,11 +196,11 @@ impl Connection {
         // Small frames would wait for the peer's delayed acknowledgement: 40 ms each.
         stream.set_nodelay(true)?;
         let deadline = tokio::time::Instant::now() + OPENING;
-        let (transport, peer, caller) = match security {
-            Security::Plaintext => (Transport::Plain(stream), Peer::default(), None),
+        let (transport, certificate, caller) = match security {
+            Security::Plaintext => (Transport::Plain(stream), None, None),
             Security::Tls(config) => {
                 let stream = shake_hands(stream, config, deadline, &mut place).await?;
-                (Transport::Tls(Box::new(stream)), Peer::default(), None)
+                (Transport::Tls(Box::new(stream)), None, None)
             }
             Security::MutualTls(config) => {
                 let stream = shake_hands(stream, config, deadline, &mut place).await?;
@@ -204,12 +208,12 @@ impl Connection {
                 let certificate = chain.and_then(|chain| chain.first()).cloned();
                 let key = certificate.as_ref().and_then(|leaf| key_of(leaf).ok());
                 let caller = callers.enter(key.map_or(Who::Stranger, Who::Runner));
-                (Transport::Tls(Box::new(stream)), Peer { certificate }, Some(caller))
+                (Transport::Tls(Box::new(stream)), certificate, Some(caller))
             }
         };
         let deadline = Box::pin(tokio::time::sleep_until(deadline));
         let opening = Some(Opening { left: PREFACE, deadline, place });
-        Ok(Self { transport, peer, opening, caller })
+        Ok(Self { transport, peer: Peer { address, certificate }, opening, caller })
     }
 
     /// Fails a connection that has to give way.
@@ -484,6 +488,13 @@ mod tests {
         tokio::time::pause();
         let error = connection.read(&mut read).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_connection_tells_where_it_comes_from() {
+        let (client, mut connections) = listening(Security::Plaintext).await;
+        let connection = connections.next().await.unwrap().unwrap();
+        assert_eq!(connection.connect_info().address, client.local_addr().unwrap());
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use super::{Service, convert, proof};
 use crate::app::sessions::SessionView;
 use crate::error::Error;
+use crate::listener::Peer;
 
 #[tonic::async_trait]
 impl SessionService for Service {
@@ -70,7 +71,7 @@ impl SessionService for Service {
 
 /// Whoever connected: behind a proxy, that proxy for everybody.
 fn source<T>(request: &Request<T>) -> Option<IpAddr> {
-    request.remote_addr().map(|address| address.ip())
+    request.extensions().get::<Peer>().map(|peer| peer.address.ip())
 }
 
 fn out(session: SessionView) -> v1::Session {

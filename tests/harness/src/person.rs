@@ -5,6 +5,7 @@
 mod steering;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -124,11 +125,23 @@ impl Person {
         name: &str,
         token: &str,
     ) -> anyhow::Result<Self> {
+        Self::from_address(plane, organization, name, token, None)
+    }
+
+    /// Does the same from an address of loopback, as another host would.
+    pub fn from_address(
+        plane: &TestPlane,
+        organization: &str,
+        name: &str,
+        token: &str,
+        address: Option<IpAddr>,
+    ) -> anyhow::Result<Self> {
         // Whoever came first has installed the same one.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(plane.ca_pem()?));
         let endpoint = Endpoint::from_shared(plane.people_url())?
             .connect_timeout(Duration::from_secs(10))
+            .local_address(address)
             .tls_config(tls)?;
         Ok(Self {
             organization: organization.to_owned(),

@@ -123,6 +123,35 @@ async fn a_revoked_session_ends_with_its_streams_and_its_calls() {
 }
 
 #[tokio::test]
+async fn who_guesses_at_one_address_holds_up_nobody_at_another() {
+    let stage = stage().await;
+    let guess = async |from: [u8; 4], user: &str| {
+        let from = Some(from.into());
+        let (plane, organization) = (&stage.plane, Stage::ORGANIZATION);
+        let stranger = Person::from_address(plane, organization, user, "none", from).unwrap();
+        let request = v1::SignInRequest {
+            user: user.into(),
+            password: PASSWORD.into(),
+            client: "the test".into(),
+        };
+        reason(&stranger.sessions().sign_in(request).await.unwrap_err())
+    };
+    let mut throttled = false;
+    for number in 0..60 {
+        match guess([127, 0, 0, 2], &format!("nobody-{number}")).await.as_str() {
+            "SIGN_IN_REJECTED" => {}
+            "SIGN_IN_THROTTLED" if number >= 20 => {
+                throttled = true;
+                break;
+            }
+            other => panic!("{other} after {number}"),
+        }
+    }
+    assert!(throttled);
+    assert_eq!(guess([127, 0, 0, 3], "somebody").await, "SIGN_IN_REJECTED");
+}
+
+#[tokio::test]
 async fn a_member_does_what_their_access_says_and_nothing_once_removed() {
     let stage = stage().await;
     let ada = &stage.owner;
