@@ -119,6 +119,16 @@ async fn sign_in(
     user: String,
 ) -> Result<SecretString, Failure> {
     let password = context.input.answer(Question::Hidden("Password: ".into())).await?;
+    sign_in_with(context, client, user, &password).await
+}
+
+/// Opens a session and says when it ends.
+pub(super) async fn sign_in_with(
+    context: &mut Context,
+    client: &Client,
+    user: String,
+    password: &SecretString,
+) -> Result<SecretString, Failure> {
     let request = v1::SignInRequest {
         user,
         password: password.expose_secret().to_owned(),

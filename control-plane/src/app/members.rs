@@ -5,6 +5,7 @@
 //! read. So of two who take it from each other at once, one is told that it changed meanwhile.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use latchkey_domain::id::{EnvironmentId, OrganizationId, UserId};
 use latchkey_proto::v1::Reason;
@@ -16,6 +17,7 @@ use crate::auth::{self, Caller, Right, Standing};
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
 use crate::store::record::people::{Access, Membership, Role, User};
+use crate::store::record::variable::Variable;
 use crate::store::record::{Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Scan, keys};
 
@@ -146,7 +148,7 @@ impl App {
     /// Takes somebody out: owners anybody, others themselves. Their open streams end by the change
     /// of the record.
     pub async fn remove_member(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         name: &str,
@@ -170,12 +172,15 @@ impl App {
             .delete(found.key, Expect::At(found.version))
             .delete(keys::membership_by_user(id, organization), Expect::Anything)
             .audit(draft);
-        for (key, _) in personal {
+        for (key, found) in personal {
+            let variable: Variable = decode(&key, &found)?;
+            batch = self.end_value(batch, organization, &variable).await?;
             batch = batch.delete(key, Expect::Anything);
         }
         let gives_up = found.value.role == Role::Owner;
         let batch = self.resting_on_an_owner(batch, &standing, id, gives_up).await?;
         self.store.commit(batch).await?;
+        self.collect_garbage_soon();
         Ok(())
     }
 

@@ -4,6 +4,8 @@
 //! account that none of them may take over. The commit rests on that: becoming a member elsewhere
 //! gives the user's record another version.
 
+use std::sync::Arc;
+
 use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
 
@@ -12,8 +14,9 @@ use super::sessions::without_session;
 use super::{App, check_request_id};
 use crate::auth::Caller;
 use crate::error::{Error, Result};
-use crate::store::keys::{Kind, VariableScope};
+use crate::store::keys::VariableScope;
 use crate::store::record::people::{Bearer, HandedOver, SignIn, Token};
+use crate::store::record::variable::Variable;
 use crate::store::record::{Text, decode, encode};
 use crate::store::{Batch, Expect, keys};
 
@@ -24,7 +27,7 @@ impl App {
     /// Ends all that a user could prove themselves by, and makes a new token. Their personal
     /// variables go, too: whoever hands the new token over could read them.
     pub async fn reset_user(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         name: &str,
@@ -44,7 +47,7 @@ impl App {
     }
 
     async fn try_reset(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         name: &str,
@@ -84,23 +87,13 @@ impl App {
         if !own {
             batch = standing.guard(batch);
         }
-        let (mut tokens, mut sessions) = (0_usize, 0_usize);
+        let mut sessions = 0_usize;
         for (key, found) in self.list(keys::sign_ins_of(id)).await? {
             let session: SignIn = decode(&key, &found)?;
             batch = without_session(batch, &key, &session);
             sessions += 1;
         }
-        for (key, found) in self.list(keys::all(Kind::Token)).await? {
-            let token: Token = decode(&key, &found)?;
-            let is_theirs = match token.bearer {
-                Bearer::User { id: bearer, .. } => bearer.0 == id,
-                Bearer::Service { .. } => false,
-            };
-            if is_theirs && !batch.names(&key) {
-                batch = batch.delete(key, Expect::Anything);
-                tokens += 1;
-            }
-        }
+        let (mut batch, tokens) = self.without_tokens_of(id, batch).await?;
         let personal = self.list(keys::variables_of(VariableScope::Personal(organization, id)));
         let personal = personal.await?;
         let draft = self
@@ -108,10 +101,13 @@ impl App {
             .with("ended_tokens", tokens)
             .with("ended_sessions", sessions)
             .with("personal_variables", personal.len());
-        for (key, _) in personal {
+        for (key, found) in personal {
+            let variable: Variable = decode(&key, &found)?;
+            batch = self.end_value(batch, organization, &variable).await?;
             batch = batch.delete(key, Expect::Anything);
         }
         self.store.commit(batch.audit(draft)).await?;
+        self.collect_garbage_soon();
         Ok(token.secret)
     }
 }

@@ -27,7 +27,7 @@ use crate::auth::{Caller, NewToken, Proof};
 use crate::blocking;
 use crate::error::{Error, Result, rfc3339};
 use crate::store::keys::Kind;
-use crate::store::record::people::{Bearer, HandedOver, Password, SignIn, Token, User};
+use crate::store::record::people::{Bearer, Password, SignIn, Token, User};
 use crate::store::record::{Loaded, Text, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, keys};
 
@@ -332,7 +332,7 @@ impl App {
     }
 
     /// Commits a new password with the end of all that somebody else may know: the other sessions
-    /// and the token that an owner has handed over.
+    /// and every token that no password opened.
     async fn commit_password(
         &self,
         proof: &Proof,
@@ -344,12 +344,9 @@ impl App {
         // Asked after the user was read: a reset meanwhile either is seen here or refuses the
         // commit.
         self.live_token(proof.token).await?;
-        let mut next = user.value.clone();
-        let handed_over = next.handed_over.take();
-        let mut batch = batch.put(user.key, Expect::At(user.version), encode(&next));
-        if let Some(HandedOver { token, .. }) = handed_over {
-            batch = batch.delete(keys::token(token.0.as_bytes()), Expect::Anything);
-        }
+        let next = User { handed_over: None, ..user.value.clone() };
+        let batch = batch.put(user.key, Expect::At(user.version), encode(&next));
+        let (mut batch, tokens) = self.without_tokens_of(id, batch).await?;
         let mut ended = 0_usize;
         for (key, session) in self.open_sessions(id).await? {
             if key.last_id().map(SignInId::from_bytes) != proof.sign_in {
@@ -357,10 +354,32 @@ impl App {
                 ended += 1;
             }
         }
-        let details = [("ended_sessions", ended.into())];
+        let details = [("ended_sessions", ended.into()), ("ended_tokens", tokens.into())];
         let batch = self.audit_user(batch, id, name, "set_password", details).await?;
         self.store.commit(batch).await?;
         Ok(ended)
+    }
+
+    /// Adds to a batch the end of a user's tokens that no password opened, and says how many.
+    /// Those that the batch names already stay as it says.
+    pub(super) async fn without_tokens_of(
+        &self,
+        user: UserId,
+        mut batch: Batch,
+    ) -> Result<(Batch, usize)> {
+        let mut ended = 0;
+        for (key, found) in self.list(keys::all(Kind::Token)).await? {
+            let token: Token = decode(&key, &found)?;
+            let is_theirs = match token.bearer {
+                Bearer::User { id, .. } => id.0 == user,
+                Bearer::Service { .. } => false,
+            };
+            if is_theirs && token.sign_in.is_none() && !batch.names(&key) {
+                batch = batch.delete(key, Expect::Anything);
+                ended += 1;
+            }
+        }
+        Ok((batch, ended))
     }
 
     async fn check_current(
@@ -424,9 +443,18 @@ impl App {
         }
     }
 
-    /// Deletes the sessions that have run out.
+    /// Deletes the sessions that have run out, and the tokens of persons. Those of programs are
+    /// listed until somebody revokes them.
     pub async fn prune_sessions(&self) -> Result<()> {
         let now = self.now();
+        for (key, found) in self.list(keys::all(Kind::Token)).await? {
+            let token: Token = decode(&key, &found)?;
+            let is_over = token.expires_at.is_some_and(|at| Timestamp::from(at) <= now);
+            let is_of_person = matches!(token.bearer, Bearer::User { .. });
+            if is_over && is_of_person && token.sign_in.is_none() {
+                self.store.commit(Batch::new().delete(key, Expect::Anything)).await?;
+            }
+        }
         for (key, found) in self.list(keys::all(Kind::SignIn)).await? {
             let session: SignIn = decode(&key, &found)?;
             if Timestamp::from(session.expires_at) <= now {

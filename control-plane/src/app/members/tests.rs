@@ -219,6 +219,35 @@ async fn removing_somebody_takes_their_personal_variables_and_their_streams() {
 }
 
 #[tokio::test]
+async fn large_personal_values_go_with_who_is_removed_or_reset() {
+    let fixture = fixture().await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let bob = fixture.member("bob", Access::Write).await;
+    let needed = async || {
+        let uses = keys::all(crate::store::keys::Kind::BlobUse);
+        app.list(uses).await.unwrap().len()
+    };
+    let large = async || {
+        let variable = NewVariable {
+            name: "large".into(),
+            category: Category::Terraform,
+            value: SecretString::from("v".repeat(100_000)),
+            sensitive: true,
+            hcl: false,
+        };
+        app.set_variable(&bob, ORGANIZATION, &Scope::Personal, variable, None).await.unwrap();
+        assert_eq!(needed().await, 1);
+    };
+    assert_eq!(needed().await, 0);
+    large().await;
+    app.reset_user(owner, ORGANIZATION, "bob", "first-reset-of-bob").await.unwrap();
+    assert_eq!(needed().await, 0);
+    large().await;
+    app.remove_member(owner, ORGANIZATION, "bob").await.unwrap();
+    assert_eq!(needed().await, 0);
+}
+
+#[tokio::test]
 async fn a_stream_outlives_a_change_that_leaves_its_right() {
     let fixture = fixture().await;
     let token = fixture.create_user("bob", Role::Member, Access::Write).await;

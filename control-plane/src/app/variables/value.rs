@@ -103,7 +103,7 @@ impl App {
     }
 
     /// Adds to a batch that a record, which it replaces or deletes, needs its value no more.
-    pub(super) async fn end_value(
+    pub(in crate::app) async fn end_value(
         &self,
         batch: Batch,
         organization: OrganizationId,
