@@ -103,7 +103,7 @@ impl App {
         if self.membership(organization, id).await?.is_some() {
             return Err(member_already());
         }
-        self.check_own_keys(&user.value, organization).await?;
+        Self::check_own_keys(&user.value, organization)?;
         let view =
             self.member_view(organization, id, membership.clone(), &mut Names::new()).await?;
         let draft = with_position(self.member_draft(&standing, "add_member", name), "", &view);

@@ -14,7 +14,7 @@ use super::members::with_member;
 use super::{App, check_name};
 use crate::auth::{Caller, NewToken};
 use crate::error::{Error, Result};
-use crate::store::record::people::{Access, Membership, Organization, Role};
+use crate::store::record::people::{Access, HandedOver, Membership, Organization, Role};
 use crate::store::record::{Text, encode};
 use crate::store::{Batch, Expect, keys};
 
@@ -64,7 +64,7 @@ impl App {
             FirstOwner::Existing(owner) => {
                 let user = self.user_named(&owner).await?;
                 let user = user.ok_or_else(|| Error::not_found("user"))?;
-                self.check_own_keys(&user.value, id).await?;
+                Self::check_own_keys(&user.value, id)?;
                 let membership = Membership {
                     role: Role::Owner,
                     access: Access::Admin,
@@ -80,7 +80,8 @@ impl App {
                 check_name("user", &owner)?;
                 let token = NewToken::generate("lk_")?;
                 let position = (Role::Owner, Access::Admin);
-                let batch = self.new_user(batch, id, &owner, position, &token, None);
+                let by_host = HandedOver { token: Text(token.digest), by: Text(id) };
+                let batch = self.new_user(batch, id, &owner, position, &token, Some(by_host));
                 (batch, owner, Some(token.secret))
             }
         };

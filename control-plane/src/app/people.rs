@@ -189,15 +189,16 @@ impl App {
         }
     }
 
-    /// Refuses to let somebody into an organization while another one holds a key to their
-    /// account. The commit rests on the user's record.
-    pub(super) async fn check_own_keys(&self, user: &User, into: OrganizationId) -> Result<()> {
-        let Some(HandedOver { token, by }) = &user.handed_over else { return Ok(()) };
-        if by.0 == into || self.live_token(token.0).await.is_err() {
+    /// Refuses to let somebody into another organization who has set no password since an owner
+    /// made or reset them: the key to their account may be in other hands, and once they are in
+    /// two organizations neither of them can reset who never had one. The commit rests on the
+    /// user's record.
+    pub(super) fn check_own_keys(user: &User, into: OrganizationId) -> Result<()> {
+        if user.handed_over.as_ref().is_none_or(|token| token.by.0 == into) {
             return Ok(());
         }
-        let message = "whoever made or reset this user still has a token of theirs; the user sets \
-                       a password first, which ends it";
+        let message = "the user has set no password since they were made or reset, so that \
+                       somebody else may have a token of theirs; they set one first";
         Err(Error::refused(Reason::WrongState, message))
     }
 
