@@ -12,9 +12,10 @@ use latchkey_domain::time::Timestamp;
 use lettre::message::header::{ContentType, Header, HeaderName, HeaderValue};
 use lettre::message::{Mailbox, Message};
 use lettre::transport::smtp::authentication::Credentials;
-use lettre::transport::smtp::client::{Tls, TlsParameters};
+use lettre::transport::smtp::client::{Certificate, Tls, TlsParameters};
 use lettre::transport::smtp::extension::ClientId;
 use lettre::{Address, AsyncSmtpTransport, AsyncTransport, Tokio1Executor};
+use rustls_pki_types::CertificateDer;
 use secrecy::ExposeSecret;
 use tokio::time::timeout;
 
@@ -42,9 +43,19 @@ impl fmt::Debug for Mailer {
 }
 
 impl Mailer {
-    /// Prepares a mailer; connections are made for each message.
-    pub fn open(options: &MailOptions) -> Result<Self, super::options::Error> {
-        let parameters = || TlsParameters::new_rustls(options.host.clone());
+    /// Prepares a mailer; connections are made for each message. The server may be certified by
+    /// the host's own authorities or by these.
+    pub fn open(
+        options: &MailOptions,
+        authorities: &[CertificateDer<'_>],
+    ) -> Result<Self, super::options::Error> {
+        let parameters = || {
+            let mut builder = TlsParameters::builder(options.host.clone());
+            for authority in authorities {
+                builder = builder.add_root_certificate(Certificate::from_der(authority.to_vec())?);
+            }
+            builder.build_rustls()
+        };
         let tls = match options.tls {
             SmtpTls::Starttls => Tls::Required(parameters()?),
             SmtpTls::Implicit => Tls::Wrapper(parameters()?),

@@ -348,15 +348,15 @@ async fn a_recipient_gets_mail_and_again_until_the_server_takes_it() {
     assert_eq!(without.reason(), Reason::MailUnavailable);
 
     let server = Smtp::start(&["451 later"]).await;
-    let mailer = Mailer::open(&MailOptions {
+    let options = MailOptions {
         host: "127.0.0.1".into(),
         port: server.port(),
         tls: SmtpTls::None,
         from: "Latchkey <latchkey@example.com>".parse().unwrap(),
         credentials: None,
-    });
-    let app =
-        fixture.telling_through(Outbound { mailer: Some(mailer.unwrap()), ..outbound() }).await;
+    };
+    let mailer = Mailer::open(&options, &[]).unwrap();
+    let app = fixture.telling_through(Outbound { mailer: Some(mailer), ..outbound() }).await;
     let evil = set(&app, "ops@example.com\r\nBcc: eve@example.com").await.unwrap_err();
     assert_eq!(evil.field_name(), Some("address"));
     let view = set(&app, "ops@example.com").await.unwrap();
