@@ -19,7 +19,7 @@ use tokio::net::UnixListener;
 
 use super::{Manifest, Source};
 use crate::app::App;
-use crate::app::break_glass::Glass;
+use crate::app::break_glass::{Broken, Glass};
 use crate::app::organizations::FirstOwner;
 
 const NAME: &str = "host.sock";
@@ -55,8 +55,7 @@ enum Answer {
     Backup(Manifest),
     /// Who proved what, if an alarm was raised.
     Alarm(Option<String>),
-    /// What was done, a sentence each.
-    BrokeGlass(Vec<String>),
+    BrokeGlass(Broken),
     /// The token of an owner who was made for it.
     Organization(Option<Token>),
     /// Reads after "failed to".
@@ -132,7 +131,7 @@ async fn answer(
         Ok(Command::Alarm { clear }) => alarm(app, clear).await,
         Ok(Command::BreakGlass { organization, glass, reason }) => {
             match app.break_glass(&organization, &glass, &reason).await {
-                Ok(done) => Answer::BrokeGlass(done),
+                Ok(broken) => Answer::BrokeGlass(broken),
                 Err(error) => Answer::Failed(format!("break the glass: {error}")),
             }
         }
@@ -226,10 +225,10 @@ pub fn ask_break_glass(
     organization: String,
     glass: Glass,
     reason: String,
-) -> Result<Option<Vec<String>>, AskError> {
+) -> Result<Option<Broken>, AskError> {
     match ask(data_dir, &Command::BreakGlass { organization, glass, reason })? {
         None => Ok(None),
-        Some(Answer::BrokeGlass(done)) => Ok(Some(done)),
+        Some(Answer::BrokeGlass(broken)) => Ok(Some(broken)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
         Some(Answer::Backup(_) | Answer::Alarm(_) | Answer::Organization(_)) => {
             Err(AskError::Unexpected)

@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use self::receivers::{Http, Smtp};
 use super::*;
 use crate::app::audit_trail::AuditFilter;
+use crate::app::break_glass::{Glass, Level};
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::{PageRequest, finish_job::JobResult};
 use crate::notices::mail::Mailer;
@@ -294,6 +295,24 @@ async fn each_hears_what_they_chose_and_without_anybody_nothing_is_kept() {
             app.create_webhook(&fixture.owner, ORGANIZATION, url, wish(events), "c").await;
         assert_eq!(refused.unwrap_err().field_name(), Some("events"));
     }
+}
+
+#[tokio::test]
+async fn broken_glass_is_told_to_everybody_whatever_they_chose() {
+    let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
+    let app = fixture.telling_through(outbound()).await;
+    let settings = crate::app::settings::SettingsChange::default();
+    let owner = &fixture.owner;
+    fixture.app.create_environment(owner, ORGANIZATION, "db", settings, "db").await.unwrap();
+    let narrow = Wish { environments: vec!["db".into()], ..wish(&[Event::Applied]) };
+    let url = "https://hooks.example.com/a";
+    let made = app.create_webhook(owner, ORGANIZATION, url, narrow, "a").await.unwrap();
+    let glass = Glass::Policy { environment: Some(ENVIRONMENT.into()), level: Level::Never };
+    let broken = app.break_glass(ORGANIZATION, &glass, "lost it").await.unwrap();
+    assert_eq!(broken.told, 1);
+    let broken = app.break_glass(ORGANIZATION, &Glass::Triple { user: None }, "lost it").await;
+    assert_eq!(broken.unwrap().told, 1);
+    assert_eq!(told(&fixture).await, [(Event::BreakGlass, made.0.id); 2]);
 }
 
 /// What is in the outbox, oldest first.
