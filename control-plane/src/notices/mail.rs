@@ -28,7 +28,7 @@ use crate::store::record::notice::{Event, Notice};
 const ANSWER: Duration = Duration::from_secs(20);
 
 /// All of an attempt.
-const TOTAL: Duration = Duration::from_secs(60);
+pub const TOTAL: Duration = Duration::from_secs(60);
 
 /// The operator's server, and whom mail comes from.
 pub struct Mailer {
