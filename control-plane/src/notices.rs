@@ -87,14 +87,12 @@ impl Outbound {
         // Some of a host's certificates may be beyond this library; the others serve.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         roots.add_parsable_certificates(options.authorities.iter().cloned());
+        let tls = tls(roots);
+        let mailer = options.mail.as_ref().map(|mail| Mailer::open(mail, tls.clone()));
         Ok(Self {
             networks: options.networks.clone(),
-            tls: Arc::new(tls(roots)),
-            mailer: options
-                .mail
-                .as_ref()
-                .map(|mail| Mailer::open(mail, &options.authorities))
-                .transpose()?,
+            mailer: mailer.transpose()?,
+            tls: Arc::new(tls),
             public_url: options.public_url.clone(),
             pace: options.pace,
         })
@@ -113,7 +111,7 @@ impl Outbound {
 }
 
 /// Makes the client's side of TLS, with the one provider whether it is installed or not.
-fn tls(roots: RootCertStore) -> ClientConfig {
+pub(crate) fn tls(roots: RootCertStore) -> ClientConfig {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

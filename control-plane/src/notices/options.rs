@@ -128,8 +128,6 @@ pub enum Error {
     },
     #[error("use {path}: only its owner may read it, and it holds two lines, user and password")]
     CredentialsForm { path: PathBuf },
-    #[error("prepare TLS for the mail server")]
-    Tls(#[from] lettre::transport::smtp::Error),
 }
 
 impl TryFrom<Args> for Options {

@@ -374,7 +374,8 @@ async fn a_recipient_gets_mail_and_again_until_the_server_takes_it() {
         from: "Latchkey <latchkey@example.com>".parse().unwrap(),
         credentials: None,
     };
-    let mailer = Mailer::open(&options, &[]).unwrap();
+    let tls = crate::notices::tls(rustls::RootCertStore::empty());
+    let mailer = Mailer::open(&options, tls).unwrap();
     let app = fixture.telling_through(Outbound { mailer: Some(mailer), ..outbound() }).await;
     let evil = set(&app, "ops@example.com\r\nBcc: eve@example.com").await.unwrap_err();
     assert_eq!(evil.field_name(), Some("address"));
