@@ -127,8 +127,8 @@ pub struct AlarmArgs {
 /// Lower a policy, or clear keys and device, without a code: for a lost device
 ///
 /// Asks the control plane that runs on the data, as the user that it runs as. It is audited as the
-/// actor `host`, and shown with every environment that it touches until an owner sets the policy
-/// again with a code. Runs that are queued carry the policy they were queued under: queue them
+/// actor `host`, told to every webhook and recipient of mail of the organization, and shown with
+/// every environment that it touches until an owner sets the policy again with a code. Runs that are queued carry the policy they were queued under: queue them
 /// again.
 #[derive(Clone, Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("glass").required(true))]

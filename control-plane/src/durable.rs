@@ -24,9 +24,12 @@ pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
 /// make in it, its owner could not use.
 pub(crate) fn owner_if_another(path: &Path) -> io::Result<Option<u32>> {
     let owner = fs::metadata(path)?.uid();
-    // Of the process itself: its effective user owns what /proc says of it.
-    let own = fs::metadata("/proc/self")?.uid();
-    Ok((owner != own).then_some(owner))
+    Ok((owner != own_user()?).then_some(owner))
+}
+
+/// Returns the effective user of this process, who owns what /proc says of it.
+pub(crate) fn own_user() -> io::Result<u32> {
+    Ok(fs::metadata("/proc/self")?.uid())
 }
 
 /// Makes the names in a directory durable.

@@ -29,7 +29,7 @@ use self::mail::Mailer;
 use self::network::Networks;
 
 /// How attempts are spread over time.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
     /// The longest wait after the first attempt; doubled by each.
     pub first: Duration,
@@ -54,6 +54,12 @@ impl Pace {
     }
 }
 
+impl Default for Pace {
+    fn default() -> Self {
+        Self::USUAL
+    }
+}
+
 /// What deliveries go out through.
 pub struct Outbound {
     /// Addresses that webhooks may go to besides public ones.
@@ -74,17 +80,21 @@ impl fmt::Debug for Outbound {
 }
 
 impl Outbound {
-    /// Prepares what the operator configured, with the host's own certificates as roots.
+    /// Prepares what the operator configured, with the host's own certificates as roots besides
+    /// what the operator trusts.
     pub fn open(options: &options::Options) -> Result<Self, options::Error> {
         let mut roots = RootCertStore::empty();
         // Some of a host's certificates may be beyond this library; the others serve.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        roots.add_parsable_certificates(options.authorities.iter().cloned());
+        let tls = tls(roots);
+        let mailer = options.mail.as_ref().map(|mail| Mailer::open(mail, tls.clone()));
         Ok(Self {
             networks: options.networks.clone(),
-            tls: Arc::new(tls(roots)),
-            mailer: options.mail.as_ref().map(Mailer::open).transpose()?,
+            mailer: mailer.transpose()?,
+            tls: Arc::new(tls),
             public_url: options.public_url.clone(),
-            pace: Pace::USUAL,
+            pace: options.pace,
         })
     }
 
@@ -101,7 +111,7 @@ impl Outbound {
 }
 
 /// Makes the client's side of TLS, with the one provider whether it is installed or not.
-fn tls(roots: RootCertStore) -> ClientConfig {
+pub(crate) fn tls(roots: RootCertStore) -> ClientConfig {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

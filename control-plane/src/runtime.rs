@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 use crate::app::App;
-use crate::app::break_glass::{Glass, Level};
+use crate::app::break_glass::{Broken, Glass, Level};
 use crate::app::lease_job::SESSION_FLOOR;
 use crate::app::uploads::Uploads;
 use crate::authority::Authority;
@@ -294,18 +294,22 @@ fn break_glass(args: BreakGlassArgs) -> anyhow::Result<()> {
         }
         None => Glass::Triple { user },
     };
-    let done = backup::socket::ask_break_glass(&data, organization, glass, reason)?;
-    let done = done.with_context(|| {
+    let broken = backup::socket::ask_break_glass(&data, organization, glass, reason)?;
+    let Broken { done, told } = broken.with_context(|| {
         format!("find a control plane that runs on {}; start it first", data.display())
     })?;
+    let told = match (done.is_empty(), told) {
+        (true, _) => "Nothing had to be done.".to_owned(),
+        (false, 0) => "Nobody is told: the organization has neither a webhook nor a recipient of \
+                       mail. Tell its owners."
+            .to_owned(),
+        (false, told) => format!("Told: {told} of its webhooks and recipients of mail."),
+    };
     let mut out = std::io::stdout().lock();
-    if done.is_empty() {
-        writeln!(out, "Nothing had to be done.").context("print what was done")?;
-    }
-    for done in done {
-        writeln!(out, "Done: {done}.").context("print what was done")?;
-    }
-    Ok(())
+    done.iter()
+        .try_for_each(|done| writeln!(out, "Done: {done}."))
+        .and_then(|()| writeln!(out, "{told}"))
+        .context("print what was done")
 }
 
 /// Has the control plane that runs make an organization.

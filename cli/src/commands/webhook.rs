@@ -84,7 +84,7 @@ pub(crate) enum Event {
     RunnerLost,
     /// Nothing starts until somebody has dealt with the remains of a run
     EnvironmentFrozen,
-    /// A policy was broken open on the control plane's host
+    /// A policy was broken open on the control plane's host; always told
     BreakGlass,
 }
 

@@ -1,8 +1,8 @@
 //! Break-glass: what whoever has the control plane's host may do when a device is lost.
 //!
 //! It takes no code, since there is none to be had. So it is loud: audited in the organization's
-//! chain as the actor `host`, and shown with every environment it touched until a change that a
-//! code backs sets the policy again.
+//! chain as the actor `host`, told to every webhook and recipient of mail, and shown with every
+//! environment it touched until a change that a code backs sets the policy again.
 
 use std::sync::Arc;
 
@@ -47,14 +47,23 @@ pub enum Level {
     AppliesOnly,
 }
 
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Broken {
+    /// One sentence each.
+    pub done: Vec<String>,
+    /// Webhooks and recipients of mail that are told.
+    pub told: usize,
+}
+
 impl App {
-    /// Breaks the glass, and answers one sentence for each thing done.
+    /// Breaks the glass.
     pub(crate) async fn break_glass(
         self: &Arc<Self>,
         organization: &str,
         glass: &Glass,
         reason: &str,
-    ) -> Result<Vec<String>> {
+    ) -> Result<Broken> {
         let reason = reason.trim();
         if reason.is_empty() || reason.chars().count() > LONGEST_REASON {
             return Err(Error::field("reason", "say why, in 1 to 500 characters"));
@@ -63,7 +72,7 @@ impl App {
         let found: Option<Loaded<Text<OrganizationId>>> =
             self.fetch(keys::organization_by_name(organization)).await?;
         let id = found.ok_or_else(|| Error::not_found("organization"))?.value.0;
-        match glass {
+        let done = match glass {
             Glass::Policy { environment, level } => {
                 let policy = match level {
                     Level::Never => MfaPolicy::Never,
@@ -77,10 +86,12 @@ impl App {
                 for environment in environments {
                     done.extend(self.break_policy(environment, policy, &reason).await?);
                 }
-                Ok(done)
+                done
             }
-            Glass::Triple { user } => self.break_triple(id, user.as_deref(), &reason).await,
-        }
+            Glass::Triple { user } => self.break_triple(id, user.as_deref(), &reason).await?,
+        };
+        let told = self.subscriptions(id).await?.value.selections().count();
+        Ok(Broken { done, told })
     }
 
     async fn environments_in(&self, organization: OrganizationId) -> Result<Vec<Environment>> {

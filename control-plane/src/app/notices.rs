@@ -472,7 +472,10 @@ impl App {
     }
 
     /// Reads whom an organization tells what; nobody where nothing was said.
-    async fn subscriptions(&self, organization: OrganizationId) -> Result<Loaded<Subscriptions>> {
+    pub(super) async fn subscriptions(
+        &self,
+        organization: OrganizationId,
+    ) -> Result<Loaded<Subscriptions>> {
         let key = keys::subscriptions(organization);
         let found = self.fetch(key.clone()).await?;
         let none = || Loaded {
@@ -583,7 +586,7 @@ impl App {
 }
 
 impl Subscriptions {
-    fn selections(&self) -> impl Iterator<Item = (SubscriberId, &Selection)> {
+    pub(super) fn selections(&self) -> impl Iterator<Item = (SubscriberId, &Selection)> {
         let webhooks = self.webhooks.iter().map(|webhook| (webhook.id.0, &webhook.selection));
         webhooks.chain(self.recipients.iter().map(|found| (found.id.0, &found.selection)))
     }

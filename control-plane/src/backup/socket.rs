@@ -1,5 +1,6 @@
 //! The socket for commands on the host, in the data directory: whoever may read the data may use
-//! it, nobody else can.
+//! it, nobody else can. That is so by the modes of directory and socket, and, should somebody have
+//! opened these, by the user that the kernel says is calling: the control plane's own, or root.
 //!
 //! One line of JSON each way, then the end. The socket is reached through an open descriptor of
 //! the data directory, since a socket's own path may have 107 bytes only.
@@ -14,13 +15,14 @@ use std::sync::Arc;
 
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixListener;
 
 use super::{Manifest, Source};
 use crate::app::App;
-use crate::app::break_glass::Glass;
+use crate::app::break_glass::{Broken, Glass};
 use crate::app::organizations::FirstOwner;
+use crate::durable;
 
 const NAME: &str = "host.sock";
 
@@ -55,8 +57,7 @@ enum Answer {
     Backup(Manifest),
     /// Who proved what, if an alarm was raised.
     Alarm(Option<String>),
-    /// What was done, a sentence each.
-    BrokeGlass(Vec<String>),
+    BrokeGlass(Broken),
     /// The token of an owner who was made for it.
     Organization(Option<Token>),
     /// Reads after "failed to".
@@ -121,27 +122,37 @@ async fn answer(
     app: &Arc<App>,
     data_dir: &Path,
 ) -> io::Result<()> {
+    let user = stream.peer_cred()?.uid();
     let (read, mut write) = stream.split();
     let mut line = String::new();
     let mut lines = tokio::io::BufReader::new(read.take(LONGEST));
     tokio::time::timeout(std::time::Duration::from_secs(10), lines.read_line(&mut line))
         .await
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no command came"))??;
+    if user != 0 && user != durable::own_user()? {
+        tracing::warn!(user, "another user's command on the host was refused");
+        let why = "command the host: only the control plane's own user may";
+        return tell(&mut write, &Answer::Failed(why.to_owned())).await;
+    }
     let answer = match serde_json::from_str(&line) {
         Ok(Command::Backup { to }) => backup(app, data_dir, to).await,
         Ok(Command::Alarm { clear }) => alarm(app, clear).await,
         Ok(Command::BreakGlass { organization, glass, reason }) => {
             match app.break_glass(&organization, &glass, &reason).await {
-                Ok(done) => Answer::BrokeGlass(done),
+                Ok(broken) => Answer::BrokeGlass(broken),
                 Err(error) => Answer::Failed(format!("break the glass: {error}")),
             }
         }
         Ok(Command::Organization { name, owner }) => organization(app, &name, owner).await,
         Err(error) => Answer::Failed(format!("understand the command: {error}")),
     };
-    let mut text = serde_json::to_vec(&answer)?;
+    tell(&mut write, &answer).await
+}
+
+async fn tell(to: &mut (impl AsyncWrite + Unpin), answer: &Answer) -> io::Result<()> {
+    let mut text = serde_json::to_vec(answer)?;
     text.push(b'\n');
-    write.write_all(&text).await
+    to.write_all(&text).await
 }
 
 /// Takes the backup on a thread of its own: most of it is work on files.
@@ -226,10 +237,10 @@ pub fn ask_break_glass(
     organization: String,
     glass: Glass,
     reason: String,
-) -> Result<Option<Vec<String>>, AskError> {
+) -> Result<Option<Broken>, AskError> {
     match ask(data_dir, &Command::BreakGlass { organization, glass, reason })? {
         None => Ok(None),
-        Some(Answer::BrokeGlass(done)) => Ok(Some(done)),
+        Some(Answer::BrokeGlass(broken)) => Ok(Some(broken)),
         Some(Answer::Failed(why)) => Err(AskError::Refused(why)),
         Some(Answer::Backup(_) | Answer::Alarm(_) | Answer::Organization(_)) => {
             Err(AskError::Unexpected)

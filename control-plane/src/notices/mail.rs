@@ -4,34 +4,39 @@
 //! what people wrote stands in the body alone. So nothing that anybody types can become a header
 //! or a recipient.
 
+mod server;
+
 use std::fmt;
 use std::time::{Duration, UNIX_EPOCH};
 
 use latchkey_domain::id::DeliveryId;
 use latchkey_domain::time::Timestamp;
+use lettre::Address;
 use lettre::message::header::{ContentType, Header, HeaderName, HeaderValue};
 use lettre::message::{Mailbox, Message};
-use lettre::transport::smtp::authentication::Credentials;
-use lettre::transport::smtp::client::{Tls, TlsParameters};
-use lettre::transport::smtp::extension::ClientId;
-use lettre::{Address, AsyncSmtpTransport, AsyncTransport, Tokio1Executor};
+use lettre::transport::smtp::authentication::{Credentials, Mechanism};
+use lettre::transport::smtp::client::AsyncSmtpConnection;
+use lettre::transport::smtp::response::Response;
+use rustls::ClientConfig;
 use secrecy::ExposeSecret;
 use tokio::time::timeout;
 
-use super::options::{MailOptions, SmtpTls};
+use self::server::Server;
+use super::options::MailOptions;
 use super::{Attempt, short, webhook};
 use crate::error::rfc3339;
 use crate::store::record::notice::{Event, Notice};
 
-/// Between two of the server's answers.
-const ANSWER: Duration = Duration::from_secs(20);
+/// All of an attempt, but for the good-bye.
+pub const TOTAL: Duration = Duration::from_secs(60);
 
-/// All of an attempt.
-const TOTAL: Duration = Duration::from_secs(60);
+/// What a good-bye may take, once the mail is taken.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// The operator's server, and whom mail comes from.
 pub struct Mailer {
-    transport: AsyncSmtpTransport<Tokio1Executor>,
+    server: Server,
+    credentials: Option<Credentials>,
     from: Mailbox,
 }
 
@@ -43,24 +48,12 @@ impl fmt::Debug for Mailer {
 
 impl Mailer {
     /// Prepares a mailer; connections are made for each message.
-    pub fn open(options: &MailOptions) -> Result<Self, super::options::Error> {
-        let parameters = || TlsParameters::new_rustls(options.host.clone());
-        let tls = match options.tls {
-            SmtpTls::Starttls => Tls::Required(parameters()?),
-            SmtpTls::Implicit => Tls::Wrapper(parameters()?),
-            SmtpTls::None => Tls::None,
-        };
-        let own = ClientId::Domain(options.from.email.domain().to_owned());
-        let mut transport = AsyncSmtpTransport::<Tokio1Executor>::builder_dangerous(&options.host)
-            .port(options.port)
-            .tls(tls)
-            .hello_name(own)
-            .timeout(Some(ANSWER));
-        if let Some((user, password)) = &options.credentials {
-            let password = password.expose_secret().to_owned();
-            transport = transport.credentials(Credentials::new(user.clone(), password));
-        }
-        Ok(Self { transport: transport.build(), from: options.from.clone() })
+    pub fn open(options: &MailOptions, tls: ClientConfig) -> Result<Self, super::options::Error> {
+        let credentials = options.credentials.as_ref().map(|(user, password)| {
+            Credentials::new(user.clone(), password.expose_secret().to_owned())
+        });
+        let server = Server::new(options, tls)?;
+        Ok(Self { server, credentials, from: options.from.clone() })
     }
 
     /// Delivers a notice, once.
@@ -75,25 +68,43 @@ impl Mailer {
             Ok(message) => message,
             Err(error) => return Attempt::failed(format!("no message can be made: {error}")),
         };
-        match timeout(TOTAL, self.transport.send(message)).await {
-            Ok(Ok(answer)) => Attempt {
-                accepted: true,
-                status: u16::from(answer.code()).into(),
-                detail: short(&answer.message().collect::<Vec<_>>().join(" ")),
-            },
-            Ok(Err(error)) => {
-                let status = error.status().map(u16::from);
-                let mut said = error.to_string();
-                let mut link = std::error::Error::source(&error);
-                while let Some(source) = link {
-                    said = format!("{said}: {source}");
-                    link = source.source();
+        match timeout(TOTAL, self.send(&message)).await {
+            Ok(Ok((answer, mut connection))) => {
+                let code = u16::from(answer.code());
+                // Whatever becomes of this, the mail is taken.
+                let _ = timeout(GOODBYE, connection.quit()).await;
+                Attempt {
+                    accepted: (200..300).contains(&code),
+                    status: Some(code),
+                    detail: short(&answer.message().collect::<Vec<_>>().join(" ")),
                 }
-                Attempt { status, ..Attempt::failed(said) }
             }
+            Ok(Err(attempt)) => attempt,
             Err(_) => Attempt::failed("the server did not take the mail within a minute"),
         }
     }
+
+    async fn send(&self, message: &Message) -> Result<(Response, AsyncSmtpConnection), Attempt> {
+        let mut connection = self.server.connect().await?;
+        if let Some(credentials) = &self.credentials {
+            let ways = [Mechanism::Plain, Mechanism::Login];
+            connection.auth(&ways, credentials).await.map_err(failed)?;
+        }
+        let sent = connection.send(message.envelope(), &message.formatted()).await;
+        Ok((sent.map_err(failed)?, connection))
+    }
+}
+
+/// Says all that an error knows.
+pub(super) fn failed(error: lettre::transport::smtp::Error) -> Attempt {
+    let status = error.status().map(u16::from);
+    let mut said = error.to_string();
+    let mut link = std::error::Error::source(&error);
+    while let Some(source) = link {
+        said = format!("{said}: {source}");
+        link = source.source();
+    }
+    Attempt { status, ..Attempt::failed(said) }
 }
 
 /// Reads a plain ASCII address of the usual form, and nothing that could be more than one.

@@ -5,14 +5,18 @@ use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use lettre::message::Mailbox;
+use rustls::RootCertStore;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use secrecy::SecretString;
 use zeroize::Zeroizing;
 
-use super::mail;
 use super::network::{Network, Networks};
+use super::{Pace, mail};
 
 /// Flags about notices.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -30,6 +34,14 @@ pub struct Args {
     /// Where people reach the web pages, for links in notices
     #[arg(long, env = "LATCHKEY_PUBLIC_URL", value_name = "URL")]
     public_url: Option<String>,
+    /// File with certificates (PEM) of authorities that webhooks and the mail server may be
+    /// certified by, besides those that this host trusts
+    #[arg(long, env = "LATCHKEY_NOTICE_CA", value_name = "FILE")]
+    notice_ca: Option<PathBuf>,
+    /// Seconds within which a notice that was not taken is sent again: 1 to 3600. The wait may be
+    /// twice as long after each attempt, up to an hour, for a day
+    #[arg(long, env = "LATCHKEY_NOTICE_RETRY", value_name = "SECONDS", default_value_t = 10)]
+    notice_retry: u64,
     /// Server that takes mail for people; without it there is none. The port is 587 if absent, or
     /// 465 with `--smtp-tls implicit`
     #[arg(long, env = "LATCHKEY_SMTP_SERVER", value_name = "HOST[:PORT]", requires = "smtp_from")]
@@ -66,6 +78,9 @@ pub enum SmtpTls {
 pub struct Options {
     pub networks: Networks,
     pub public_url: Option<String>,
+    /// Authorities to trust besides the host's own.
+    pub authorities: Vec<CertificateDer<'static>>,
+    pub pace: Pace,
     pub mail: Option<MailOptions>,
 }
 
@@ -83,6 +98,22 @@ pub struct MailOptions {
 pub enum Error {
     #[error("--public-url is an http:// or https:// URL")]
     PublicUrl,
+    #[error("--notice-retry is 1 to 3600 seconds")]
+    Retry,
+    #[error("use the file of --notice-ca, {path}: it holds no certificates in PEM")]
+    NoAuthority { path: PathBuf },
+    #[error("read the file of --notice-ca, {path}")]
+    Authority {
+        path: PathBuf,
+        #[source]
+        source: rustls_pki_types::pem::Error,
+    },
+    #[error("trust a certificate of --notice-ca, {path}")]
+    Untrustworthy {
+        path: PathBuf,
+        #[source]
+        source: rustls::Error,
+    },
     #[error("--smtp-server is HOST or HOST:PORT")]
     Server,
     #[error("--smtp-from is one plain address, such as latchkey@example.com")]
@@ -97,8 +128,6 @@ pub enum Error {
     },
     #[error("use {path}: only its owner may read it, and it holds two lines, user and password")]
     CredentialsForm { path: PathBuf },
-    #[error("prepare TLS for the mail server")]
-    Tls(#[from] lettre::transport::smtp::Error),
 }
 
 impl TryFrom<Args> for Options {
@@ -113,6 +142,12 @@ impl TryFrom<Args> for Options {
         if !public_url.as_ref().is_none_or(is_url) {
             return Err(Error::PublicUrl);
         }
+        if !(1..=3600).contains(&args.notice_retry) {
+            return Err(Error::Retry);
+        }
+        let pace = Pace { first: Duration::from_secs(args.notice_retry), ..Pace::USUAL };
+        let authorities = args.notice_ca.as_deref().map(authorities).transpose()?;
+        let authorities = authorities.unwrap_or_default();
         let mail = match (args.smtp_server, args.smtp_from) {
             (Some(server), Some(from)) => {
                 let (host, port) = server_of(&server, args.smtp_tls)?;
@@ -130,7 +165,8 @@ impl TryFrom<Args> for Options {
             // clap lets neither stand alone.
             (Some(_) | None, _) => None,
         };
-        Ok(Self { networks: Networks(args.webhook_networks), public_url, mail })
+        let networks = Networks(args.webhook_networks);
+        Ok(Self { networks, public_url, authorities, pace, mail })
     }
 }
 
@@ -142,6 +178,22 @@ fn server_of(server: &str, tls: SmtpTls) -> Result<(String, u16), Error> {
         return Err(Error::Server);
     }
     Ok((host, authority.port_u16().unwrap_or(usual)))
+}
+
+/// Reads certificates, each of which can be trusted.
+fn authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let unreadable = |source| Error::Authority { path: path.to_owned(), source };
+    let found = CertificateDer::pem_file_iter(path).map_err(unreadable)?;
+    let found: Vec<_> = found.collect::<Result<_, _>>().map_err(unreadable)?;
+    if found.is_empty() {
+        return Err(Error::NoAuthority { path: path.to_owned() });
+    }
+    let mut roots = RootCertStore::empty();
+    for certificate in &found {
+        let untrustworthy = |source| Error::Untrustworthy { path: path.to_owned(), source };
+        roots.add(certificate.clone()).map_err(untrustworthy)?;
+    }
+    Ok(found)
 }
 
 fn credentials(path: &Path) -> Result<(String, SecretString), Error> {
@@ -191,6 +243,34 @@ mod tests {
         assert!(matches!(with(&["a@b"]).unwrap_err(), Error::Server));
         let bad = options(&["--smtp-server", "m", "--smtp-from", "a\r\nb@example.com"]);
         assert!(matches!(bad.unwrap_err(), Error::From));
+    }
+
+    #[test]
+    fn authorities_are_certificates_that_can_be_trusted() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ca.pem");
+        let read = || options(&["--notice-ca", path.to_str().unwrap()]);
+        assert!(matches!(read().unwrap_err(), Error::Authority { .. }));
+        let own = rcgen::generate_simple_self_signed(["ca".to_owned()]).unwrap();
+        let pem = own.cert.pem();
+        fs::write(&path, own.signing_key.serialize_pem()).unwrap();
+        assert!(matches!(read().unwrap_err(), Error::NoAuthority { .. }));
+        fs::write(&path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+        assert!(matches!(read().unwrap_err(), Error::Untrustworthy { .. }));
+        fs::write(&path, pem.replace("-----END", "-----OUT")).unwrap();
+        assert!(matches!(read().unwrap_err(), Error::Authority { .. }));
+        fs::write(&path, format!("{pem}{pem}")).unwrap();
+        assert_eq!(read().unwrap().authorities.len(), 2);
+    }
+
+    #[test]
+    fn a_notice_is_sent_again_within_seconds_to_an_hour() {
+        assert_eq!(options(&[]).unwrap().pace, Pace::USUAL);
+        let pace = options(&["--notice-retry", "3"]).unwrap().pace;
+        assert_eq!((pace.first, pace.life), (Duration::from_secs(3), Pace::USUAL.life));
+        for bad in ["0", "3601"] {
+            assert!(matches!(options(&["--notice-retry", bad]).unwrap_err(), Error::Retry));
+        }
     }
 
     #[test]

@@ -43,7 +43,7 @@ const RESOLVE: Duration = Duration::from_secs(5);
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// All of an attempt.
-const TOTAL: Duration = Duration::from_secs(20);
+pub const TOTAL: Duration = Duration::from_secs(20);
 
 /// Addresses of one host that are tried.
 const MOST_ADDRESSES: usize = 3;

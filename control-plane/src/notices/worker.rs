@@ -3,8 +3,8 @@
 //! The outbox in the store is the truth; here is when each of its entries is due, by the
 //! monotonic clock. At a start all is listed; then the store's feed tells what was added. A
 //! subscriber gets one notice at a time and an organization two, so that a slow one holds up
-//! nobody else. What is in the middle of an attempt when the process dies is due again a minute
-//! later: the claim says so.
+//! nobody else. What is in the middle of an attempt when the process dies is due again when the
+//! attempt would have ended: the claim says so.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

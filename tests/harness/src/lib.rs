@@ -39,6 +39,7 @@
 //! | [`TestRunner`] | a runner's process; `kill` leaves its supervisors alive, as in life |
 //! | [`Person`] | somebody with a token: typed clients, and the usual calls in one line |
 //! | [`Proxy`] | a network between two programs that can be cut, stalled, slowed |
+//! | [`Hooks`], [`MailServer`] | receivers of notices, certified by a [`TestAuthority`] |
 //! | [`stub`] | a terraform that does as told and writes down what it did |
 //! | [`simulated_runner`] | the runner's protocol without a host |
 //! | [`Configuration`] | Terraform files, packed |
@@ -50,9 +51,12 @@
 //! and programs started through [`Programs`] end with whoever started them, even after SIGKILL.
 //! A stage keeps its directory when a test panics, or when `LATCHKEY_KEEP` is set, and says where.
 
+mod authority;
 mod aws;
 mod configuration;
 pub mod engine;
+mod hooks;
+mod mail_server;
 mod person;
 mod plane;
 mod process;
@@ -65,10 +69,13 @@ mod stage;
 pub mod stub;
 mod wait;
 
+pub use crate::authority::TestAuthority;
 pub use crate::aws::Aws;
 pub use crate::configuration::Configuration;
+pub use crate::hooks::{Hook, Hooks};
+pub use crate::mail_server::{Mail, MailServer, Offer};
 pub use crate::person::{Authorized, Bearer, Person, after_plan, is_ended, reason};
-pub use crate::plane::{PlaneOptions, TestPlane};
+pub use crate::plane::{PlaneOptions, TestPlane, finished};
 pub use crate::process::Process;
 pub use crate::program::{Program, Programs, TETHERED};
 pub use crate::proxy::{Flow, Network, Proxy};

@@ -15,6 +15,7 @@ use latchkey_proto::v1::account_service_client::AccountServiceClient;
 use latchkey_proto::v1::audit_service_client::AuditServiceClient;
 use latchkey_proto::v1::environment_service_client::EnvironmentServiceClient;
 use latchkey_proto::v1::member_service_client::MemberServiceClient;
+use latchkey_proto::v1::notice_service_client::NoticeServiceClient;
 use latchkey_proto::v1::organization_service_client::OrganizationServiceClient;
 use latchkey_proto::v1::pool_service_client::PoolServiceClient;
 use latchkey_proto::v1::quarantine_service_client::QuarantineServiceClient;
@@ -196,6 +197,7 @@ impl Person {
         audit: AuditServiceClient,
         environments: EnvironmentServiceClient,
         members: MemberServiceClient,
+        notices: NoticeServiceClient,
         organizations: OrganizationServiceClient,
         pools: PoolServiceClient,
         quarantine: QuarantineServiceClient,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 
 use anyhow::Context;
 use rustix::process::Signal;
@@ -176,6 +176,19 @@ impl TestPlane {
         Ok(())
     }
 
+    /// Prepares a command of whoever has the host, on its data: `break-glass` and its like. It is
+    /// tethered: it ends when its standard input closes.
+    pub fn host_command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program.command();
+        command.args(arguments).arg("--data-dir").arg(self.data_dir());
+        command
+    }
+
+    /// Runs one and returns what it said.
+    pub async fn on_host(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        finished("the command on the host", self.host_command(arguments)).await
+    }
+
     /// `https://…` for people and programs.
     pub fn people_url(&self) -> String {
         format!("https://{}", self.people)
@@ -218,13 +231,18 @@ impl TestPlane {
     }
 }
 
-async fn ended_well(name: &str, mut command: Command) -> anyhow::Result<()> {
+/// Runs a tethered program to its end.
+pub async fn finished(name: &str, mut command: Command) -> anyhow::Result<Output> {
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("failed to start {name}"))?;
     // Tethered, it ends when this closes.
     let _tether = child.stdin.take();
     let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
-    let output = output.with_context(|| format!("{name} did not end"))??;
+    Ok(output.with_context(|| format!("{name} did not end"))??)
+}
+
+async fn ended_well(name: &str, command: Command) -> anyhow::Result<()> {
+    let output = finished(name, command).await?;
     let said = String::from_utf8_lossy(&output.stderr);
     anyhow::ensure!(output.status.success(), "{name} ended with {}: {said}", output.status);
     Ok(())

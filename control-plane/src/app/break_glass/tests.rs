@@ -22,7 +22,8 @@ async fn a_broken_policy_is_audited_and_shown_until_a_code_sets_it_again() {
     fixture.settings(change).await;
     let glass = never(Some(ENVIRONMENT));
     let done = fixture.app.break_glass(ORGANIZATION, &glass, "lost it").await.unwrap();
-    assert_eq!(done, ["environment web: the policy was set to never"]);
+    assert_eq!(done.done, ["environment web: the policy was set to never"]);
+    assert_eq!(done.told, 0);
     let environment = fixture.environment().await.environment;
     assert_eq!(environment.settings.policy, MfaPolicy::Never);
     assert!(!environment.settings.second_person);
@@ -43,7 +44,7 @@ async fn glass_never_raises_a_level_and_does_nothing_twice() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     let glass = Glass::Policy { environment: None, level: Level::AppliesOnly };
     let done = fixture.app.break_glass(ORGANIZATION, &glass, "lost it").await.unwrap();
-    assert!(done.is_empty());
+    assert!(done.done.is_empty());
     assert!(fixture.environment().await.environment.break_glass.is_none());
 }
 
@@ -52,7 +53,7 @@ async fn a_cleared_triple_guards_nothing_any_more_and_is_shown() {
     let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
     let glass = Glass::Triple { user: None };
     let done = fixture.app.break_glass(ORGANIZATION, &glass, "lost it").await.unwrap();
-    assert_eq!(done.len(), 1);
+    assert_eq!(done.done.len(), 1);
     let broken = fixture.environment().await.environment.break_glass.unwrap();
     assert!(broken.what.contains("the organization were cleared"), "{broken:?}");
     fixture.settings(policy(MfaPolicy::Never)).await;

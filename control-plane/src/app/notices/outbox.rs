@@ -11,15 +11,15 @@ use secrecy::SecretString;
 
 use super::{App, REMEMBERED};
 use crate::error::Result;
-use crate::notices::{Attempt, DETAIL};
+use crate::notices::{Attempt, DETAIL, mail, webhook};
 use crate::seal::random;
 use crate::store::keys::Kind;
 use crate::store::record::notice::{Delivery, DeliveryState, Outcome, Subscriptions};
 use crate::store::record::{Loaded, decode, encode};
 use crate::store::{Batch, CommitError, Expect, Key, Scan, Version, keys};
 
-/// How long an attempt may take before another may begin: longer than any does.
-const CLAIM: Duration = Duration::from_secs(90);
+/// How much longer than an attempt its claim stands.
+const MARGIN: Duration = Duration::from_secs(10);
 
 /// Remembered deliveries that one settlement prunes.
 const PRUNED: usize = 20;
@@ -40,6 +40,15 @@ pub struct Claimed {
 pub enum Target {
     Webhook { url: String, secret: SecretString },
     Mail { address: String },
+}
+
+impl Target {
+    const fn longest_attempt(&self) -> Duration {
+        match self {
+            Target::Webhook { .. } => webhook::TOTAL,
+            Target::Mail { .. } => mail::TOTAL,
+        }
+    }
 }
 
 /// What follows an attempt.
@@ -92,7 +101,7 @@ impl App {
         };
         let mut delivery = found.value;
         delivery.attempts = delivery.attempts.saturating_add(1);
-        delivery.next_at = (self.now() + CLAIM).into();
+        delivery.next_at = (self.now() + target.longest_attempt() + MARGIN).into();
         let batch = Batch::new().put(key, Expect::At(found.version), encode(&delivery));
         let version = self.try_commit(batch).await?;
         Ok(version.map(|version| Claimed { place, version, delivery, target }))

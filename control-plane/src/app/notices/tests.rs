@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use self::receivers::{Http, Smtp};
 use super::*;
 use crate::app::audit_trail::AuditFilter;
+use crate::app::break_glass::{Glass, Level};
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::{PageRequest, finish_job::JobResult};
 use crate::notices::mail::Mailer;
@@ -205,8 +206,8 @@ async fn notices_survive_the_process_also_in_the_middle_of_an_attempt() {
     assert!(app.claim_delivery(place).await.unwrap().is_some());
     drop(app);
     let app = fixture.telling_through(outbound()).await;
-    assert!(app.outbox().await.unwrap()[0].1 > Duration::from_secs(60));
-    fixture.clock.advance(Duration::from_secs(90));
+    assert!(app.outbox().await.unwrap()[0].1 > Duration::from_secs(20));
+    fixture.clock.advance(Duration::from_secs(30));
     let _worker = Worker::of(&app);
     assert_eq!(server.next(1).await.len(), 1);
     let ended = settled(&app, &fixture, id).await;
@@ -296,6 +297,24 @@ async fn each_hears_what_they_chose_and_without_anybody_nothing_is_kept() {
     }
 }
 
+#[tokio::test]
+async fn broken_glass_is_told_to_everybody_whatever_they_chose() {
+    let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
+    let app = fixture.telling_through(outbound()).await;
+    let settings = crate::app::settings::SettingsChange::default();
+    let owner = &fixture.owner;
+    fixture.app.create_environment(owner, ORGANIZATION, "db", settings, "db").await.unwrap();
+    let narrow = Wish { environments: vec!["db".into()], ..wish(&[Event::Applied]) };
+    let url = "https://hooks.example.com/a";
+    let made = app.create_webhook(owner, ORGANIZATION, url, narrow, "a").await.unwrap();
+    let glass = Glass::Policy { environment: Some(ENVIRONMENT.into()), level: Level::Never };
+    let broken = app.break_glass(ORGANIZATION, &glass, "lost it").await.unwrap();
+    assert_eq!(broken.told, 1);
+    let broken = app.break_glass(ORGANIZATION, &Glass::Triple { user: None }, "lost it").await;
+    assert_eq!(broken.unwrap().told, 1);
+    assert_eq!(told(&fixture).await, [(Event::BreakGlass, made.0.id); 2]);
+}
+
 /// What is in the outbox, oldest first.
 async fn told(fixture: &Fixture) -> Vec<(Event, SubscriberId)> {
     let mut all: Vec<Delivery> = vec![];
@@ -348,15 +367,16 @@ async fn a_recipient_gets_mail_and_again_until_the_server_takes_it() {
     assert_eq!(without.reason(), Reason::MailUnavailable);
 
     let server = Smtp::start(&["451 later"]).await;
-    let mailer = Mailer::open(&MailOptions {
+    let options = MailOptions {
         host: "127.0.0.1".into(),
         port: server.port(),
         tls: SmtpTls::None,
         from: "Latchkey <latchkey@example.com>".parse().unwrap(),
         credentials: None,
-    });
-    let app =
-        fixture.telling_through(Outbound { mailer: Some(mailer.unwrap()), ..outbound() }).await;
+    };
+    let tls = crate::notices::tls(rustls::RootCertStore::empty());
+    let mailer = Mailer::open(&options, tls).unwrap();
+    let app = fixture.telling_through(Outbound { mailer: Some(mailer), ..outbound() }).await;
     let evil = set(&app, "ops@example.com\r\nBcc: eve@example.com").await.unwrap_err();
     assert_eq!(evil.field_name(), Some("address"));
     let view = set(&app, "ops@example.com").await.unwrap();

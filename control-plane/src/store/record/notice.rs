@@ -53,8 +53,12 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// What belongs to no environment is told to those who chose some, too.
+    /// What belongs to no environment is told to those who chose some, too. Broken glass is told
+    /// to everybody: nobody can be kept from hearing of it by what was chosen before.
     pub fn wants(&self, event: Event, environment: Option<EnvironmentId>) -> bool {
+        if event == Event::BreakGlass {
+            return true;
+        }
         let here = environment.is_none_or(|environment| {
             self.environments.is_empty() || self.environments.contains(&Text(environment))
         });

@@ -7,6 +7,8 @@ mod access;
 #[cfg(test)]
 mod bad_input;
 #[cfg(test)]
+mod break_glass;
+#[cfg(test)]
 mod cancel;
 #[cfg(test)]
 mod crashes;
@@ -25,6 +27,8 @@ mod kinds;
 #[cfg(test)]
 mod main_story;
 #[cfg(test)]
+mod notices;
+#[cfg(test)]
 mod people;
 #[cfg(test)]
 mod processes;
@@ -42,6 +46,8 @@ mod runners;
 mod secrets;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod told;
 #[cfg(test)]
 mod variables;
 #[cfg(test)]
