@@ -126,8 +126,8 @@ impl App {
     async fn view_without_changes(&self, run: Run, organization: &str) -> Result<RunView> {
         let mut view = self.view(run, organization, &mut HashMap::new()).await?;
         view.detail = Detail::Whole;
-        view.plan_log_length = self.log_length(view.run.id, Phase::Plan).await?;
-        view.apply_log_length = self.log_length(view.run.id, Phase::Apply).await?;
+        view.plan_log_length = self.log_length(&view.run, Phase::Plan).await?;
+        view.apply_log_length = self.log_length(&view.run, Phase::Apply).await?;
         view.queue_position = self.queue_position(&view.run).await?;
         if view.run.reason.is_none() {
             view.run.reason = self.what_it_waits_for(&view.run).await?;
@@ -375,3 +375,6 @@ impl App {
         Ok(changes)
     }
 }
+
+#[cfg(test)]
+mod tests;
