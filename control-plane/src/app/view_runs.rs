@@ -20,6 +20,7 @@ use crate::auth::{Caller, Right};
 use crate::blobs::BlobError;
 use crate::dispatch::Waiting;
 use crate::error::{Result, rfc3339};
+use crate::seal::SecretBytes;
 use crate::store::record::Loaded;
 use crate::store::record::runner::Runner;
 use crate::store::{Scan, keys};
@@ -364,9 +365,13 @@ impl App {
         if let Some((_, changes)) = shown.0.as_ref().filter(|(known, _)| *known == digest) {
             return Ok(changes.clone());
         }
-        let found = self.blobs.get(run.request.organization, digest, LARGEST_CHANGES).await;
-        let changes = match found {
-            Ok(bytes) => serde_json::from_slice(bytes.expose_secret()).ok().map(Arc::new),
+        let organization = run.request.organization;
+        // Parsed where it is read: those of a large plan would hold up all other calls.
+        let parse =
+            |bytes: SecretBytes| serde_json::from_slice(bytes.expose_secret()).ok().map(Arc::new);
+        let changes = match self.blobs.get_with(organization, digest, LARGEST_CHANGES, parse).await
+        {
+            Ok(changes) => changes,
             // Pruned with age: the run is shown without them.
             Err(BlobError::Missing { .. }) => None,
             Err(error) => return Err(blob_error(error)),
