@@ -382,4 +382,6 @@ impl App {
 }
 
 #[cfg(test)]
+mod many_tests;
+#[cfg(test)]
 mod tests;
