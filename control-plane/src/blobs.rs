@@ -135,17 +135,19 @@ impl Blobs {
         digest: Digest,
         limit: u64,
     ) -> Result<SecretBytes, BlobError> {
-        let mut reader = self.read(organization, digest).await?;
-        if reader.length() > limit {
-            return Err(BlobError::TooLarge { limit });
-        }
-        // Of the final size at once: growing would leave copies behind.
-        let length = usize::try_from(reader.length()).map_err(|_| BlobError::TooLarge { limit })?;
-        let mut bytes = Vec::with_capacity(length);
-        while let Some(chunk) = reader.next().await? {
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok(SecretBytes::new(bytes))
+        self.get_with(organization, digest, limit, |bytes| bytes).await
+    }
+
+    /// Reads a small blob as [`Blobs::get`] does and hands it to `work`, which may take its time:
+    /// all of it is one piece of work where it may block.
+    pub async fn get_with<T: Send + 'static>(
+        &self,
+        organization: OrganizationId,
+        digest: Digest,
+        limit: u64,
+        work: impl FnOnce(SecretBytes) -> T + Send + 'static,
+    ) -> Result<T, BlobError> {
+        reader::whole(Arc::clone(&self.shared), (organization, digest), limit, work).await
     }
 
     pub async fn exists(

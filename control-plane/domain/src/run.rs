@@ -233,6 +233,9 @@ pub struct Job {
     pub queued_at: Option<Timestamp>,
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
+    /// Bytes of its whole log, once a runner has told its end: nothing is appended after that.
+    /// Absent until then, where it ended by nobody's word, and in runs of before it was kept.
+    pub log_length: Option<u64>,
     /// Who held it, latest last; at most [`Job::REMEMBERED`].
     pub holders: Vec<(Epoch, RunnerId)>,
 }

@@ -64,7 +64,8 @@ impl App {
         let LeaseRef { job, epoch, .. } = lease;
         let organization = subject.run.value.request.organization;
         let held = subject.run.value.job(job.phase).lease.as_ref().ok_or_else(lease_lost)?;
-        let stored = self.log_length(job.run, job.phase).await?.saturating_sub(held.log_base);
+        let whole = self.stored_log_length(job.run, job.phase).await?;
+        let stored = whole.saturating_sub(held.log_base);
         if stored != log_length {
             let message = format!("the log is not here whole: {stored} bytes are");
             return Err(
@@ -113,6 +114,7 @@ impl App {
                     Ok(Event::PlanEnded {
                         runner: runner_id,
                         epoch,
+                        log_length: whole,
                         outcome: outcome.clone(),
                         current: subject.environment.value.settings.demands(),
                     })
@@ -125,6 +127,7 @@ impl App {
                     Ok(Event::PlanEnded {
                         runner: runner_id,
                         epoch,
+                        log_length: whole,
                         outcome: PlanOutcome::Failed(failure.clone()),
                         current: subject.environment.value.settings.demands(),
                     })
@@ -136,6 +139,7 @@ impl App {
                 let event = Event::ApplyEnded {
                     runner: runner_id,
                     epoch,
+                    log_length: whole,
                     outcome: ApplyOutcome::Applied { outputs },
                 };
                 self.end_apply(runner, job.run, "finish_apply", event).await?;
@@ -145,6 +149,7 @@ impl App {
                 let event = Event::ApplyEnded {
                     runner: runner_id,
                     epoch,
+                    log_length: whole,
                     outcome: ApplyOutcome::Failed(failure),
                 };
                 self.end_apply(runner, job.run, "fail_apply", event).await?;

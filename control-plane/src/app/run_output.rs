@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use latchkey_domain::id::{Epoch, JobId, RunId};
 use latchkey_domain::policy::Phase;
+use latchkey_domain::run::Run;
 use latchkey_proto::v1::Reason;
 use tokio::sync::mpsc;
 
@@ -93,7 +94,19 @@ impl App {
         Ok(Appender { app: Arc::clone(self), lease, base, gate })
     }
 
-    pub(super) async fn log_length(&self, run: RunId, phase: Phase) -> Result<u64> {
+    /// Answers how long a phase's log is. What has ended or never began is told by the run's
+    /// record alone: most runs that are shown are over, and files that nobody has open are slow
+    /// to ask.
+    pub(super) async fn log_length(&self, run: &Run, phase: Phase) -> Result<u64> {
+        let job = run.job(phase);
+        match job.log_length {
+            Some(length) => Ok(length),
+            None if job.epoch == Epoch::NONE => Ok(0),
+            None => self.stored_log_length(run.id, phase).await,
+        }
+    }
+
+    pub(super) async fn stored_log_length(&self, run: RunId, phase: Phase) -> Result<u64> {
         Ok(self.logs.progress(run, phase).await.map_err(Error::internal)?.length)
     }
 

@@ -20,6 +20,7 @@ use crate::auth::{Caller, Right};
 use crate::blobs::BlobError;
 use crate::dispatch::Waiting;
 use crate::error::{Result, rfc3339};
+use crate::seal::SecretBytes;
 use crate::store::record::Loaded;
 use crate::store::record::runner::Runner;
 use crate::store::{Scan, keys};
@@ -126,8 +127,8 @@ impl App {
     async fn view_without_changes(&self, run: Run, organization: &str) -> Result<RunView> {
         let mut view = self.view(run, organization, &mut HashMap::new()).await?;
         view.detail = Detail::Whole;
-        view.plan_log_length = self.log_length(view.run.id, Phase::Plan).await?;
-        view.apply_log_length = self.log_length(view.run.id, Phase::Apply).await?;
+        view.plan_log_length = self.log_length(&view.run, Phase::Plan).await?;
+        view.apply_log_length = self.log_length(&view.run, Phase::Apply).await?;
         view.queue_position = self.queue_position(&view.run).await?;
         if view.run.reason.is_none() {
             view.run.reason = self.what_it_waits_for(&view.run).await?;
@@ -364,9 +365,13 @@ impl App {
         if let Some((_, changes)) = shown.0.as_ref().filter(|(known, _)| *known == digest) {
             return Ok(changes.clone());
         }
-        let found = self.blobs.get(run.request.organization, digest, LARGEST_CHANGES).await;
-        let changes = match found {
-            Ok(bytes) => serde_json::from_slice(bytes.expose_secret()).ok().map(Arc::new),
+        let organization = run.request.organization;
+        // Parsed where it is read: those of a large plan would hold up all other calls.
+        let parse =
+            |bytes: SecretBytes| serde_json::from_slice(bytes.expose_secret()).ok().map(Arc::new);
+        let changes = match self.blobs.get_with(organization, digest, LARGEST_CHANGES, parse).await
+        {
+            Ok(changes) => changes,
             // Pruned with age: the run is shown without them.
             Err(BlobError::Missing { .. }) => None,
             Err(error) => return Err(blob_error(error)),
@@ -375,3 +380,8 @@ impl App {
         Ok(changes)
     }
 }
+
+#[cfg(test)]
+mod many_tests;
+#[cfg(test)]
+mod tests;

@@ -10,8 +10,8 @@ use latchkey_domain::id::{Digest, OrganizationId};
 
 use super::{BlobError, Shared, context, joined};
 use crate::blocking;
-use crate::seal::OpenError;
 use crate::seal::stream::{HEADER, Opener, Place, SEGMENT, TAG};
+use crate::seal::{OpenError, SecretBytes};
 
 /// The chunks of one blob. A file that was opened can be read to its end even if the blob is
 /// deleted meanwhile.
@@ -32,6 +32,8 @@ struct Opening {
 
 /// Why reading failed, before the blob is named in it.
 enum Failure {
+    Missing,
+    TooLarge { limit: u64 },
     Io(io::Error),
     Damaged(Option<OpenError>),
 }
@@ -53,6 +55,28 @@ impl From<OpenError> for Failure {
     }
 }
 
+/// Reads a blob of at most `limit` bytes and has it worked on, without waiting in between.
+pub(super) async fn whole<T: Send + 'static>(
+    shared: Arc<Shared>,
+    (organization, digest): (OrganizationId, Digest),
+    limit: u64,
+    work: impl FnOnce(SecretBytes) -> T + Send + 'static,
+) -> Result<T, BlobError> {
+    let read = blocking::spawn(move || {
+        let (mut file, length) = match Opening::new(&shared, organization, digest) {
+            Ok((_, length)) if length > limit => return Ok(Err(Failure::TooLarge { limit })),
+            Ok(opened) => opened,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        Ok(file.rest(digest, length).map(work))
+    });
+    match joined(read.await) {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(failure)) => Err(named(failure, digest)),
+        Err(error) => Err(named(Failure::Io(error), digest)),
+    }
+}
+
 impl BlobReader {
     pub(super) async fn open(
         shared: Arc<Shared>,
@@ -62,9 +86,6 @@ impl BlobReader {
         let opened = blocking::spawn(move || Ok(Opening::new(&shared, organization, digest))).await;
         match joined(opened) {
             Ok(Ok((file, length))) => Ok(Self { digest, length, file: Some(file) }),
-            Ok(Err(Failure::Io(error))) if error.kind() == io::ErrorKind::NotFound => {
-                Err(BlobError::Missing { digest })
-            }
             Ok(Err(failure)) => Err(named(failure, digest)),
             Err(error) => Err(named(Failure::Io(error), digest)),
         }
@@ -160,7 +181,10 @@ impl Opening {
         organization: OrganizationId,
         digest: Digest,
     ) -> Result<(Self, u64), Failure> {
-        let mut file = File::open(shared.path(organization, digest))?;
+        let mut file = match File::open(shared.path(organization, digest)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Failure::Missing),
+            opened => opened?,
+        };
         let size = file.metadata()?.len();
         let left = size.checked_sub(HEADER as u64).ok_or(Failure::Damaged(None))?;
         let segments = left.div_ceil((SEGMENT + TAG) as u64);
@@ -173,6 +197,16 @@ impl Opening {
         let opener = Opener::new(&shared.master, &context(organization), &header)?;
         let digest = digest::Context::new(&digest::SHA256);
         Ok((Self { file, left, opener, digest }, length))
+    }
+
+    fn rest(&mut self, expected: Digest, length: u64) -> Result<SecretBytes, Failure> {
+        // Of the final size at once: growing would leave copies behind.
+        let capacity = usize::try_from(length).map_err(io::Error::other)?;
+        let mut bytes = Vec::with_capacity(capacity);
+        while self.left > 0 {
+            bytes.extend_from_slice(&self.next(expected)?);
+        }
+        Ok(SecretBytes::new(bytes))
     }
 
     fn next(&mut self, expected: Digest) -> Result<Vec<u8>, Failure> {
@@ -196,6 +230,8 @@ impl Opening {
 
 fn named(failure: Failure, digest: Digest) -> BlobError {
     match failure {
+        Failure::Missing => BlobError::Missing { digest },
+        Failure::TooLarge { limit } => BlobError::TooLarge { limit },
         Failure::Io(source) => BlobError::Io { attempt: "read a blob", source },
         Failure::Damaged(source) => BlobError::Damaged { digest, source },
     }

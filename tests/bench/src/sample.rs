@@ -78,6 +78,7 @@ pub(crate) fn finished_run(
         queued_at: Some(now),
         started_at: Some(now),
         ended_at: Some(now),
+        log_length: Some(12_345),
         holders: vec![(Epoch::new(epoch), RunnerId::from_bytes([5; 16]))],
     };
     let mut run = Run::queue(run_id(number), request);

@@ -29,7 +29,7 @@ fn unguarded() -> Run {
 fn ends(run: &Run, planned: Planned, current: &Demands) -> Run {
     let (runner, epoch) = (RUNNER, run.plan.epoch);
     let outcome = PlanOutcome::Planned(Box::new(planned));
-    go(run, Event::PlanEnded { runner, epoch, outcome, current: current.clone() })
+    go(run, Event::PlanEnded { runner, epoch, log_length: 0, outcome, current: current.clone() })
 }
 
 fn confirm(by: &str, current: &Demands) -> Event {

@@ -100,12 +100,16 @@ pub enum Event {
     PlanEnded {
         runner: RunnerId,
         epoch: Epoch,
+        /// Of the phase, with what earlier leases left.
+        log_length: u64,
         outcome: PlanOutcome,
         current: Demands,
     },
     ApplyEnded {
         runner: RunnerId,
         epoch: Epoch,
+        /// Of the phase, with what earlier leases left.
+        log_length: u64,
         outcome: ApplyOutcome,
     },
     Confirmed {
@@ -260,11 +264,11 @@ fn moved_by(run: &Run, event: Event, now: Timestamp) -> Step {
             runner_revoked(run, (phase, runner, epoch), now)
         }
         Event::Returned { phase, runner, epoch } => returned(run, phase, runner, epoch, now),
-        Event::PlanEnded { runner, epoch, outcome, current } => {
-            plan_ended(run, (runner, epoch), outcome, &current, now)
+        Event::PlanEnded { runner, epoch, log_length, outcome, current } => {
+            plan_ended(run, (runner, epoch, log_length), outcome, &current, now)
         }
-        Event::ApplyEnded { runner, epoch, outcome } => {
-            apply_ended(run, runner, epoch, outcome, now)
+        Event::ApplyEnded { runner, epoch, log_length, outcome } => {
+            apply_ended(run, (runner, epoch, log_length), outcome, now)
         }
         Event::Confirmed { by, seen, current } => confirmed(run, by, seen, &current, now),
         Event::Discarded { by } => discarded(run, by, now),

@@ -111,6 +111,7 @@ pub(super) fn plan_ended(run: &Run, applyable: bool) -> Event {
     Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
+        log_length: 70,
         outcome: PlanOutcome::Planned(Box::new(planned(applyable))),
         current: Demands::default(),
     }
@@ -130,7 +131,7 @@ fn forced(grace: Duration) -> Event {
 }
 
 fn apply_ended(run: &Run, outcome: ApplyOutcome) -> Event {
-    Event::ApplyEnded { runner: RUNNER, epoch: run.apply.epoch, outcome }
+    Event::ApplyEnded { runner: RUNNER, epoch: run.apply.epoch, log_length: 90, outcome }
 }
 
 /// A run in each state, and in each that depends on it before and after the credentials were
@@ -544,6 +545,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
         9 => Event::PlanEnded {
             runner,
             epoch: epoch(Phase::Plan),
+            log_length: number.into(),
             outcome: PlanOutcome::Planned(Box::new(Planned {
                 digest: Digest::from_bytes([number; 32]),
                 facts: (!draw.stale || draw.wait.is_multiple_of(3)).then(facts),
@@ -554,6 +556,7 @@ fn event(run: &Run, draw: &Draw, now: Timestamp, number: u8) -> Event {
         10 => Event::ApplyEnded {
             runner,
             epoch: epoch(Phase::Apply),
+            log_length: number.into(),
             outcome: if draw.applyable {
                 ApplyOutcome::Applied { outputs: None }
             } else {

@@ -78,28 +78,33 @@ const COLUMNS: &[Column] = &[
     ("planned", |run| Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
+        log_length: 0,
         outcome: PlanOutcome::Planned(Box::new(planned(true))),
         current: Demands::default(),
     }),
     ("plan failed", |run| Event::PlanEnded {
         runner: RUNNER,
         epoch: run.plan.epoch,
+        log_length: 0,
         outcome: PlanOutcome::Failed(failure(FailureKind::Errored)),
         current: Demands::default(),
     }),
     ("applied", |run| Event::ApplyEnded {
         runner: RUNNER,
         epoch: run.apply.epoch,
+        log_length: 0,
         outcome: ApplyOutcome::Applied { outputs: None },
     }),
     ("apply failed", |run| Event::ApplyEnded {
         runner: RUNNER,
         epoch: run.apply.epoch,
+        log_length: 0,
         outcome: ApplyOutcome::Failed(failure(FailureKind::Errored)),
     }),
     ("state undelivered", |run| Event::ApplyEnded {
         runner: RUNNER,
         epoch: run.apply.epoch,
+        log_length: 0,
         outcome: ApplyOutcome::Failed(failure(FailureKind::StateUndelivered)),
     }),
     ("confirmed", |run| Event::Confirmed {

@@ -102,12 +102,14 @@ async fn a_silent_plan_is_leased_again_and_the_old_lease_changes_nothing() {
     app.start_job(&other, new).await.unwrap();
     let appender = app.append_log(&other, new).await.unwrap();
     assert_eq!(append(&appender, 0, b"second try\n").await.unwrap(), 11);
-    let length = app.log_length(run.id, Phase::Plan).await.unwrap();
+    let length = app.stored_log_length(run.id, Phase::Plan).await.unwrap();
     let log = app.logs.read(run.id, Phase::Plan, 0, 4096).await.unwrap();
     let log = String::from_utf8(log).unwrap();
     assert_eq!(log.len() as u64, length);
     assert!(log.starts_with("first try\n") && log.ends_with("second try\n"), "{log}");
     assert!(log.contains("leased again"));
+    app.finish_job(&other, new, 11, failed()).await.unwrap();
+    assert_eq!(fixture.run(&run).await.plan.log_length, Some(length));
 }
 
 #[tokio::test]

@@ -126,6 +126,8 @@ struct JobRecord {
     queued_at: Option<Millis>,
     started_at: Option<Millis>,
     ended_at: Option<Millis>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log_length: Option<u64>,
     holders: Vec<(u64, Text<RunnerId>)>,
 }
 
@@ -382,6 +384,7 @@ impl From<&Job> for JobRecord {
             queued_at: job.queued_at.map(Millis::from),
             started_at: job.started_at.map(Millis::from),
             ended_at: job.ended_at.map(Millis::from),
+            log_length: job.log_length,
             holders: job
                 .holders
                 .iter()
@@ -411,6 +414,7 @@ impl From<JobRecord> for Job {
             queued_at: record.queued_at.map(Into::into),
             started_at: record.started_at.map(Into::into),
             ended_at: record.ended_at.map(Into::into),
+            log_length: record.log_length,
             holders: record
                 .holders
                 .into_iter()
@@ -562,6 +566,7 @@ mod tests {
             queued_at: Some(at),
             started_at: Some(at),
             ended_at: Some(at),
+            log_length: Some(1234),
             holders: vec![(Epoch::new(7), RunnerId::from_bytes(id(5)))],
         };
         run.planned = Some(Planned {

@@ -89,7 +89,9 @@ async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
             Budget::FigureAtMost(10.0),
             &format!(
                 "One caller, {calls} runs spread over all; p50 {}. A few records are fetched, \
-                 each by its key: the depth of a tree at 10 and 100 times the size.",
+                 each by its key: the depth of a tree at 10 and 100 times the size. The lengths \
+                 of its logs are in its record; the changes of its plan, which are pruned with \
+                 age, are looked for.",
                 Figure::millis(percentile(&mut show, 0.5))
             ),
         ),
@@ -99,8 +101,8 @@ async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
             Budget::FigureAtMost(10.0),
             &format!(
                 "One caller, pages of 50, half of them the newest of an environment, half \
-                 somewhere within; p50 {}. A page costs its 50 runs (each record by its key, and \
-                 the lengths of its two logs), however long the list.",
+                 somewhere within; p50 {}. A page costs its 50 runs, each record by its key, \
+                 however long the list.",
                 Figure::millis(percentile(&mut list, 0.5))
             ),
         ),

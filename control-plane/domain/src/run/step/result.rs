@@ -16,7 +16,7 @@ const WAITS_FOR_ANOTHER: &str =
 
 pub(super) fn plan_ended(
     run: &Run,
-    (runner, epoch): (RunnerId, Epoch),
+    (runner, epoch, log_length): (RunnerId, Epoch, u64),
     outcome: PlanOutcome,
     current: &Demands,
     now: Timestamp,
@@ -27,6 +27,7 @@ pub(super) fn plan_ended(
     };
     let mut next = moved(run, run.state, now);
     next.plan.ended_at = Some(now);
+    next.plan.log_length = Some(log_length);
     next.plan.lease = None;
     if let Some(by) = &run.cancel_requested_by {
         return ended(next, RunState::Canceled, Some(format!("canceled by {by}")), vec![]);
@@ -90,8 +91,7 @@ fn other_engine(wanted: &Engine, planned: &Planned) -> String {
 
 pub(super) fn apply_ended(
     run: &Run,
-    runner: RunnerId,
-    epoch: Epoch,
+    (runner, epoch, log_length): (RunnerId, Epoch, u64),
     outcome: ApplyOutcome,
     now: Timestamp,
 ) -> Step {
@@ -102,6 +102,7 @@ pub(super) fn apply_ended(
     }
     let mut next = moved(run, run.state, now);
     next.apply.ended_at = Some(now);
+    next.apply.log_length = Some(log_length);
     let failure = match outcome {
         ApplyOutcome::Applied { outputs } => {
             next.outputs = outputs;
