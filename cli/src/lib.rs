@@ -21,6 +21,7 @@ mod given;
 mod input;
 mod log_view;
 mod output;
+mod progress;
 mod view;
 mod watch;
 mod words;

@@ -7,6 +7,7 @@ pub(crate) mod environment;
 pub(crate) mod member;
 pub(crate) mod notice;
 pub(crate) mod pool;
+pub(crate) mod progress;
 pub(crate) mod quarantine;
 pub(crate) mod run;
 pub(crate) mod state;

@@ -5,8 +5,14 @@ use clap::Subcommand;
 use latchkey_proto::v1;
 
 use crate::Done;
+use crate::client::Client;
 use crate::context::Context;
 use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::follow::{self, Until, Update};
+use crate::log_view::{Colour, LogView};
+use crate::progress::Progress;
+use crate::view::progress::ProgressView;
 use crate::view::run as view;
 use crate::view::run::{RunListView, RunView};
 use crate::watch::{self, Asking, LogForm};
@@ -27,6 +33,11 @@ pub(crate) enum Run {
         /// Id of the run
         run: String,
     },
+    /// Shows how far a run's apply has come: each resource, and how long it has taken
+    Progress {
+        /// Id of the run
+        run: String,
+    },
     /// Follows a run to its end, as `queue --watch` does
     Watch {
         /// Id of the run
@@ -38,7 +49,7 @@ impl Run {
     pub(crate) fn follows(&self) -> bool {
         match self {
             Run::Watch { .. } => true,
-            Run::List { .. } | Run::Show { .. } => false,
+            Run::List { .. } | Run::Show { .. } | Run::Progress { .. } => false,
         }
     }
 
@@ -76,6 +87,12 @@ impl Run {
                 context.output.data(&RunView::new(&run), |_| view::show(&run))?;
                 Ok(Exit::Ok)
             }
+            Run::Progress { run } => {
+                let run = watch::fetch(client, &run).await?;
+                let progress = ProgressView::new(&progress_of(client, &run).await?);
+                context.output.data(&progress, ProgressView::human)?;
+                Ok(Exit::Ok)
+            }
             Run::Watch { run } => {
                 let run = watch::fetch(client, &run).await?;
                 let form = if context.output.is_json() { LogForm::Events } else { LogForm::Text };
@@ -83,4 +100,34 @@ impl Run {
             }
         }
     }
+}
+
+/// Folds the apply's log, as far as it goes, over what the plan changes.
+async fn progress_of(client: &Client, run: &v1::Run) -> Result<Progress, Failure> {
+    let mut progress = Progress::default();
+    let changes = run.plan_result.iter().flat_map(|plan| &plan.change_list);
+    for change in changes.filter(|change| is_applied(&change.action)) {
+        progress.expect(&change.address, &change.action);
+    }
+    if run.apply.as_ref().is_none_or(|apply| apply.log_length == 0) {
+        return Ok(progress);
+    }
+    let mut lines = LogView::new(Colour::Drop);
+    let mut pieces = follow::read_log(client, &run.run_id, v1::Phase::Apply, Until::Now);
+    while let Some(piece) = pieces.recv().await {
+        match piece {
+            Update::Item(bytes) => {
+                lines.lines(&bytes).iter().for_each(|line| progress.take(line));
+            }
+            // The reader tries again; what matters is said in the end.
+            Update::Trouble(_) => {}
+            Update::Failed(failure) => return Err(failure),
+        }
+    }
+    Ok(progress)
+}
+
+/// Tells what terraform begins and ends in an apply from what a plan lists besides.
+fn is_applied(action: &str) -> bool {
+    ["create", "update", "delete", "replace"].contains(&action)
 }
