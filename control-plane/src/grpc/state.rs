@@ -3,6 +3,7 @@
 use latchkey_proto::v1;
 use latchkey_proto::v1::import_state_request::Part;
 use latchkey_proto::v1::state_service_server::StateService;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Answers, Service, caller, convert, next_part};
@@ -106,13 +107,8 @@ impl StateService for Service {
         };
         let mut upload =
             self.app.send_state(&caller, &organization, &environment, Sending::Import).await?;
-        while let Some(part) = next_part(&mut parts).await? {
-            match part.part {
-                Some(Part::Data(data)) => upload.write(&data).await?,
-                Some(Part::Header(_)) | None => {
-                    return Err(Error::field("data", "after the header, data only").into());
-                }
-            }
+        while let Some(data) = data_by(upload.due(), &mut parts).await? {
+            upload.write(&data).await?;
         }
         let view = upload.finish().await?;
         Ok(Response::new(v1::ImportStateResponse { version: Some(version(view)) }))
@@ -128,6 +124,27 @@ impl StateService for Service {
         self.app.force_unlock_state(&caller, &organization, &environment, &lock_id).await?;
         Ok(Response::new(v1::ForceUnlockStateResponse {}))
     }
+}
+
+/// Takes the next data; what has no bytes is none.
+async fn data_by(
+    due: Instant,
+    parts: &mut Streaming<v1::ImportStateRequest>,
+) -> Result<Option<Vec<u8>>, Status> {
+    let data = async {
+        while let Some(message) = parts.message().await? {
+            match message.part {
+                Some(Part::Data(data)) if data.is_empty() => {}
+                Some(Part::Data(data)) => return Ok(Some(data)),
+                Some(Part::Header(_)) | None => {
+                    return Err(Error::field("data", "after the header, data only").into());
+                }
+            }
+        }
+        Ok(None)
+    };
+    let slow = |_| Status::deadline_exceeded("the state comes too slowly; send it again");
+    tokio::time::timeout_at(due, data).await.map_err(slow)?
 }
 
 fn version(view: StateVersionView) -> v1::StateVersion {

@@ -22,6 +22,7 @@ use md5::{Digest, Md5};
 use prost::bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 use tonic::body::Body;
@@ -168,7 +169,7 @@ async fn write(
         return Err(too_large("a state has up to 256 MiB"));
     }
     let (mut digest, mut received) = (Md5::new(), 0);
-    while let Some(data) = next(body).await? {
+    while let Some(data) = next_by(upload.due(), body).await? {
         digest.update(&data);
         received += data.len() as u64;
         upload.write(&data).await?;
@@ -213,20 +214,23 @@ async fn lock_info(body: &mut Body) -> Result<LockInfo> {
 
 /// Takes the next bytes of a body; a sender that has gone quiet does not keep its place.
 async fn next(body: &mut Body) -> Result<Option<Bytes>> {
-    let broken = || Error::field("body", "it broke off, or nothing came for a minute");
-    loop {
-        let frame = tokio::time::timeout(PART_TIMEOUT, body.frame()).await.map_err(|_| broken())?;
-        match frame {
-            None => return Ok(None),
-            Some(Err(_)) => return Err(broken()),
-            Some(Ok(frame)) => {
-                // Trailers say nothing here.
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
-                }
-            }
+    next_by(Instant::now() + PART_TIMEOUT, body).await
+}
+
+async fn next_by(due: Instant, body: &mut Body) -> Result<Option<Bytes>> {
+    let broken = || Error::field("body", "it broke off, or came too slowly; send it again");
+    tokio::time::timeout_at(due, bytes(body)).await.map_err(|_| broken())?.map_err(|()| broken())
+}
+
+/// Trailers say nothing here, nor does what has no bytes.
+async fn bytes(body: &mut Body) -> std::result::Result<Option<Bytes>, ()> {
+    while let Some(frame) = body.frame().await {
+        match frame.map_err(drop)?.into_data() {
+            Ok(data) if !data.is_empty() => return Ok(Some(data)),
+            Ok(_) | Err(_) => {}
         }
     }
+    Ok(None)
 }
 
 async fn drain(body: &mut Body) {

@@ -6,10 +6,11 @@
 //!    away meanwhile, or somebody else's state have come first.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use latchkey_domain::environment::Hold;
 use latchkey_proto::v1::Reason;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::{ATTEMPTS, StateVersionView, check_lineage, view, with_version};
 use crate::app::App;
@@ -17,6 +18,7 @@ use crate::app::artifacts::LARGEST_STATE;
 use crate::app::claims::{Claim, Settled};
 use crate::app::configurations::blob_error;
 use crate::app::state_lock::{check_free, locked};
+use crate::app::uploads::StatePlace;
 use crate::auth::{Caller, Right};
 use crate::blobs::Upload;
 use crate::error::{Error, Result};
@@ -25,6 +27,12 @@ use crate::store::record::Text;
 use crate::store::record::environment::{Environment, StateHead, StateOrigin, StateVersion};
 use crate::store::record::quarantine::StateFacts;
 use crate::store::{Batch, CommitError};
+
+/// How long a sender may be silent, and how long may pass beyond what the slowest need.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the slowest send in a second: none keeps its place by a byte a minute.
+const SLOWEST: u64 = 128 << 10;
 
 /// How a person's state comes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +90,8 @@ pub struct StateUpload {
     sending: Sending,
     blob: Upload,
     size: u64,
-    place: OwnedSemaphorePermit,
+    began: Instant,
+    place: StatePlace,
 }
 
 impl std::fmt::Debug for StateUpload {
@@ -104,7 +113,7 @@ impl App {
             self.on(caller, organization, environment, Right::Administer).await?;
         self.check_history()?;
         sending.check(caller, &found.value.hold)?;
-        let place = self.uploads.state().await?;
+        let place = self.uploads.state(standing.organization, found.value.id).await?;
         let blob = self.blobs.begin(standing.organization, None, LARGEST_STATE).await;
         Ok(StateUpload {
             app: Arc::clone(self),
@@ -114,12 +123,19 @@ impl App {
             sending,
             blob: blob.map_err(blob_error)?,
             size: 0,
+            began: Instant::now(),
             place,
         })
     }
 }
 
 impl StateUpload {
+    /// Tells when the next bytes have to be there at the latest.
+    pub fn due(&self) -> Instant {
+        let earned = Duration::from_secs(self.size / SLOWEST);
+        (self.began + PATIENCE + earned).min(Instant::now() + PATIENCE)
+    }
+
     pub async fn write(&mut self, data: &[u8]) -> Result<()> {
         self.size += data.len() as u64;
         self.blob.write(data).await.map_err(blob_error)
@@ -131,7 +147,7 @@ impl StateUpload {
     }
 
     async fn record(self) -> Result<StateVersionView> {
-        let Self { app, caller, organization, environment, sending, blob, size, place } = self;
+        let Self { app, caller, organization, environment, sending, blob, size, place, .. } = self;
         let (standing, _) = app.on(&caller, &organization, &environment, Right::Administer).await?;
         let claim = app.store_blob(standing.organization, blob).await?;
         let subject = (organization.as_str(), environment.as_str());

@@ -6,17 +6,19 @@ use latchkey_domain::run::{Run, RunState};
 use latchkey_proto::v1::Reason;
 
 use super::StateVersionView;
-use super::push::Sending;
+use super::push::{Sending, StateUpload};
 use crate::app::PageRequest;
 use crate::app::artifacts::Made;
 use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::service_tokens::TokenScope;
+use crate::app::settings::SettingsChange;
 use crate::app::state_lock::{LockAnswer, LockRequest};
 use crate::auth::Caller;
 use crate::error::Result;
 use crate::store::record::environment::StateOrigin;
 use crate::store::record::people::{Access, Role};
+use crate::store::{Batch, Expect, keys};
 
 const ENV: (&str, &str) = (ORGANIZATION, ENVIRONMENT);
 
@@ -37,9 +39,18 @@ async fn send(
     sending: Sending,
     data: &[u8],
 ) -> Result<StateVersionView> {
-    let mut upload = fixture.app.send_state(caller, ENV.0, ENV.1, sending).await?;
+    let mut upload = begin(fixture, caller, ENV, sending).await?;
     upload.write(data).await?;
     upload.finish().await
+}
+
+async fn begin(
+    fixture: &Fixture,
+    caller: &Caller,
+    (organization, environment): (&str, &str),
+    sending: Sending,
+) -> Result<StateUpload> {
+    fixture.app.send_state(caller, organization, environment, sending).await
 }
 
 async fn import(fixture: &Fixture, data: &[u8]) -> Result<StateVersionView> {
@@ -351,7 +362,7 @@ async fn a_lock_taken_away_while_a_state_comes_lets_it_in_no_more() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     lock(&fixture, &fixture.owner, "id").await.unwrap();
     let sending = Sending::Push { lock: "id".into() };
-    let mut upload = fixture.app.send_state(&fixture.owner, ENV.0, ENV.1, sending).await.unwrap();
+    let mut upload = begin(&fixture, &fixture.owner, ENV, sending).await.unwrap();
     upload.write(&state("l", 1)).await.unwrap();
     fixture.app.force_unlock_state(&fixture.owner, ENV.0, ENV.1, "id").await.unwrap();
     refused(upload.finish().await, Reason::WrongState, "not locked");
@@ -397,4 +408,36 @@ async fn a_kept_state_is_compared_with_the_current_one_and_not_accepted_under_a_
     assert_eq!(newest.run.map(|run| run.0), Some(run.id));
     let none = app.compare_quarantined(owner, ORGANIZATION, id).await.unwrap();
     assert_eq!(none.changes, []);
+}
+
+#[tokio::test]
+async fn states_on_their_way_to_one_environment_take_no_place_from_another() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    for name in ["a", "b", "c", "d", "e"] {
+        app.create_environment(owner, ENV.0, name, SettingsChange::default(), name).await.unwrap();
+    }
+    let spent = keys::setting("bootstrap");
+    fixture.store.commit(Batch::new().delete(spent, Expect::Anything)).await.unwrap();
+    let secret = app.prepare_bootstrap().await.unwrap().unwrap();
+    let bob = app.caller(&app.bootstrap(&secret, "umbra", "bob").await.unwrap()).await.unwrap();
+    app.create_environment(&bob, "umbra", "web", SettingsChange::default(), "w").await.unwrap();
+    tokio::time::pause();
+    let mut coming = vec![];
+    // Until it is refused.
+    let mut fill = async |environment| loop {
+        match begin(&fixture, owner, (ENV.0, environment), Sending::Import).await {
+            Ok(upload) => coming.push(upload),
+            Err(error) => return (coming.len(), error.reason()),
+        }
+    };
+    assert_eq!(fill("web").await, (2, Reason::StoreUnavailable));
+    let mut all = 2;
+    for environment in ["a", "b", "c", "d", "e"] {
+        all = fill(environment).await.0;
+    }
+    assert_eq!(all, 8);
+    begin(&fixture, &bob, ("umbra", "web"), Sending::Import).await.unwrap();
+    coming.truncate(6);
+    begin(&fixture, owner, (ENV.0, "e"), Sending::Import).await.unwrap();
 }

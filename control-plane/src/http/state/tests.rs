@@ -71,6 +71,21 @@ impl Scene {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> Answer {
+        let body = Body::new(Full::new(Bytes::from(body.to_vec())));
+        let (head, body) = self.begin(token, method, path, headers, body).await.into_parts();
+        let body = body.collect().await.unwrap().to_bytes().to_vec();
+        Answer { status: head.status.as_u16(), headers: head.headers, body }
+    }
+
+    /// Asks, and leaves the answer's body to be read.
+    async fn begin(
+        &self,
+        token: &str,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Body,
+    ) -> Response<Body> {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {
             let basic = format!("Basic {}", STANDARD.encode(format!("anything:{token}")));
@@ -79,12 +94,8 @@ impl Scene {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let body = Body::new(Full::new(Bytes::from(body.to_vec())));
         let layer = StateLayer { app: Arc::clone(&self.fixture.app) };
-        let answered = layer.layer(Behind).oneshot(request.body(body).unwrap()).await.unwrap();
-        let (head, body) = answered.into_parts();
-        let body = body.collect().await.unwrap().to_bytes().to_vec();
-        Answer { status: head.status.as_u16(), headers: head.headers, body }
+        layer.layer(Behind).oneshot(request.body(body).unwrap()).await.unwrap()
     }
 
     async fn status(&self, token: &str, method: &str, path: &str, body: &[u8]) -> u16 {
@@ -95,6 +106,12 @@ impl Scene {
 fn state(serial: u64) -> Vec<u8> {
     format!(r#"{{"version":4,"serial":{serial},"lineage":"l","outputs":{{}},"resources":[]}}"#)
         .into_bytes()
+}
+
+/// A body that is sent as it goes.
+fn sent() -> (mpsc::Sender<std::result::Result<Frame<Bytes>, Error>>, Body) {
+    let (sender, frames) = mpsc::channel(1);
+    (sender, Body::new(StreamBody::new(ReceiverStream::new(frames))))
 }
 
 fn lock(id: &str) -> Vec<u8> {
@@ -248,5 +265,28 @@ async fn bodies_are_bounded_and_all_else_is_left_to_grpc() {
     assert_eq!(scene.ask(&ann, "POST", &with_id, &headers, &state(1)).await.status, 400);
     for path in ["/latchkey.v1.RunService/GetRun", "/", "/states", "/state"] {
         assert_eq!(scene.status(&ann, "POST", path, b"").await, 418, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_state_that_comes_too_slowly_loses_its_place() {
+    let scene = Scene::new().await;
+    let ann = scene.person("ann", Access::Admin).await;
+    assert_eq!(scene.status(&ann, "LOCK", PATH, &lock("id")).await, 200);
+    tokio::time::pause();
+    for part in [b" ".as_slice(), b""] {
+        let (sender, body) = sent();
+        let trickle = tokio::spawn(async move {
+            let mut taken = 0;
+            let part = Bytes::from_static(part);
+            while taken < 50 && sender.send(Ok(Frame::data(part.clone()))).await.is_ok() {
+                taken += 1;
+                tokio::time::sleep(Duration::from_secs(50)).await;
+            }
+            taken
+        });
+        let answer = scene.begin(&ann, "POST", &format!("{PATH}?ID=id"), &[], body).await;
+        assert_eq!(answer.status().as_u16(), 400);
+        assert!(trickle.await.unwrap() <= 4);
     }
 }
