@@ -53,8 +53,10 @@ pub struct Uploads {
     states: Arc<Semaphore>,
     states_of: Shares<OrganizationId>,
     states_to: Shares<EnvironmentId>,
-    /// One comparison of states at a time: both are in memory.
-    pub(super) comparing: tokio::sync::Mutex<()>,
+    /// One piece of work at a time has whole states in memory, and one of each organization waits
+    /// to be it.
+    whole: Arc<Semaphore>,
+    whole_of: Shares<OrganizationId>,
     /// Orders what changes the totals of quarantine, so that many that come at once don't run
     /// each other's races over and over. The store decides all the same.
     pub(super) quarantine: tokio::sync::Mutex<()>,
@@ -69,6 +71,9 @@ pub(super) type Place = [OwnedSemaphorePermit; 3];
 
 /// A state's place: its environment's, its organization's and one of all.
 pub(super) type StatePlace = [OwnedSemaphorePermit; 3];
+
+/// The turn to have whole states in memory: its organization's and that of all.
+pub(super) type Turn = [OwnedSemaphorePermit; 2];
 
 /// So much for each of those who come and go.
 #[derive(Debug)]
@@ -107,7 +112,8 @@ impl Default for Uploads {
             states: Arc::new(Semaphore::new(MOST_STATES)),
             states_of: Shares::new(MOST_STATES_OF_ORGANIZATION),
             states_to: Shares::new(MOST_STATES_TO_ENVIRONMENT),
-            comparing: tokio::sync::Mutex::default(),
+            whole: Arc::new(Semaphore::new(1)),
+            whole_of: Shares::new(1),
             quarantine: tokio::sync::Mutex::default(),
             full: Full::default(),
             collection: tokio::sync::Mutex::default(),
@@ -161,6 +167,13 @@ impl Uploads {
         }
     }
 
+    /// Waits for the turn to have whole states in memory. It goes with the work, whoever waits.
+    pub(super) async fn whole(&self, organization: OrganizationId) -> Result<Turn> {
+        let of = self.whole_of.of(organization).acquire_owned().await.map_err(Error::internal)?;
+        let all = Arc::clone(&self.whole).acquire_owned().await.map_err(Error::internal)?;
+        Ok([of, all])
+    }
+
     pub(super) async fn parse(&self) -> Result<SemaphorePermit<'_>> {
         self.parsing.acquire().await.map_err(Error::internal)
     }
@@ -168,6 +181,8 @@ impl Uploads {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -191,5 +206,23 @@ mod tests {
         assert!(uploads.artifact(other, 1).await.is_err());
         drop(large);
         drop(uploads.artifact(other, 4 << 30).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn of_each_organization_one_waits_for_the_turn_of_all() {
+        let uploads = Uploads::default();
+        let (one, other) =
+            (OrganizationId::from_bytes([1; 16]), OrganizationId::from_bytes([2; 16]));
+        let turn = uploads.whole(one).await.unwrap();
+        let mut before: Vec<_> = (0..9).map(|_| Box::pin(uploads.whole(one))).collect();
+        let mut other = Box::pin(uploads.whole(other));
+        let all_wait = std::future::poll_fn(|context| {
+            let mut waits = before.iter_mut().map(|one| one.as_mut().poll(context).is_pending());
+            Poll::Ready(waits.all(|waits| waits) && other.as_mut().poll(context).is_pending())
+        });
+        assert!(all_wait.await);
+        drop(turn);
+        // Though the others came before.
+        drop(other.await.unwrap());
     }
 }

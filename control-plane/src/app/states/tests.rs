@@ -1,5 +1,7 @@
 //! Who may do what with states, what is refused, and what keeps runs and workstations apart.
 
+use std::time::Duration;
+
 use latchkey_domain::environment::Hold;
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
@@ -440,4 +442,58 @@ async fn states_on_their_way_to_one_environment_take_no_place_from_another() {
     begin(&fixture, &bob, ("umbra", "web"), Sending::Import).await.unwrap();
     coming.truncate(6);
     begin(&fixture, owner, (ENV.0, "e"), Sending::Import).await.unwrap();
+}
+
+#[tokio::test]
+async fn one_rollback_at_a_time_has_a_state_in_memory() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    import(&fixture, &state("l", 1)).await.unwrap();
+    import(&fixture, &state("l", 2)).await.unwrap();
+    tokio::time::pause();
+    let turn = fixture.app.uploads.whole(fixture.organization().await).await.unwrap();
+    let waits = tokio::time::timeout(Duration::from_secs(600), rollback(&fixture, 1, ENVIRONMENT));
+    assert!(waits.await.is_err(), "it went on beside another");
+    drop(turn);
+    rollback(&fixture, 1, ENVIRONMENT).await.unwrap();
+}
+
+/// Lets everything go on as far as it can.
+async fn yielded() {
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn a_comparison_that_nobody_waits_for_keeps_its_turn_to_its_end() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(1)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let fixture = Fixture::new(MfaPolicy::Never).await;
+        import(&fixture, &state("l", 1)).await.unwrap();
+        import(&fixture, &state("l", 2)).await.unwrap();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || released.recv().is_err());
+        let organization = fixture.organization().await;
+        let mut turn = Box::pin(fixture.app.uploads.whole(organization));
+        {
+            let diff = fixture.app.diff_state_versions(&fixture.owner, ENV.0, ENV.1, (1, 2));
+            tokio::select! {
+                biased;
+                _ = diff => panic!("it had no thread"),
+                () = yielded() => {}
+            }
+        }
+        tokio::select! {
+            biased;
+            _ = &mut turn => panic!("it gave its turn back and goes on"),
+            () = yielded() => {}
+        }
+        drop(release);
+        busy.await.unwrap();
+        drop(tokio::time::timeout(Duration::from_secs(20), turn).await.unwrap().unwrap());
+    });
 }
