@@ -6,7 +6,8 @@ use latchkey_proto::v1::state_service_server::StateService;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, Service, caller, convert, next_part};
+use super::{Answers, Service, caller, convert, next_part, proof};
+use crate::app::open_streams::{Ground, unless_lost};
 use crate::app::state_diff::{Action, AttributeChange, StateChange, StateDiff};
 use crate::app::states::StateVersionView;
 use crate::app::states::push::Sending;
@@ -50,12 +51,14 @@ impl StateService for Service {
         &self,
         request: Request<v1::ReadStateVersionRequest>,
     ) -> Result<Response<Self::ReadStateVersionStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ReadStateVersionRequest { organization, environment, version } =
             request.into_inner();
+        let caller = &proof.caller;
         let reader =
-            self.app.read_state_version(&caller, &organization, &environment, version).await?;
-        let parts = super::parts(reader, |data| v1::ReadStateVersionResponse { data });
+            self.app.read_state_version(caller, &organization, &environment, version).await?;
+        let lost = self.app.hold(&proof, Ground::State { organization, environment }).await?;
+        let parts = super::parts(reader, lost, |data| v1::ReadStateVersionResponse { data });
         Ok(Response::new(parts))
     }
 
@@ -99,18 +102,22 @@ impl StateService for Service {
         &self,
         request: Request<Streaming<v1::ImportStateRequest>>,
     ) -> Result<Response<v1::ImportStateResponse>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let mut parts = request.into_inner();
         let first = next_part(&mut parts).await?.and_then(|first| first.part);
         let Some(Part::Header(v1::ImportStateHeader { organization, environment })) = first else {
             return Err(Error::field("header", "it comes first").into());
         };
         let mut upload =
-            self.app.send_state(&caller, &organization, &environment, Sending::Import).await?;
-        while let Some(data) = data_by(upload.due(), &mut parts).await? {
-            upload.write(&data).await?;
-        }
-        let view = upload.finish().await?;
+            self.app.send_state(&proof, &organization, &environment, Sending::Import).await?;
+        let lost = self.app.hold(&proof, Ground::State { organization, environment }).await?;
+        let taken = async {
+            while let Some(data) = data_by(upload.due(), &mut parts).await? {
+                upload.write(&data).await?;
+            }
+            Ok::<_, Status>(upload.finish().await?)
+        };
+        let view = unless_lost(lost, taken).await?;
         Ok(Response::new(v1::ImportStateResponse { version: Some(version(view)) }))
     }
 
@@ -200,3 +207,6 @@ fn change(change: StateChange) -> v1::StateChange {
         truncated,
     }
 }
+
+#[cfg(test)]
+mod tests;

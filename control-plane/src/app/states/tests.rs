@@ -52,7 +52,8 @@ async fn begin(
     (organization, environment): (&str, &str),
     sending: Sending,
 ) -> Result<StateUpload> {
-    fixture.app.send_state(caller, organization, environment, sending).await
+    let proof = fixture.prove(caller).await;
+    fixture.app.send_state(&proof, organization, environment, sending).await
 }
 
 async fn import(fixture: &Fixture, data: &[u8]) -> Result<StateVersionView> {
@@ -496,4 +497,16 @@ fn a_comparison_that_nobody_waits_for_keeps_its_turn_to_its_end() {
         busy.await.unwrap();
         drop(tokio::time::timeout(Duration::from_secs(20), turn).await.unwrap().unwrap());
     });
+}
+
+#[tokio::test]
+async fn a_token_that_ends_before_the_record_lets_the_state_in_no_more() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, proof) = (&fixture.app, fixture.prove(&fixture.owner).await);
+    let mut upload = app.send_state(&proof, ENV.0, ENV.1, Sending::Import).await.unwrap();
+    upload.write(&state("l", 1)).await.unwrap();
+    let token = keys::token(proof.token.as_bytes());
+    fixture.store.commit(Batch::new().delete(token, Expect::Anything)).await.unwrap();
+    refused(upload.finish().await, Reason::IdentityRequired, "revoked");
+    assert!(listed(&fixture, PageRequest::default()).await.0.is_empty());
 }
