@@ -96,6 +96,13 @@ impl App {
         };
         let mut delivery = found.value;
         let now = self.now();
+        if self.is_too_old(&delivery) {
+            // It has waited where nobody looked: in a backup, or while the process was down.
+            let detail = "it was not sent in time".to_owned();
+            delivery.last.get_or_insert(Outcome { at: now.into(), status: None, detail });
+            self.end_delivery(place, found.version, delivery, DeliveryState::GivenUp).await?;
+            return Ok(None);
+        }
         delivery.attempts = delivery.attempts.saturating_add(1);
         delivery.next_at = (now + CLAIM).into();
         let batch = Batch::new().put(key, Expect::At(found.version), encode(&delivery));

@@ -76,3 +76,19 @@ async fn a_subscriber_has_a_bounded_number_on_their_way_and_the_drop_is_audited(
     assert_eq!(dropped[0].draft.details["count"], 3);
     assert_eq!(dropped[0].draft.details["oldest"], sent[0].to_string());
 }
+
+#[tokio::test]
+async fn what_is_too_old_is_given_up_without_being_sent() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let server = Http::start(&[]).await;
+    let app = fixture.telling_through(outbound()).await;
+    let id = hook(&app, &fixture, &server.url("/"), &[Event::Errored]).await;
+    test(&app, &fixture, id, 1).await;
+    // As after a restore.
+    fixture.clock.advance(Duration::from_secs(24 * 3600));
+    let _worker = Worker::of(&app);
+    let ended = settled(&app, &fixture, id).await;
+    assert_eq!((ended[0].state, ended[0].attempts), (DeliveryState::GivenUp, 0));
+    assert_eq!(ended[0].last.as_ref().unwrap().detail, "it was not sent in time");
+    assert_eq!(server.heard(), 0);
+}
