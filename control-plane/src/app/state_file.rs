@@ -29,12 +29,17 @@ const DEEPEST: usize = 512;
 /// The format of Terraform since 0.12, and of OpenTofu.
 const FORMAT: u64 = 4;
 
+/// The highest serial that a person sends: others have to be able to follow it, and every reader
+/// of JSON to read them.
+const HIGHEST: u64 = 1 << 53;
+
 /// Why something is no state that could become current.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unfit {
     NoState,
     Lineage,
     Version,
+    Serial,
     Beyond,
 }
 
@@ -52,6 +57,11 @@ impl Unfit {
                 "data",
                 "it is not a state of format version 4; write it with Terraform 0.12 or later, or \
                  with OpenTofu",
+            ),
+            Unfit::Serial => (
+                "data",
+                "its serial is above 9,007,199,254,740,992, so that hardly any could follow; write \
+                 the state with a lower one",
             ),
             Unfit::Beyond => (
                 "data",
@@ -100,6 +110,9 @@ fn checked(state: impl Read) -> std::result::Result<StateFacts, Unfit> {
     let Document { version, serial, lineage, .. } = read(state)?;
     if version != FORMAT {
         return Err(Unfit::Version);
+    }
+    if serial > HIGHEST {
+        return Err(Unfit::Serial);
     }
     with_lineage(StateFacts { lineage, serial })
 }
@@ -335,6 +348,19 @@ mod tests {
             let broken = format!(r#"{{"version":4,{rest}}}"#).replacen(part, instead, 1);
             assert_eq!(of(&broken), Err(Unfit::NoState), "{broken}");
         }
+    }
+
+    #[test]
+    fn what_a_person_sends_leaves_higher_serials_for_those_that_follow() {
+        let of = |serial: u64| {
+            let state = format!(
+                r#"{{"version":4,"serial":{serial},"lineage":"l","outputs":{{}},"resources":[]}}"#
+            );
+            checked(state.as_bytes()).map(|facts| facts.serial)
+        };
+        assert_eq!(of(1 << 53), Ok(1 << 53));
+        assert_eq!(of((1 << 53) + 1), Err(Unfit::Serial));
+        assert_eq!(of(u64::MAX), Err(Unfit::Serial));
     }
 
     #[test]
