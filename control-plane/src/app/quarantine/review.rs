@@ -179,6 +179,9 @@ impl App {
                 );
                 return Err(Error::refused(Reason::WrongState, message));
             }
+            if let Some(frozen) = &hold.frozen {
+                self.check_given_up(frozen.run).await?;
+            }
             let serial = next_serial(&facts, head, older)?;
             let state = StateFacts { serial, ..facts.clone() };
             let claim = if serial == facts.serial {
