@@ -62,11 +62,11 @@ impl Sending {
     /// Checks that nobody else works on the state.
     fn check(&self, caller: &Caller, hold: &Hold) -> Result<()> {
         let lock = match self {
-            Sending::Import => return check_free(hold),
+            Sending::Import => return check_free(hold, caller),
             Sending::Push { lock } => lock,
         };
-        if hold.holder.is_some() || hold.frozen.is_some() {
-            return check_free(hold);
+        if hold.holder.is_some() || hold.frozen.is_some() || hold.state_lock.is_none() {
+            check_free(hold, caller)?;
         }
         match &hold.state_lock {
             Some(found) if found.id == *lock && found.user == caller.name() => Ok(()),

@@ -510,3 +510,42 @@ async fn a_token_that_ends_before_the_record_lets_the_state_in_no_more() {
     refused(upload.finish().await, Reason::IdentityRequired, "revoked");
     assert!(listed(&fixture, PageRequest::default()).await.0.is_empty());
 }
+
+#[tokio::test]
+async fn a_persons_lock_keeps_all_others_from_the_state_and_says_who_and_why() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    import(&fixture, &state("l", 1)).await.unwrap();
+    import(&fixture, &state("l", 2)).await.unwrap();
+    let bob = member(&fixture, "bob", Access::Admin).await;
+    // What goes on at a workstation goes on, as runs do.
+    lock(&fixture, &bob, "before").await.unwrap();
+    app.lock_environment(owner, ENV.0, ENV.1, "an incident").await.unwrap();
+    let push = async |by, id: &str, serial| {
+        send(&fixture, by, Sending::Push { lock: id.into() }, &state("l", serial)).await
+    };
+    push(&bob, "before", 3).await.unwrap();
+    app.unlock_state(&bob, ENV.0, ENV.1, "before").await.unwrap();
+
+    let LockAnswer::Held(holder) = lock(&fixture, &bob, "after").await.unwrap() else {
+        panic!("ada has locked the environment");
+    };
+    assert_eq!(holder.id, "ada has locked the environment: an incident");
+    for answer in [
+        push(&bob, "after", 4).await,
+        send(&fixture, &bob, Sending::Import, &state("l", 4)).await,
+        app.rollback_state(&bob, ENV.0, ENV.1, 1, ENVIRONMENT).await,
+    ] {
+        let error = answer.unwrap_err();
+        assert!(error.metadata().iter().any(|(name, _)| *name == "holder"), "{error}");
+        refused(Err::<(), _>(error), Reason::WrongState, "ada has locked it: an incident");
+    }
+    // Who locked it works on it.
+    assert_eq!(lock(&fixture, owner, "own").await.unwrap(), LockAnswer::Done);
+    push(owner, "own", 4).await.unwrap();
+    unlock(&fixture, "own").await;
+    import(&fixture, &state("l", 5)).await.unwrap();
+    rollback(&fixture, 1, ENVIRONMENT).await.unwrap();
+    app.unlock_environment(owner, ENV.0, ENV.1).await.unwrap();
+    assert_eq!(lock(&fixture, &bob, "after").await.unwrap(), LockAnswer::Done);
+}
