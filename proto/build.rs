@@ -33,6 +33,7 @@ const SECRET_MESSAGES: &[&str] = &[
     "CreateServiceTokenResponse",
     "CheckEnvironmentRequest",
     "CreateUserResponse",
+    "CreateWebhookRequest",
     "CreateWebhookResponse",
     "DeleteVariableRequest",
     "EnrollRequest",
@@ -54,6 +55,7 @@ const SECRET_MESSAGES: &[&str] = &[
     "UploadArtifactRequest",
     "UploadConfigurationRequest",
     "Variable",
+    "Webhook",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -104,6 +104,8 @@ impl Line {
 /// What a check found that held.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Checked {
+    /// Whose chain it is.
+    pub(crate) organization: String,
     /// The first number; the records before it were not looked at.
     pub(crate) first: u64,
     pub(crate) records: u64,
@@ -123,10 +125,21 @@ pub(crate) enum Unconfirmed {
     Read(#[from] std::io::Error),
 }
 
-/// Walks an export. With `head`, a digest noted elsewhere, a record of the export must have it:
-/// else records at the end are missing, or all of it was written anew.
-pub(crate) fn check(mut export: impl BufRead, head: Option<&str>) -> Result<Checked, Unconfirmed> {
+/// What is known elsewhere of an export.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known {
+    /// The digest of a record. Where none has it, records at the end are missing, or all of it was
+    /// written anew.
+    pub(crate) head: Option<String>,
+    /// Whose records they are: another organization's hold for themselves just as well.
+    pub(crate) organization: Option<Uuid>,
+}
+
+/// Walks an export.
+pub(crate) fn check(mut export: impl BufRead, known: &Known) -> Result<Checked, Unconfirmed> {
+    let Known { head, organization } = known;
     let mut chain: Option<Chain> = None;
+    let mut whose = String::new();
     let (mut first, mut records, mut head_at) = (1, 0, None);
     loop {
         let mut text = Vec::new();
@@ -138,7 +151,8 @@ pub(crate) fn check(mut export: impl BufRead, head: Option<&str>) -> Result<Chec
             if records == 0 || (head.is_some() && head_at.is_none()) {
                 return Err(broken(Fault::Truncated));
             }
-            return Ok(Checked { first, records, head: to_hex(&digest), head_at });
+            let head = to_hex(&digest);
+            return Ok(Checked { organization: whose, first, records, head, head_at });
         }
         let line = Line::read(&text).ok_or_else(|| broken(Fault::Malformed))?;
         let entry = line.entry().ok_or_else(|| broken(Fault::Malformed))?;
@@ -151,12 +165,14 @@ pub(crate) fn check(mut export: impl BufRead, head: Option<&str>) -> Result<Chec
                     line.sequence.checked_sub(1).ok_or_else(|| broken(Fault::Malformed))?;
                 let previous = if before == 0 { [0; 32] } else { entry.previous };
                 first = line.sequence;
-                chain.insert(Chain::after(entry.organization, before, previous))
+                whose.clone_from(&line.organization);
+                let organization = organization.map_or(entry.organization, Uuid::into_bytes);
+                chain.insert(Chain::after(organization, before, previous))
             }
         };
         chain.follow(&entry, &digest).map_err(broken)?;
         records += 1;
-        if head == Some(line.digest.as_str()) {
+        if head.as_ref() == Some(&line.digest) {
             head_at = Some(line.sequence);
         }
     }
@@ -219,7 +235,11 @@ mod tests {
     }
 
     fn check_lines(lines: &[String], head: Option<&str>) -> Result<Checked, Unconfirmed> {
-        check(lines.concat().as_bytes(), head)
+        check(lines.concat().as_bytes(), &of_head(head))
+    }
+
+    fn of_head(head: Option<&str>) -> Known {
+        Known { head: head.map(str::to_owned), organization: None }
     }
 
     #[test]
@@ -258,6 +278,22 @@ mod tests {
         assert_eq!(sequence_of(check_lines(&[], None)), 1);
     }
 
+    #[test]
+    fn it_is_told_whose_an_export_is_and_another_organizations_is_not_confirmed() {
+        for from in [1, 4] {
+            let (lines, _) = export(from, 6);
+            let of = |organization: [u8; 16]| {
+                let organization = Some(Uuid::from_bytes(organization));
+                check(lines.concat().as_bytes(), &Known { head: None, organization })
+            };
+            let whose = Uuid::from_bytes([7; 16]).to_string();
+            assert_eq!(of([7; 16]).unwrap().organization, whose);
+            assert_eq!(check_lines(&lines, None).unwrap().organization, whose);
+            let told = of([8; 16]).unwrap_err().to_string();
+            assert!(told.ends_with("the record belongs to another organization"), "{told}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_byte_that_is_changed_left_out_or_added_is_found(
@@ -272,7 +308,7 @@ mod tests {
                 1 => drop(bytes.remove(at)),
                 _ => bytes.insert(at, other),
             }
-            prop_assert!(check(bytes.as_slice(), Some(&digests[2])).is_err());
+            prop_assert!(check(bytes.as_slice(), &of_head(Some(&digests[2]))).is_err());
         }
     }
 }

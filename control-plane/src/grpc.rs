@@ -35,8 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -58,6 +57,7 @@ use latchkey_proto::v1::variable_service_server::VariableServiceServer;
 
 use crate::app::App;
 use crate::app::guarded_change::GivenCode;
+use crate::app::open_streams::{self, Lost};
 use crate::auth::{Caller, Proof};
 use crate::blobs::BlobReader;
 use crate::error::Error;
@@ -185,26 +185,13 @@ fn proof<T>(request: &Request<T>) -> Result<Proof, Status> {
     proof.ok_or_else(|| Error::internal("the layer let an unproved caller pass").into())
 }
 
-/// Sends a blob part by part.
-fn parts<T: Send + 'static>(
-    mut reader: BlobReader,
+/// Sends a blob part by part, until the right to it ends.
+fn parts<T: 'static>(
+    reader: BlobReader,
+    lost: Lost,
     part: impl Fn(Vec<u8>) -> T + Send + 'static,
 ) -> Answers<T> {
-    let (sender, parts) = mpsc::channel(4);
-    tokio::spawn(async move {
-        loop {
-            let part = match reader.next().await {
-                Ok(Some(data)) => Ok(part(data)),
-                Ok(None) => return,
-                Err(error) => Err(Error::internal(error).into()),
-            };
-            let failed = part.is_err();
-            if sender.send(part).await.is_err() || failed {
-                return;
-            }
-        }
-    });
-    Box::pin(ReceiverStream::new(parts))
+    Box::pin(open_streams::parts(reader, lost).map(move |data| Ok(part(data?))))
 }
 
 /// How long the sender of a stream of parts may be silent, if nothing else is set; and the whole

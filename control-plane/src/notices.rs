@@ -16,6 +16,7 @@
 pub mod mail;
 pub mod network;
 pub mod options;
+mod schedule;
 pub mod webhook;
 pub mod worker;
 

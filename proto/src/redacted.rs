@@ -34,6 +34,7 @@ redacted! {
     CreateServiceTokenResponse { expire_time; token }
     CheckEnvironmentRequest { organization, environment, request_id; token_code }
     CreateUserResponse { ; token }
+    CreateWebhookRequest { organization, events, environments, request_id; url }
     CreateWebhookResponse { webhook; secret }
     DeleteVariableRequest { scope, name, category, request_id; token_code }
     EnrollRequest { name; pool_token, certificate_request }
@@ -60,6 +61,7 @@ redacted! {
     UploadArtifactRequest { ; part }
     UploadConfigurationRequest { ; part }
     Variable { name, category, sensitive, hcl, update_time; value }
+    Webhook { webhook_id, events, environments, created_by, create_time; url }
 }
 
 #[cfg(test)]
@@ -94,7 +96,15 @@ mod tests {
             current_password: "canary-9".into(),
             new_password: "canary-10".into(),
         };
-        let shown = format!("{go:?} {code:?} {top_up:?} {check:?} {update:?} {sign_in:?} {set:?}");
+        let url = "https://hooks.example.com/canary-11".to_owned();
+        let webhook = v1::Webhook { url: url.clone(), ..Default::default() };
+        let hook = v1::CreateWebhookRequest { url, ..Default::default() };
+        let hooks = v1::ListWebhooksResponse { webhooks: vec![webhook.clone()] };
+        let made = v1::CreateWebhookResponse { webhook: Some(webhook), secret: "canary-12".into() };
+        let shown = format!(
+            "{go:?} {code:?} {top_up:?} {check:?} {update:?} {sign_in:?} {set:?} {hook:?} \
+             {hooks:?} {made:?}"
+        );
         assert!(!shown.contains("canary"), "{shown}");
         assert!(shown.contains("password") && shown.contains("ASIAEXAMPLE"));
     }

@@ -5,11 +5,12 @@ use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use uuid::Uuid;
 
 use latchkey_proto::{audit, v1};
 
 use crate::Done;
-use crate::audit_export::{self, Unconfirmed};
+use crate::audit_export::{self, Known, Unconfirmed};
 use crate::client::Client;
 use crate::context::{Context, Session};
 use crate::exit::Exit;
@@ -27,7 +28,8 @@ pub(crate) enum Audit {
     /// previous, actor, action, subject, details and digest, in this order and without spaces. The
     /// digest is the SHA-256 of the record's canonical form, which begins with the digest of the
     /// record before it. Note the head that is told at the end somewhere else: `audit verify --file
-    /// EXPORT --head DIGEST` then finds also what was cut off or written anew.
+    /// EXPORT --head DIGEST --organization-id UUID` then finds also what was cut off, written anew
+    /// or is somebody else's.
     Export {
         /// The first number to write
         #[arg(long, value_name = "NUMBER", default_value_t = 1,
@@ -45,6 +47,9 @@ pub(crate) enum Audit {
         /// A digest noted earlier, which a record of the export must have
         #[arg(long, value_name = "DIGEST", requires = "file", value_parser = parse_digest)]
         head: Option<String>,
+        /// Whose export it has to be, by the id that an earlier check or export told
+        #[arg(long, value_name = "UUID", requires = "file")]
+        organization_id: Option<Uuid>,
     },
 }
 
@@ -86,8 +91,10 @@ impl Audit {
                 let session = context.session()?;
                 export(context, &session, from).await
             }
-            Audit::Verify { file: Some(file), head } => verify_file(context, &file, head).await,
-            Audit::Verify { file: None, head: _ } => {
+            Audit::Verify { file: Some(file), head, organization_id } => {
+                verify_file(context, &file, Known { head, organization: organization_id }).await
+            }
+            Audit::Verify { file: None, head: _, organization_id: _ } => {
                 let session = context.session()?;
                 let (client, organization) = (&session.client, session.organization()?);
                 let request = v1::VerifyAuditRequest { organization };
@@ -163,20 +170,21 @@ async fn export(context: &mut Context, session: &Session, from: u64) -> Done {
                 hint: "use the same version of latchkey as the control plane's".into(),
             })?;
             context.output.text(&line)?;
-            last = Some((record.sequence, record.digest));
+            last = Some((record.sequence, record.digest, record.organization_id));
         }
     }
     let told = match last {
-        Some((sequence, digest)) => {
-            format!("exported up to record {sequence}; note its digest elsewhere: {digest}")
-        }
+        Some((sequence, digest, organization)) => format!(
+            "exported up to record {sequence} of the organization {organization}; note that and \
+             its digest elsewhere: {digest}"
+        ),
         None => "there are no such records".to_owned(),
     };
     context.output.hint(&told);
     Ok(Exit::Ok)
 }
 
-async fn verify_file(context: &mut Context, file: &Path, head: Option<String>) -> Done {
+async fn verify_file(context: &mut Context, file: &Path, known: Known) -> Done {
     let path = file.to_owned();
     let check = move || {
         let export: Box<dyn BufRead> = if path.as_os_str() == "-" {
@@ -184,7 +192,7 @@ async fn verify_file(context: &mut Context, file: &Path, head: Option<String>) -
         } else {
             Box::new(BufReader::new(File::open(&path)?))
         };
-        audit_export::check(export, head.as_deref())
+        audit_export::check(export, &known)
     };
     let outcome = match tokio::task::spawn_blocking(check).await {
         Ok(outcome) => outcome,

@@ -47,7 +47,7 @@ pub(crate) enum Env {
         #[arg(long)]
         with_code: bool,
     },
-    /// Keeps runs that would change anything from starting, for a reason
+    /// Keeps runs that would change anything, and others' work on the state, from starting
     Lock {
         /// Name of the environment
         #[arg(value_name = "ENV")]

@@ -196,6 +196,8 @@ impl VerificationView {
 #[derive(Debug, Serialize)]
 pub(crate) struct ExportCheckView {
     intact: bool,
+    /// Whose export it is; not told of one that does not hold.
+    organization_id: Option<String>,
     first: Option<u64>,
     records: u64,
     head_digest: String,
@@ -209,6 +211,7 @@ impl ExportCheckView {
     pub(crate) fn confirmed(checked: &Checked) -> ExportCheckView {
         ExportCheckView {
             intact: true,
+            organization_id: Some(checked.organization.clone()),
             first: Some(checked.first),
             records: checked.records,
             head_digest: checked.head.clone(),
@@ -221,6 +224,7 @@ impl ExportCheckView {
     pub(crate) fn broken(sequence: u64, problem: String) -> ExportCheckView {
         ExportCheckView {
             intact: false,
+            organization_id: None,
             first: None,
             records: 0,
             head_digest: String::new(),
@@ -242,6 +246,7 @@ impl ExportCheckView {
         };
         let skipped = self.first.filter(|first| *first > 1);
         text.push_str(&fields(&[
+            ("organization", self.organization_id.clone().unwrap_or_default()),
             ("from record", number(skipped)),
             ("head", self.head_digest.clone()),
             ("noted head", self.noted_head_at.map(|at| format!("record {at}")).unwrap_or_default()),

@@ -298,7 +298,7 @@ impl App {
                 return Ok(Settled::NotNeeded);
             }
             if let Some(head) = head
-                && (head.lineage != facts.lineage || head.serial > facts.serial)
+                && (head.lineage != facts.lineage || head.serial >= facts.serial)
             {
                 let message = format!(
                     "the state does not continue the environment's (lineage {}, serial {})",

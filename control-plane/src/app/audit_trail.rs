@@ -137,7 +137,8 @@ impl App {
         Ok(Export { organization, after: from.saturating_sub(1), last })
     }
 
-    /// Reads the next records of an export; none at its end. They are not judged.
+    /// Reads the next records of an export; none at its end. They are not judged, but that there are
+    /// no more before that.
     pub async fn read_export(&self, export: &mut Export) -> Result<Vec<Record>> {
         if export.after >= export.last {
             return Ok(vec![]);
@@ -152,6 +153,9 @@ impl App {
             }
             export.after = record.sequence;
             records.push(record);
+        }
+        if records.is_empty() {
+            return Err(damaged(export.after + 1));
         }
         Ok(records)
     }

@@ -196,11 +196,7 @@ impl App {
             let message = "another run froze the environment; `latchkey env show` names it";
             return Err(Error::field("run_id", message));
         }
-        if self.run(run).await?.value.state == RunState::Lost {
-            let message = "the run is lost but not given up: its runner may still be applying. \
-                           Cancel the run first";
-            return Err(Error::refused(Reason::WrongState, message));
-        }
+        self.check_given_up(run).await?;
         let mut next = found.value;
         next.hold.frozen = None;
         let draft = self
@@ -217,6 +213,21 @@ impl App {
         self.give_turns(standing.organization, next.id).await?;
         let next = self.environment(standing.organization, next.id).await?.value;
         self.environment_view(next, standing.organization_name).await
+    }
+
+    /// Refuses while a run that was lost may come back and write a state.
+    pub(super) async fn check_given_up(&self, run: RunId) -> Result<()> {
+        match self.run(run).await {
+            Ok(found) if found.value.state == RunState::Lost => {
+                let message = "the run is lost but not given up: its runner may still be \
+                               applying. Cancel the run first";
+                Err(Error::refused(Reason::WrongState, message))
+            }
+            Ok(_) => Ok(()),
+            // A restore forgot it: nobody waits for it.
+            Err(error) if error.reason() == Reason::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Moves the environment's open job to the pool that it now belongs to.

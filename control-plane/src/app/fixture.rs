@@ -28,7 +28,7 @@ use super::start_job::Start;
 use super::variables::{NewVariable, Scope};
 use super::{App, PageRequest};
 use crate::app::audit_trail::AuditFilter;
-use crate::auth::{Caller, RunnerIdentity, sha256};
+use crate::auth::{Caller, NewToken, Proof, RunnerIdentity, sha256};
 use crate::authority::Authority;
 use crate::blobs::Blobs;
 use crate::clock::{Clock, Manual, Wall};
@@ -41,7 +41,7 @@ use crate::seal::{IfMissing, MasterKey};
 use crate::store::keys::VariableScope;
 use crate::store::memory::Memory;
 use crate::store::record::authentication::Purpose;
-use crate::store::record::people::{Access, Organization, Role};
+use crate::store::record::people::{Access, Bearer, Organization, Role, Token};
 use crate::store::record::runner::Runner;
 use crate::store::record::variable::{Category, stored_name};
 use crate::store::record::{Text, encode};
@@ -119,6 +119,14 @@ impl Fixture {
     /// Where its files are: all that a data directory has, but the records.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Counts the blobs that this process has open.
+    pub(crate) fn open_blobs(&self) -> usize {
+        let blobs = self.directory().join("blobs");
+        let open = std::fs::read_dir("/proc/self/fd").unwrap();
+        let open = open.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+        open.filter(|path| path.starts_with(&blobs)).count()
     }
 
     pub(crate) fn key_file(&self) -> PathBuf {
@@ -201,6 +209,22 @@ impl Fixture {
     pub(crate) async fn member(&self, name: &str, access: Access) -> Caller {
         let token = self.create_user(name, Role::Member, access).await;
         self.app.caller(&token).await.unwrap()
+    }
+
+    /// Proves a caller by a token made for that.
+    pub(crate) async fn prove(&self, caller: &Caller) -> Proof {
+        let bearer = match caller.clone() {
+            Caller::User { id, name } => Bearer::User { id: Text(id), name },
+            Caller::Service { id, organization, name } => {
+                Bearer::Service { id: Text(id), organization: Text(organization), name }
+            }
+        };
+        let token = NewToken::generate("lk_").unwrap().digest;
+        let record = Token { bearer, expires_at: None, sign_in: None, used_at: None };
+        let key = keys::token(token.as_bytes());
+        let batch = Batch::new().put(key, Expect::Absent, encode(&record));
+        self.store.commit(batch).await.unwrap();
+        Proof { caller: caller.clone(), token, sign_in: None, expires_at: None }
     }
 
     /// Queues a run of some configuration.

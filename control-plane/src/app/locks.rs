@@ -1,5 +1,6 @@
 //! The lock that a person puts on an environment, with a reason: no run that would change
-//! anything has its turn until it is taken away. What runs goes on, and so do plan-only runs.
+//! anything has its turn until it is taken away, and nobody else works on the state
+//! ([`super::state_lock`]). What runs goes on, and so do plan-only runs.
 //! Not to be taken for an environment that is frozen by what a run left behind.
 
 use std::sync::Arc;

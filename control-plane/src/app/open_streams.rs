@@ -4,17 +4,24 @@
 //! when something changes that its right depends on, in whichever process that was: the
 //! membership or the service token's scope, and the token that it was opened with. It is told
 //! before what waits in the stream is sent.
+//!
+//! Nor does a stream outlive its reader's attention: one that has stopped keeps no file open.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use latchkey_domain::id::RunId;
 use latchkey_proto::v1::Reason;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 
 use super::App;
 use crate::auth::{Caller, Proof, Right};
+use crate::blobs::BlobReader;
 use crate::error::{Error, Result};
 use crate::store::{Seen, keys};
 
@@ -25,12 +32,17 @@ pub enum Ground {
     Run(RunId),
     /// The right to upload to and queue in an environment.
     Environment { organization: String, environment: String },
+    /// The right to read and write an environment's state.
+    State { organization: String, environment: String },
     /// Owning an organization.
     Organization(String),
 }
 
 /// Resolves when the right has ended, with what the stream ends by.
 pub type Lost = Pin<Box<dyn Future<Output = Error> + Send>>;
+
+/// How long a reader of a blob may stop.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 impl App {
     /// Checks a caller's right to a stream, and watches it from now on.
@@ -40,7 +52,7 @@ impl App {
                 let (standing, _) = self.run_for(&proof.caller, *run, Right::Read).await?;
                 standing.organization
             }
-            Ground::Environment { organization, .. } => {
+            Ground::Environment { organization, .. } | Ground::State { organization, .. } => {
                 self.member(&proof.caller, organization).await?.organization
             }
             Ground::Organization(name) => self.owner(&proof.caller, name).await?.organization,
@@ -82,6 +94,10 @@ impl App {
                 let right = Right::Operate;
                 self.on(&proof.caller, organization, environment, right).await.map(drop)
             }
+            Ground::State { organization, environment } => {
+                let right = Right::Administer;
+                self.on(&proof.caller, organization, environment, right).await.map(drop)
+            }
             Ground::Organization(name) => self.owner(&proof.caller, name).await.map(drop),
         }
     }
@@ -92,5 +108,78 @@ impl App {
             Some(at) => tokio::time::sleep(at.since(self.now()).max(Duration::from_secs(1))).await,
             None => std::future::pending().await,
         }
+    }
+}
+
+/// Takes what a person or program sends, unless their right to it ends first.
+pub(crate) async fn unless_lost<T, E: From<Error>>(
+    lost: Lost,
+    doing: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::select! {
+        biased;
+        error = lost => Err(error.into()),
+        done = doing => done,
+    }
+}
+
+/// Sends a blob part by part, until the right to it ends. A reader that has stopped finds that it
+/// was closed.
+pub(crate) fn parts(
+    mut blob: BlobReader,
+    lost: Lost,
+) -> Until<ReceiverStream<Result<Vec<u8>>>, Error> {
+    let (sender, parts) = mpsc::channel(4);
+    tokio::spawn(async move {
+        loop {
+            let part = match blob.next().await {
+                Ok(Some(data)) => Ok(data),
+                Ok(None) => return,
+                Err(error) => Err(Error::internal(error)),
+            };
+            let failed = part.is_err();
+            match tokio::time::timeout(PATIENCE, sender.send(part)).await {
+                Ok(Ok(())) if !failed => {}
+                Ok(Ok(()) | Err(_)) => return,
+                Err(_) => break,
+            }
+        }
+        drop(blob);
+        let message = "it was not read on for a minute; begin again";
+        // What came must not be taken for the whole.
+        let _ = sender.send(Err(Error::refused(Reason::StoreUnavailable, message))).await;
+    });
+    Until::new(lost, ReceiverStream::new(parts))
+}
+
+/// A stream that ends with an error the moment that one comes, whatever waits in it.
+pub(crate) struct Until<S, E> {
+    inner: S,
+    /// Answers what the stream ends by.
+    over: Pin<Box<dyn Future<Output = E> + Send>>,
+    is_over: bool,
+}
+
+impl<S, E> Until<S, E> {
+    pub(crate) fn new(over: Pin<Box<dyn Future<Output = E> + Send>>, inner: S) -> Self {
+        Self { inner, over, is_over: false }
+    }
+}
+
+impl<T, E, S> Stream for Until<S, E>
+where
+    S: Stream<Item = Result<T, E>> + Unpin,
+{
+    type Item = Result<T, E>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.is_over {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(error) = self.over.as_mut().poll(context) {
+            self.is_over = true;
+            return Poll::Ready(Some(Err(error)));
+        }
+        Pin::new(&mut self.inner).poll_next(context)
     }
 }

@@ -6,6 +6,8 @@
 
 mod compare;
 
+use std::sync::Arc;
+
 use latchkey_domain::id::{Digest, OrganizationId, QuarantinedId};
 use latchkey_proto::v1::Reason;
 
@@ -60,7 +62,7 @@ pub struct AttributeChange {
 impl App {
     /// Compares two versions; an `after` of 0 is the newest, a `before` of 0 the one before it.
     pub async fn diff_state_versions(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         environment: &str,
@@ -90,7 +92,7 @@ impl App {
 
     /// Compares a quarantined state with the current one of its environment.
     pub async fn compare_quarantined(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         id: QuarantinedId,
@@ -117,18 +119,36 @@ impl App {
     }
 
     async fn compare(
-        &self,
+        self: &Arc<Self>,
         organization: OrganizationId,
         (before, after): (Option<Digest>, Digest),
     ) -> Result<StateDiff> {
-        let _turn = self.uploads.comparing.lock().await;
-        let before = match before {
-            Some(before) => self.state_to_compare(organization, before).await?,
-            None => State::default(),
+        let app = Arc::clone(self);
+        self.with_whole_states(organization, async move {
+            let before = match before {
+                Some(before) => app.state_to_compare(organization, before).await?,
+                None => State::default(),
+            };
+            let after = app.state_to_compare(organization, after).await?;
+            let compared = crate::blocking::spawn(move || diff(&before, &after)).await;
+            compared.map_err(Error::internal)
+        })
+        .await
+    }
+
+    /// Does what has whole states in memory: in turn, and to its end also if nobody waits for it
+    /// any more, since a thread that parses one does not stop.
+    pub(super) async fn with_whole_states<T: Send + 'static>(
+        self: &Arc<Self>,
+        organization: OrganizationId,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let turn = self.uploads.whole(organization).await?;
+        let work = async move {
+            let _turn = turn;
+            work.await
         };
-        let after = self.state_to_compare(organization, after).await?;
-        let compared = crate::blocking::spawn(move || diff(&before, &after)).await;
-        compared.map_err(Error::internal)
+        tokio::spawn(work).await.map_err(Error::internal)?
     }
 
     async fn state_to_compare(

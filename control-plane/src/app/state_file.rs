@@ -1,8 +1,9 @@
 //! Reads lineage and serial out of a Terraform state, however large, in little memory.
 //!
 //! The parser keeps a key, or a value that it was asked for, in memory before anybody can look at
-//! how long it is. So what it reads is watched: at the top level of a state, where both are, no
-//! text is long; and nothing is nested deeper than any state is.
+//! how long it is. So what it reads is watched: at the top level of a state, where both are, and
+//! one below, where the names of outputs are, no text is long; and nothing is nested deeper than
+//! any state is.
 
 use std::io::{self, Read};
 
@@ -20,10 +21,17 @@ const LONGEST_LINEAGE: usize = 256;
 /// A lineage of 256 bytes, each of them escaped; what else is at the top is shorter.
 const LONGEST_TEXT: usize = 6 * LONGEST_LINEAGE;
 
+/// As deep as keys and values are read that may be kept.
+const READ: usize = 2;
+
 const DEEPEST: usize = 512;
 
 /// The format of Terraform since 0.12, and of OpenTofu.
 const FORMAT: u64 = 4;
+
+/// The highest serial that a person sends: others have to be able to follow it, and every reader
+/// of JSON to read them.
+const HIGHEST: u64 = 1 << 53;
 
 /// Why something is no state that could become current.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +39,7 @@ pub(super) enum Unfit {
     NoState,
     Lineage,
     Version,
+    Serial,
     Beyond,
 }
 
@@ -49,10 +58,16 @@ impl Unfit {
                 "it is not a state of format version 4; write it with Terraform 0.12 or later, or \
                  with OpenTofu",
             ),
+            Unfit::Serial => (
+                "data",
+                "its serial is above 9,007,199,254,740,992, so that hardly any could follow; write \
+                 the state with a lower one",
+            ),
             Unfit::Beyond => (
                 "data",
                 "a state has no key and no text above 1,536 bytes at its top level (its lineage \
-                 has up to 256), and nests up to 512 levels deep; write it with Terraform",
+                 has up to 256) and no longer name of an output, and nests up to 512 levels deep; \
+                 write it with Terraform",
             ),
         }
     }
@@ -95,6 +110,9 @@ fn checked(state: impl Read) -> std::result::Result<StateFacts, Unfit> {
     let Document { version, serial, lineage, .. } = read(state)?;
     if version != FORMAT {
         return Err(Unfit::Version);
+    }
+    if serial > HIGHEST {
+        return Err(Unfit::Serial);
     }
     with_lineage(StateFacts { lineage, serial })
 }
@@ -212,7 +230,7 @@ impl<R> Watched<R> {
             (Within::Text, b'\\') => Within::Escape,
             (Within::Text, _) | (Within::Escape, _) => Within::Text,
         };
-        self.beyond |= self.depth > DEEPEST || (self.depth <= 1 && self.length > LONGEST_TEXT);
+        self.beyond |= self.depth > DEEPEST || (self.depth <= READ && self.length > LONGEST_TEXT);
     }
 }
 
@@ -279,6 +297,20 @@ mod tests {
             let endless = Endless { before: before.as_bytes(), then, read: 0 };
             assert_eq!(facts(endless), Err(Unfit::Beyond), "{before}");
         }
+        let rest = r#"{"version":4,"serial":1,"lineage":"l","#;
+        for (last, then) in [
+            (r#""outputs":{""#, b'k'),
+            (r#""outputs":{"a":{},""#, b'k'),
+            (r#""outputs":"#, b'['),
+            (r#""outputs":""#, b'x'),
+            (r#""resources":["#, b'['),
+            (r#""re"#, b's'),
+        ] {
+            let before = format!("{rest}{last}");
+            let endless = Endless { before: before.as_bytes(), then, read: 0 };
+            let read = checked(endless);
+            assert!(matches!(read, Err(Unfit::Beyond | Unfit::NoState)), "{before}: {read:?}");
+        }
     }
 
     #[test]
@@ -292,7 +324,7 @@ mod tests {
             let fixture = Fixture::new(MfaPolicy::Never).await;
             let organization = fixture.organization().await;
             let long = "x".repeat(1 << 20);
-            let state = format!(r#"{{"serial":1,"lineage":"l","outputs":{{"x":"{long}"}}}}"#);
+            let state = format!(r#"{{"serial":1,"lineage":"l","outputs":{{"x":["{long}"]}}}}"#);
             let digest = fixture.app.blobs.put(organization, state.as_bytes()).await.unwrap();
             let mut reading = tokio::task::JoinSet::new();
             for _ in 0..40 {
@@ -316,6 +348,19 @@ mod tests {
             let broken = format!(r#"{{"version":4,{rest}}}"#).replacen(part, instead, 1);
             assert_eq!(of(&broken), Err(Unfit::NoState), "{broken}");
         }
+    }
+
+    #[test]
+    fn what_a_person_sends_leaves_higher_serials_for_those_that_follow() {
+        let of = |serial: u64| {
+            let state = format!(
+                r#"{{"version":4,"serial":{serial},"lineage":"l","outputs":{{}},"resources":[]}}"#
+            );
+            checked(state.as_bytes()).map(|facts| facts.serial)
+        };
+        assert_eq!(of(1 << 53), Ok(1 << 53));
+        assert_eq!(of((1 << 53) + 1), Err(Unfit::Serial));
+        assert_eq!(of(u64::MAX), Err(Unfit::Serial));
     }
 
     #[test]

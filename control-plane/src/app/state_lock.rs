@@ -3,10 +3,14 @@
 //! A run excludes others by its hold on the environment; a workstation by this lock. Both stand in
 //! the environment's record, so one commit decides who came first: no run has its turn while a
 //! workstation holds the lock, and no workstation gets it from a run that holds the environment.
+//!
+//! The lock that a person puts on the environment ([`super::locks`]) keeps all others from the
+//! state, too. As a run goes on under it, so does a workstation that had the state's lock before:
+//! to refuse what it writes would lose what it did.
 
 use std::sync::Arc;
 
-use latchkey_domain::environment::{Hold, StateLock};
+use latchkey_domain::environment::{Hold, Locked, StateLock};
 use latchkey_domain::id::RunId;
 use latchkey_domain::time::Timestamp;
 use latchkey_proto::v1::Reason;
@@ -102,6 +106,9 @@ impl App {
             }
             if let Some(run) = hold.holder {
                 return Ok(LockAnswer::Held(self.run_as_holder(run, "").await?));
+            }
+            if let Some(locked) = of_another(hold, caller) {
+                return Ok(LockAnswer::Held(of_person(locked)));
             }
             let mut next = found.value.clone();
             next.hold.state_lock = Some(StateLock {
@@ -226,8 +233,9 @@ impl App {
     }
 }
 
-/// Refuses where a run or a workstation works on the state, or a person has to look first.
-pub(super) fn check_free(hold: &Hold) -> Result<()> {
+/// Refuses where a run or a workstation works on the state, a person has to look first, or another
+/// has locked the environment.
+pub(super) fn check_free(hold: &Hold, caller: &Caller) -> Result<()> {
     if let Some(frozen) = &hold.frozen {
         let message = format!(
             "the environment is frozen by the remains of run {}; `latchkey env show` tells what to \
@@ -240,7 +248,33 @@ pub(super) fn check_free(hold: &Hold) -> Result<()> {
     if let Some(run) = hold.holder {
         return Err(held(run));
     }
-    hold.state_lock.as_ref().map_or(Ok(()), |lock| Err(locked(lock)))
+    if let Some(lock) = &hold.state_lock {
+        return Err(locked(lock));
+    }
+    match of_another(hold, caller) {
+        Some(Locked { by, reason, .. }) => {
+            let message =
+                format!("{by} has locked it: {reason}; `latchkey env unlock` takes the lock away");
+            Err(Error::refused(Reason::WrongState, message).with("holder", by.clone()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Finds the lock of the environment that keeps a caller out: whoever has put it works on.
+fn of_another<'a>(hold: &'a Hold, caller: &Caller) -> Option<&'a Locked> {
+    hold.locked.as_ref().filter(|locked| locked.by != caller.name())
+}
+
+fn of_person(Locked { by, reason, at }: &Locked) -> Holder {
+    Holder {
+        id: format!("{by} has locked the environment: {reason}"),
+        operation: "env lock".into(),
+        who: by.clone(),
+        info: reason.clone(),
+        version: String::new(),
+        since: *at,
+    }
 }
 
 /// The refusal while a run has the environment.

@@ -123,7 +123,7 @@ impl App {
                 return Err(Error::field("version", "name the version to go back to"));
             }
             self.check_history()?;
-            check_free(&found.value.hold)?;
+            check_free(&found.value.hold, caller)?;
             let old = self.state_version(&found.value, number).await?.version;
             let head = found.value.state.as_ref().ok_or_else(|| Error::not_found("state"))?;
             if head.number == number {

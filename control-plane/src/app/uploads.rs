@@ -1,14 +1,18 @@
-//! Places for what is on its way in, so that nobody fills the disk or the threads of the process
-//! with what is not recorded yet.
+//! Places for what is on its way in, so that nobody fills the disk, the memory or the threads of
+//! the process with what is not recorded yet.
 //!
-//! A runner has few places, and waits for one a while: an honest one never does. What is refused
+//! A runner has few places, and waits for one a while: an honest one never does. So has an
+//! environment for the states of people, and an organization for all of its own. What is refused
 //! for want of a place is refused with a reason that its sender tries again.
+//!
+//! Who waits does so for their own places first, and meanwhile takes none from others.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use latchkey_domain::id::RunnerId;
+use latchkey_domain::id::{EnvironmentId, OrganizationId, RunnerId};
 use latchkey_proto::v1::Reason;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
@@ -26,8 +30,11 @@ const MOST_OF_RUNNER: usize = 16;
 /// How many MiB of artifacts of one runner may be on their way in, as their headers announce.
 const MEBIBYTES_OF_RUNNER: usize = 4096;
 
-/// How many states of people may be on their way in.
-const MOST_STATES: usize = 8;
+/// How many states of people may be on their way in: of all, of one organization and to one
+/// environment.
+const MOST_STATES: usize = 32;
+const MOST_STATES_OF_ORGANIZATION: usize = 8;
+const MOST_STATES_TO_ENVIRONMENT: usize = 2;
 
 /// How many states are parsed at once: each keeps a thread busy.
 const MOST_PARSED: usize = 32;
@@ -40,11 +47,16 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Uploads {
     archives: Arc<Semaphore>,
     artifacts: Arc<Semaphore>,
-    runners: Mutex<HashMap<RunnerId, Weak<OfRunner>>>,
+    artifacts_of: Shares<RunnerId>,
+    mebibytes_of: Shares<RunnerId>,
     parsing: Semaphore,
     states: Arc<Semaphore>,
-    /// One comparison of states at a time: both are in memory.
-    pub(super) comparing: tokio::sync::Mutex<()>,
+    states_of: Shares<OrganizationId>,
+    states_to: Shares<EnvironmentId>,
+    /// One piece of work at a time has whole states in memory, and one of each organization waits
+    /// to be it.
+    whole: Arc<Semaphore>,
+    whole_of: Shares<OrganizationId>,
     /// Orders what changes the totals of quarantine, so that many that come at once don't run
     /// each other's races over and over. The store decides all the same.
     pub(super) quarantine: tokio::sync::Mutex<()>,
@@ -54,17 +66,39 @@ pub struct Uploads {
     pub(super) collection: tokio::sync::Mutex<Collection>,
 }
 
+/// An artifact's place, until it is dropped: its runner's, its bytes' and one of all.
+pub(super) type Place = [OwnedSemaphorePermit; 3];
+
+/// A state's place: its environment's, its organization's and one of all.
+pub(super) type StatePlace = [OwnedSemaphorePermit; 3];
+
+/// The turn to have whole states in memory: its organization's and that of all.
+pub(super) type Turn = [OwnedSemaphorePermit; 2];
+
+/// So much for each of those who come and go.
 #[derive(Debug)]
-struct OfRunner {
-    count: Arc<Semaphore>,
-    mebibytes: Arc<Semaphore>,
+struct Shares<K> {
+    each: usize,
+    /// Kept alive by their permits and by who waits for one.
+    known: Mutex<HashMap<K, Weak<Semaphore>>>,
 }
 
-/// An upload's place, until it is dropped.
-#[derive(Debug)]
-pub(super) struct Place {
-    _runner: Arc<OfRunner>,
-    _permits: [OwnedSemaphorePermit; 3],
+impl<K: Eq + Hash> Shares<K> {
+    fn new(each: usize) -> Self {
+        Self { each, known: Mutex::default() }
+    }
+
+    fn of(&self, who: K) -> Arc<Semaphore> {
+        // Nothing that holds it can panic halfway.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(share) = known.get(&who).and_then(Weak::upgrade) {
+            return share;
+        }
+        known.retain(|_, share| share.strong_count() > 0);
+        let share = Arc::new(Semaphore::new(self.each));
+        known.insert(who, Arc::downgrade(&share));
+        share
+    }
 }
 
 impl Default for Uploads {
@@ -72,10 +106,14 @@ impl Default for Uploads {
         Self {
             archives: Arc::new(Semaphore::new(MOST_ARCHIVES)),
             artifacts: Arc::new(Semaphore::new(MOST)),
-            runners: Mutex::default(),
+            artifacts_of: Shares::new(MOST_OF_RUNNER),
+            mebibytes_of: Shares::new(MEBIBYTES_OF_RUNNER),
             parsing: Semaphore::new(MOST_PARSED),
             states: Arc::new(Semaphore::new(MOST_STATES)),
-            comparing: tokio::sync::Mutex::default(),
+            states_of: Shares::new(MOST_STATES_OF_ORGANIZATION),
+            states_to: Shares::new(MOST_STATES_TO_ENVIRONMENT),
+            whole: Arc::new(Semaphore::new(1)),
+            whole_of: Shares::new(1),
             quarantine: tokio::sync::Mutex::default(),
             full: Full::default(),
             collection: tokio::sync::Mutex::default(),
@@ -91,20 +129,15 @@ impl Uploads {
 
     /// Waits for a place for an artifact.
     pub(super) async fn artifact(&self, runner: RunnerId, size: u64) -> Result<Place> {
-        let of_runner = self.of_runner(runner);
         let mebibytes = u32::try_from(size.div_ceil(1 << 20)).unwrap_or(u32::MAX);
         let permits = async {
-            // The runner's own first: whoever waits for them takes no place from others.
-            let count = Arc::clone(&of_runner.count).acquire_owned().await?;
-            let bytes = Arc::clone(&of_runner.mebibytes).acquire_many_owned(mebibytes).await?;
+            let count = self.artifacts_of.of(runner).acquire_owned().await?;
+            let bytes = self.mebibytes_of.of(runner).acquire_many_owned(mebibytes).await?;
             let place = Arc::clone(&self.artifacts).acquire_owned().await?;
             Ok::<_, tokio::sync::AcquireError>([count, bytes, place])
         };
         match tokio::time::timeout(PATIENCE, permits).await {
-            Ok(permits) => {
-                let permits = permits.map_err(Error::internal)?;
-                Ok(Place { _runner: of_runner, _permits: permits })
-            }
+            Ok(permits) => permits.map_err(Error::internal),
             Err(_) => Err(Error::refused(
                 Reason::StoreUnavailable,
                 "too many uploads are on their way in; send it again when others have ended",
@@ -114,9 +147,19 @@ impl Uploads {
     }
 
     /// Waits for a place for a state that a person sends.
-    pub(super) async fn state(&self) -> Result<OwnedSemaphorePermit> {
-        match tokio::time::timeout(PATIENCE, Arc::clone(&self.states).acquire_owned()).await {
-            Ok(permit) => permit.map_err(Error::internal),
+    pub(super) async fn state(
+        &self,
+        organization: OrganizationId,
+        environment: EnvironmentId,
+    ) -> Result<StatePlace> {
+        let permits = async {
+            let to = self.states_to.of(environment).acquire_owned().await?;
+            let of = self.states_of.of(organization).acquire_owned().await?;
+            let place = Arc::clone(&self.states).acquire_owned().await?;
+            Ok::<_, tokio::sync::AcquireError>([to, of, place])
+        };
+        match tokio::time::timeout(PATIENCE, permits).await {
+            Ok(permits) => permits.map_err(Error::internal),
             Err(_) => Err(Error::refused(
                 Reason::StoreUnavailable,
                 "too many states are on their way in; send it again in a moment",
@@ -124,32 +167,22 @@ impl Uploads {
         }
     }
 
+    /// Waits for the turn to have whole states in memory. It goes with the work, whoever waits.
+    pub(super) async fn whole(&self, organization: OrganizationId) -> Result<Turn> {
+        let of = self.whole_of.of(organization).acquire_owned().await.map_err(Error::internal)?;
+        let all = Arc::clone(&self.whole).acquire_owned().await.map_err(Error::internal)?;
+        Ok([of, all])
+    }
+
     pub(super) async fn parse(&self) -> Result<SemaphorePermit<'_>> {
         self.parsing.acquire().await.map_err(Error::internal)
-    }
-
-    fn of_runner(&self, runner: RunnerId) -> Arc<OfRunner> {
-        let mut runners = self.runners();
-        if let Some(known) = runners.get(&runner).and_then(Weak::upgrade) {
-            return known;
-        }
-        runners.retain(|_, known| known.strong_count() > 0);
-        let new = Arc::new(OfRunner {
-            count: Arc::new(Semaphore::new(MOST_OF_RUNNER)),
-            mebibytes: Arc::new(Semaphore::new(MEBIBYTES_OF_RUNNER)),
-        });
-        runners.insert(runner, Arc::downgrade(&new));
-        new
-    }
-
-    fn runners(&self) -> MutexGuard<'_, HashMap<RunnerId, Weak<OfRunner>>> {
-        // Nothing that holds it can panic halfway.
-        self.runners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -172,6 +205,24 @@ mod tests {
         assert!(large.iter().all(Result::is_ok));
         assert!(uploads.artifact(other, 1).await.is_err());
         drop(large);
-        uploads.artifact(other, 4 << 30).await.unwrap();
+        drop(uploads.artifact(other, 4 << 30).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn of_each_organization_one_waits_for_the_turn_of_all() {
+        let uploads = Uploads::default();
+        let (one, other) =
+            (OrganizationId::from_bytes([1; 16]), OrganizationId::from_bytes([2; 16]));
+        let turn = uploads.whole(one).await.unwrap();
+        let mut before: Vec<_> = (0..9).map(|_| Box::pin(uploads.whole(one))).collect();
+        let mut other = Box::pin(uploads.whole(other));
+        let all_wait = std::future::poll_fn(|context| {
+            let mut waits = before.iter_mut().map(|one| one.as_mut().poll(context).is_pending());
+            Poll::Ready(waits.all(|waits| waits) && other.as_mut().poll(context).is_pending())
+        });
+        assert!(all_wait.await);
+        drop(turn);
+        // Though the others came before.
+        drop(other.await.unwrap());
     }
 }

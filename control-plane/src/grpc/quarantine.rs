@@ -5,7 +5,6 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::quarantine_service_server::QuarantineService;
 use tonic::{Request, Response, Status};
 
-use super::revocable::until_lost;
 use super::{Answers, Service, caller, convert, proof, state};
 use crate::app::open_streams::Ground;
 use crate::app::parse_run_id;
@@ -42,8 +41,8 @@ impl QuarantineService for Service {
         let id = parse_id(&quarantined_id)?;
         let reader = self.app.read_quarantined(&proof.caller, &organization, id).await?;
         let lost = self.app.hold(&proof, Ground::Organization(organization)).await?;
-        let parts = super::parts(reader, |data| v1::ReadQuarantinedResponse { data });
-        Ok(Response::new(until_lost(lost, parts)))
+        let parts = super::parts(reader, lost, |data| v1::ReadQuarantinedResponse { data });
+        Ok(Response::new(parts))
     }
 
     async fn compare_quarantined(

@@ -2,15 +2,13 @@
 //! waits in them.
 
 use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
 use latchkey_proto::v1::Reason;
 use tokio_stream::Stream;
 use tonic::Status;
 
 use super::Answers;
-use crate::app::open_streams::Lost;
+use crate::app::open_streams::{Lost, Until};
 use crate::auth::revocation::Revocation;
 use crate::error::Error;
 
@@ -41,19 +39,7 @@ where
         revocation.revoked().await;
         revoked()
     });
-    Box::pin(Until { inner, over, is_over: false })
-}
-
-/// Takes what a person or program sends, unless their right to it ends first.
-pub(super) async fn unless_lost<T>(
-    lost: Lost,
-    doing: impl Future<Output = Result<T, Status>>,
-) -> Result<T, Status> {
-    tokio::select! {
-        biased;
-        error = lost => Err(error.into()),
-        done = doing => done,
-    }
+    Box::pin(Until::new(over, inner))
 }
 
 /// Ends what a person or program is sent when their right to it ends.
@@ -63,32 +49,7 @@ where
     S: Stream<Item = Result<T, Status>> + Send + Unpin + 'static,
 {
     let over = Box::pin(async move { lost.await.into() });
-    Box::pin(Until { inner, over, is_over: false })
-}
-
-struct Until<S> {
-    inner: S,
-    /// Answers what the stream ends by.
-    over: Pin<Box<dyn Future<Output = Status> + Send>>,
-    is_over: bool,
-}
-
-impl<T, S> Stream for Until<S>
-where
-    S: Stream<Item = Result<T, Status>> + Unpin,
-{
-    type Item = Result<T, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.is_over {
-            return Poll::Ready(None);
-        }
-        if let Poll::Ready(status) = self.over.as_mut().poll(context) {
-            self.is_over = true;
-            return Poll::Ready(Some(Err(status)));
-        }
-        Pin::new(&mut self.inner).poll_next(context)
-    }
+    Box::pin(Until::new(over, inner))
 }
 
 #[cfg(test)]

@@ -8,11 +8,11 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::revocable::{unless_lost, until_lost};
+use super::revocable::until_lost;
 use super::variable::read_category;
 use super::{Answers, Service, caller, convert, next_part, proof};
 use crate::app::authenticate_run::Submission;
-use crate::app::open_streams::Ground;
+use crate::app::open_streams::{Ground, unless_lost};
 use crate::app::queue_run::NewRun;
 use crate::app::retry_run::Retry;
 use crate::app::variables::NewVariable;
@@ -58,7 +58,7 @@ impl RunService for Service {
                     }
                 }
             }
-            Ok(upload.finish().await?)
+            Ok::<_, Status>(upload.finish().await?)
         };
         let configuration_digest = unless_lost(lost, taken).await?.to_string();
         Ok(Response::new(v1::UploadConfigurationResponse { configuration_digest }))

@@ -3,9 +3,11 @@
 use latchkey_proto::v1;
 use latchkey_proto::v1::import_state_request::Part;
 use latchkey_proto::v1::state_service_server::StateService;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, Service, caller, convert, next_part};
+use super::{Answers, Service, caller, convert, next_part, proof};
+use crate::app::open_streams::{Ground, unless_lost};
 use crate::app::state_diff::{Action, AttributeChange, StateChange, StateDiff};
 use crate::app::states::StateVersionView;
 use crate::app::states::push::Sending;
@@ -49,12 +51,14 @@ impl StateService for Service {
         &self,
         request: Request<v1::ReadStateVersionRequest>,
     ) -> Result<Response<Self::ReadStateVersionStream>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let v1::ReadStateVersionRequest { organization, environment, version } =
             request.into_inner();
+        let caller = &proof.caller;
         let reader =
-            self.app.read_state_version(&caller, &organization, &environment, version).await?;
-        let parts = super::parts(reader, |data| v1::ReadStateVersionResponse { data });
+            self.app.read_state_version(caller, &organization, &environment, version).await?;
+        let lost = self.app.hold(&proof, Ground::State { organization, environment }).await?;
+        let parts = super::parts(reader, lost, |data| v1::ReadStateVersionResponse { data });
         Ok(Response::new(parts))
     }
 
@@ -98,23 +102,22 @@ impl StateService for Service {
         &self,
         request: Request<Streaming<v1::ImportStateRequest>>,
     ) -> Result<Response<v1::ImportStateResponse>, Status> {
-        let caller = caller(&request)?;
+        let proof = proof(&request)?;
         let mut parts = request.into_inner();
         let first = next_part(&mut parts).await?.and_then(|first| first.part);
         let Some(Part::Header(v1::ImportStateHeader { organization, environment })) = first else {
             return Err(Error::field("header", "it comes first").into());
         };
         let mut upload =
-            self.app.send_state(&caller, &organization, &environment, Sending::Import).await?;
-        while let Some(part) = next_part(&mut parts).await? {
-            match part.part {
-                Some(Part::Data(data)) => upload.write(&data).await?,
-                Some(Part::Header(_)) | None => {
-                    return Err(Error::field("data", "after the header, data only").into());
-                }
+            self.app.send_state(&proof, &organization, &environment, Sending::Import).await?;
+        let lost = self.app.hold(&proof, Ground::State { organization, environment }).await?;
+        let taken = async {
+            while let Some(data) = data_by(upload.due(), &mut parts).await? {
+                upload.write(&data).await?;
             }
-        }
-        let view = upload.finish().await?;
+            Ok::<_, Status>(upload.finish().await?)
+        };
+        let view = unless_lost(lost, taken).await?;
         Ok(Response::new(v1::ImportStateResponse { version: Some(version(view)) }))
     }
 
@@ -128,6 +131,27 @@ impl StateService for Service {
         self.app.force_unlock_state(&caller, &organization, &environment, &lock_id).await?;
         Ok(Response::new(v1::ForceUnlockStateResponse {}))
     }
+}
+
+/// Takes the next data; what has no bytes is none.
+async fn data_by(
+    due: Instant,
+    parts: &mut Streaming<v1::ImportStateRequest>,
+) -> Result<Option<Vec<u8>>, Status> {
+    let data = async {
+        while let Some(message) = parts.message().await? {
+            match message.part {
+                Some(Part::Data(data)) if data.is_empty() => {}
+                Some(Part::Data(data)) => return Ok(Some(data)),
+                Some(Part::Header(_)) | None => {
+                    return Err(Error::field("data", "after the header, data only").into());
+                }
+            }
+        }
+        Ok(None)
+    };
+    let slow = |_| Status::deadline_exceeded("the state comes too slowly; send it again");
+    tokio::time::timeout_at(due, data).await.map_err(slow)?
 }
 
 fn version(view: StateVersionView) -> v1::StateVersion {
@@ -183,3 +207,6 @@ fn change(change: StateChange) -> v1::StateChange {
         truncated,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,16 +21,17 @@ use latchkey_proto::v1::Reason;
 use md5::{Digest, Md5};
 use prost::bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::time::Instant;
+use tokio_stream::StreamExt;
 use tonic::Code;
 use tonic::body::Body;
 
 use super::proof;
 use crate::app::App;
+use crate::app::open_streams::{Ground, parts, unless_lost};
 use crate::app::state_lock::{Holder, LockAnswer, LockRequest};
-use crate::app::states::push::Sending;
-use crate::auth::Caller;
+use crate::app::states::push::{Sending, StateUpload};
+use crate::auth::Proof;
 use crate::error::{Error, Result, rfc3339};
 use crate::grpc::status::code;
 
@@ -66,9 +67,17 @@ struct LockInfo {
 }
 
 /// Whose state it is, as the path names it.
+#[derive(Clone)]
 struct Place {
     organization: String,
     environment: String,
+}
+
+impl Place {
+    fn ground(&self) -> Ground {
+        let Self { organization, environment } = self.clone();
+        Ground::State { organization, environment }
+    }
 }
 
 pub(super) async fn answer(app: &Arc<App>, request: Request<Body>) -> Response<Body> {
@@ -85,17 +94,18 @@ pub(super) async fn answer(app: &Arc<App>, request: Request<Body>) -> Response<B
 }
 
 async fn handle(app: &Arc<App>, request: &Request<()>, body: &mut Body) -> Result<Response<Body>> {
-    let caller = app.caller(&proof::token(request.headers())?).await?;
+    let proof = app.prove(&proof::token(request.headers())?).await?;
+    let caller = &proof.caller;
     let place = place(request.uri().path())?;
     match request.method().as_str() {
-        "GET" => read(app, &caller, &place).await,
-        "POST" => write(app, &caller, &place, request, body).await,
+        "GET" => read(app, &proof, &place).await,
+        "POST" => write(app, &proof, &place, request, body).await,
         "LOCK" => {
             let LockInfo { id, operation, info, who, version, .. } = lock_info(body).await?;
             let wish =
                 LockRequest { id, operation, workstation: who, info, engine_version: version };
             let Place { organization, environment } = &place;
-            match app.lock_state(&caller, organization, environment, wish).await {
+            match app.lock_state(caller, organization, environment, wish).await {
                 Ok(answer) => Ok(locked(answer, StatusCode::LOCKED)),
                 Err(error) => not_now(app, error),
             }
@@ -103,7 +113,7 @@ async fn handle(app: &Arc<App>, request: &Request<()>, body: &mut Body) -> Resul
         "UNLOCK" => {
             let LockInfo { id, .. } = lock_info(body).await?;
             let Place { organization, environment } = &place;
-            let answer = app.unlock_state(&caller, organization, environment, &id).await?;
+            let answer = app.unlock_state(caller, organization, environment, &id).await?;
             Ok(locked(answer, StatusCode::CONFLICT))
         }
         _ => {
@@ -114,32 +124,18 @@ async fn handle(app: &Arc<App>, request: &Request<()>, body: &mut Body) -> Resul
     }
 }
 
-async fn read(app: &Arc<App>, caller: &Caller, place: &Place) -> Result<Response<Body>> {
+async fn read(app: &Arc<App>, proof: &Proof, place: &Place) -> Result<Response<Body>> {
     let Place { organization, environment } = place;
-    let Some(mut reader) = app.read_newest_state(caller, organization, environment).await? else {
+    let Some(reader) = app.read_newest_state(&proof.caller, organization, environment).await?
+    else {
         return Ok(finished(StatusCode::NO_CONTENT, None, Bytes::new()));
     };
     let length = reader.length();
-    let (sender, frames) = mpsc::channel(4);
-    tokio::spawn(async move {
-        loop {
-            let frame = match reader.next().await {
-                Ok(Some(data)) => Ok(Frame::data(Bytes::from(data))),
-                Ok(None) => return,
-                // The sender of too few bytes is cut off: a state is never taken in part.
-                Err(error) => {
-                    let error = Error::internal(error);
-                    error.log();
-                    Err(error)
-                }
-            };
-            let failed = frame.is_err();
-            if sender.send(frame).await.is_err() || failed {
-                return;
-            }
-        }
-    });
-    let mut response = with_headers(Body::new(StreamBody::new(ReceiverStream::new(frames))));
+    let lost = app.hold(proof, place.ground()).await?;
+    // The sender of too few bytes is cut off: a state is never taken in part.
+    let frames = parts(reader, lost)
+        .map(|part| part.map(|data| Frame::data(Bytes::from(data))).inspect_err(Error::log));
+    let mut response = with_headers(Body::new(StreamBody::new(frames)));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
@@ -148,7 +144,7 @@ async fn read(app: &Arc<App>, caller: &Caller, place: &Place) -> Result<Response
 
 async fn write(
     app: &Arc<App>,
-    caller: &Caller,
+    proof: &Proof,
     place: &Place,
     request: &Request<()>,
     body: &mut Body,
@@ -163,12 +159,23 @@ async fn write(
     });
     let sending = Sending::Push { lock: lock.unwrap_or_default() };
     let Place { organization, environment } = place;
-    let mut upload = app.send_state(caller, organization, environment, sending).await?;
+    let upload = app.send_state(proof, organization, environment, sending).await?;
     if announced.is_some_and(|announced| announced > LARGEST_STATE) {
         return Err(too_large("a state has up to 256 MiB"));
     }
+    let lost = app.hold(proof, place.ground()).await?;
+    unless_lost(lost, take(upload, announced, request, body)).await?;
+    Ok(finished(StatusCode::OK, None, Bytes::new()))
+}
+
+async fn take(
+    mut upload: StateUpload,
+    announced: Option<u64>,
+    request: &Request<()>,
+    body: &mut Body,
+) -> Result<()> {
     let (mut digest, mut received) = (Md5::new(), 0);
-    while let Some(data) = next(body).await? {
+    while let Some(data) = next_by(upload.due(), body).await? {
         digest.update(&data);
         received += data.len() as u64;
         upload.write(&data).await?;
@@ -182,8 +189,7 @@ async fn write(
         let message = "the body has not the Content-MD5 that was announced; send it again";
         return Err(Error::refused(Reason::DigestMismatch, message));
     }
-    upload.finish().await?;
-    Ok(finished(StatusCode::OK, None, Bytes::new()))
+    upload.finish().await.map(drop)
 }
 
 fn place(path: &str) -> Result<Place> {
@@ -213,20 +219,23 @@ async fn lock_info(body: &mut Body) -> Result<LockInfo> {
 
 /// Takes the next bytes of a body; a sender that has gone quiet does not keep its place.
 async fn next(body: &mut Body) -> Result<Option<Bytes>> {
-    let broken = || Error::field("body", "it broke off, or nothing came for a minute");
-    loop {
-        let frame = tokio::time::timeout(PART_TIMEOUT, body.frame()).await.map_err(|_| broken())?;
-        match frame {
-            None => return Ok(None),
-            Some(Err(_)) => return Err(broken()),
-            Some(Ok(frame)) => {
-                // Trailers say nothing here.
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
-                }
-            }
+    next_by(Instant::now() + PART_TIMEOUT, body).await
+}
+
+async fn next_by(due: Instant, body: &mut Body) -> Result<Option<Bytes>> {
+    let broken = || Error::field("body", "it broke off, or came too slowly; send it again");
+    tokio::time::timeout_at(due, bytes(body)).await.map_err(|_| broken())?.map_err(|()| broken())
+}
+
+/// Trailers say nothing here, nor does what has no bytes.
+async fn bytes(body: &mut Body) -> std::result::Result<Option<Bytes>, ()> {
+    while let Some(frame) = body.frame().await {
+        match frame.map_err(drop)?.into_data() {
+            Ok(data) if !data.is_empty() => return Ok(Some(data)),
+            Ok(_) | Err(_) => {}
         }
     }
+    Ok(None)
 }
 
 async fn drain(body: &mut Body) {

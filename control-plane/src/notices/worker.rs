@@ -1,44 +1,36 @@
 //! The one task that sees notices on their way.
 //!
-//! The outbox in the store is the truth; here is when each of its entries is due, by the
-//! monotonic clock. At a start all is listed; then the store's feed tells what was added. A
-//! subscriber gets one notice at a time and an organization two, so that a slow one holds up
-//! nobody else. What is in the middle of an attempt when the process dies is due again when the
-//! attempt would have ended: the claim says so.
+//! The outbox in the store is the truth; [`super::schedule`] knows when each of its entries is
+//! due, by the monotonic clock. At a start all is listed; then the store's feed tells what was
+//! added. What is in the middle of an attempt when the process dies is due again when the attempt
+//! would have ended: the claim says so.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use latchkey_domain::id::{DeliveryId, OrganizationId, SubscriberId};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::Instrument;
 
+pub use super::schedule::QUEUE;
+use super::schedule::{Ended, Place, Schedule};
 use super::{Attempt, webhook};
 use crate::app::App;
 use crate::app::notices::{Claimed, Next, Target};
 use crate::error::Result;
+use crate::seal::random;
 use crate::store::keys::{self, Kind};
 use crate::store::{Key, Seen, What};
-
-/// Notices of one organization that are on their way at a time; the oldest is dropped.
-pub const QUEUE: usize = 1000;
-
-/// Attempts at a time, of all and of one organization.
-const ATTEMPTS: usize = 32;
-const ATTEMPTS_EACH: usize = 2;
 
 /// How soon something that failed here, in the store, is tried again.
 const AGAIN: Duration = Duration::from_secs(30);
 
-type Place = (OrganizationId, SubscriberId, DeliveryId);
-
 /// Delivers until the store is closed.
 pub async fn run(app: Arc<App>) {
     let mut worker = Worker {
+        schedule: Schedule::new(app.outbound.pace),
         app,
-        due: BTreeMap::new(),
         running: HashMap::new(),
         attempts: JoinSet::new(),
         relist: None,
@@ -48,7 +40,7 @@ pub async fn run(app: Arc<App>) {
     worker.list().await;
     loop {
         worker.start_due();
-        let next = worker.next_due();
+        let next = worker.schedule.next().into_iter().chain(worker.relist).min();
         let wake = async {
             match next {
                 Some(at) => sleep_until(at).await,
@@ -79,8 +71,7 @@ pub async fn run(app: Arc<App>) {
 
 struct Worker {
     app: Arc<App>,
-    /// What waits, and until when.
-    due: BTreeMap<Place, Instant>,
+    schedule: Schedule,
     /// What is being attempted.
     running: HashMap<tokio::task::Id, Place>,
     attempts: JoinSet<Next>,
@@ -110,9 +101,9 @@ impl Worker {
         let Some(place) = keys::read_outbox(&key) else { return };
         match what {
             What::Deleted => {
-                self.due.remove(&place);
+                self.schedule.remove(&place);
             }
-            What::Put if self.knows(&place) => {}
+            What::Put if self.schedule.knows(&place) => {}
             What::Put => {
                 match self.app.outbox_wait(&key).await {
                     Ok(Some(wait)) => self.add(place, wait),
@@ -124,74 +115,26 @@ impl Worker {
         }
     }
 
-    fn knows(&self, place: &Place) -> bool {
-        self.due.contains_key(place) || self.running.values().any(|running| running == place)
-    }
-
     fn add(&mut self, place: Place, wait: Duration) {
-        if !self.knows(&place) {
+        if !self.schedule.knows(&place) {
             // A clock that was set must not keep anything back for longer than a retry would.
             let wait = wait.min(self.app.outbound.pace.longest.max(AGAIN * 2));
-            self.due.insert(place, Instant::now() + wait);
+            self.schedule.add(place, Instant::now() + wait);
         }
     }
 
-    /// Drops the oldest of each organization that has more on their way than it may.
+    /// Drops the oldest of each subscriber who has more on their way than they may.
     async fn keep_bounds(&mut self) {
-        let mut counts: BTreeMap<OrganizationId, usize> = BTreeMap::new();
-        for (organization, _, _) in self.due.keys() {
-            *counts.entry(*organization).or_default() += 1;
-        }
-        for (organization, count) in counts.into_iter().filter(|(_, count)| *count > QUEUE) {
-            let mut places: Vec<Place> =
-                self.due.keys().filter(|(owner, _, _)| *owner == organization).copied().collect();
-            places.sort_by_key(|(_, _, delivery)| *delivery);
-            places.truncate(count - QUEUE);
+        for (organization, places) in self.schedule.beyond_bounds() {
             match self.app.drop_notices(organization, &places).await {
-                Ok(()) => places.iter().for_each(|place| {
-                    self.due.remove(place);
-                }),
+                Ok(()) => places.iter().for_each(|place| self.schedule.remove(place)),
                 Err(error) => tracing::warn!(error = %error, "notices could not be dropped"),
             }
         }
     }
 
-    fn next_due(&self) -> Option<Instant> {
-        let free = self.attempts.len() < ATTEMPTS;
-        let startable = |(place, at): (&Place, &Instant)| self.is_free(place).then_some(*at);
-        let next = self.due.iter().filter_map(startable).min().filter(|_| free);
-        next.into_iter().chain(self.relist).min()
-    }
-
-    /// Tells whether nothing is in a notice's way but its time.
-    fn is_free(&self, (organization, subscriber, _): &Place) -> bool {
-        let mut of_organization = 0;
-        for (owner, other, _) in self.running.values() {
-            if other == subscriber {
-                return false;
-            }
-            of_organization += usize::from(owner == organization);
-        }
-        of_organization < ATTEMPTS_EACH
-    }
-
     fn start_due(&mut self) {
-        let now = Instant::now();
-        let mut ready: Vec<(Instant, Place)> = self
-            .due
-            .iter()
-            .filter(|(_, at)| **at <= now)
-            .map(|(place, at)| (*at, *place))
-            .collect();
-        ready.sort_unstable_by_key(|(at, (_, _, delivery))| (*at, *delivery));
-        for (_, place) in ready {
-            if self.attempts.len() >= ATTEMPTS {
-                return;
-            }
-            if !self.is_free(&place) {
-                continue;
-            }
-            self.due.remove(&place);
+        while let Some(place) = self.schedule.take(Instant::now()) {
             let span = tracing::info_span!("deliver", delivery = %place.2);
             let attempt = attempt(Arc::clone(&self.app), place).instrument(span);
             let id = self.attempts.spawn(attempt).id();
@@ -201,10 +144,13 @@ impl Worker {
 
     fn ended(&mut self, id: tokio::task::Id, next: Next) {
         let Some(place) = self.running.remove(&id) else { return };
-        match next {
-            Next::Over => {}
-            Next::In(wait) => self.add(place, wait),
-        }
+        let ended = match next {
+            Next::Delivered => Ended::Accepted,
+            Next::GivenUp => Ended::Failed(None),
+            Next::In(wait) => Ended::Failed(Some(wait)),
+            Next::Over => Ended::Idle,
+        };
+        self.schedule.ended(place, ended, Instant::now(), u32::from_be_bytes(random()));
     }
 }
 

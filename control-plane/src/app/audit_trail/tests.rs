@@ -110,3 +110,20 @@ async fn an_export_begins_where_asked_and_ends_at_the_head_of_its_beginning() {
     }
     assert_eq!(numbers, (before + 3..=before + 150).collect::<Vec<_>>());
 }
+
+#[tokio::test]
+async fn an_export_that_finds_the_end_missing_does_not_end_as_if_it_were_whole() {
+    let (fixture, before) = fixture(10).await;
+    let app = &fixture.app;
+    let mut export = app.export_audit(&fixture.owner, ORGANIZATION, 1).await.unwrap();
+    // The head tells of three more.
+    export.last += 3;
+    let mut last = 0;
+    let error = loop {
+        match app.read_export(&mut export).await {
+            Ok(records) => last = records.last().expect("it is not at its end").sequence,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((last, error.reason()), (before + 10, latchkey_proto::v1::Reason::Internal));
+}

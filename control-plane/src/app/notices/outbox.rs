@@ -54,8 +54,12 @@ impl Target {
 /// What follows an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    Over,
+    Delivered,
+    GivenUp,
+    /// It failed, and is tried again.
     In(Duration),
+    /// It is nothing to this process any more.
+    Over,
 }
 
 impl App {
@@ -100,8 +104,16 @@ impl App {
             return Ok(None);
         };
         let mut delivery = found.value;
+        let now = self.now();
+        if self.is_too_old(&delivery) {
+            // It has waited where nobody looked: in a backup, or while the process was down.
+            let detail = "it was not sent in time".to_owned();
+            delivery.last.get_or_insert(Outcome { at: now.into(), status: None, detail });
+            self.end_delivery(place, found.version, delivery, DeliveryState::GivenUp).await?;
+            return Ok(None);
+        }
         delivery.attempts = delivery.attempts.saturating_add(1);
-        delivery.next_at = (self.now() + target.longest_attempt() + MARGIN).into();
+        delivery.next_at = (now + target.longest_attempt() + MARGIN).into();
         let batch = Batch::new().put(key, Expect::At(found.version), encode(&delivery));
         let version = self.try_commit(batch).await?;
         Ok(version.map(|version| Claimed { place, version, delivery, target }))
@@ -109,18 +121,18 @@ impl App {
 
     /// Writes down what became of an attempt.
     pub async fn settle_delivery(&self, claimed: Claimed, attempt: Attempt) -> Result<Next> {
-        let Claimed { place: (organization, subscriber, id), version, mut delivery, .. } = claimed;
+        let Claimed { place, version, mut delivery, .. } = claimed;
         debug_assert!(attempt.detail.len() <= DETAIL);
         let now = self.now();
         let pace = &self.outbound.pace;
         delivery.last =
             Some(Outcome { at: now.into(), status: attempt.status, detail: attempt.detail });
-        let old = Timestamp::from(delivery.created_at) + pace.life <= now;
-        let key = keys::outbox(organization, subscriber, id);
-        delivery.state = match (attempt.accepted, old) {
-            (true, _) => DeliveryState::Delivered,
-            (false, true) => DeliveryState::GivenUp,
+        let (state, next) = match (attempt.accepted, self.is_too_old(&delivery)) {
+            (true, _) => (DeliveryState::Delivered, Next::Delivered),
+            (false, true) => (DeliveryState::GivenUp, Next::GivenUp),
             (false, false) => {
+                let (organization, subscriber, id) = place;
+                let key = keys::outbox(organization, subscriber, id);
                 let wait = pace.wait(delivery.attempts, u32::from_be_bytes(random()));
                 delivery.next_at = (now + wait).into();
                 let batch = Batch::new().put(key, Expect::At(version), encode(&delivery));
@@ -128,9 +140,27 @@ impl App {
                 return Ok(stands.map_or(Next::Over, |_| Next::In(wait)));
             }
         };
-        if delivery.state == DeliveryState::GivenUp {
+        let stands = self.end_delivery(place, version, delivery, state).await?;
+        Ok(stands.map_or(Next::Over, |_| next))
+    }
+
+    fn is_too_old(&self, delivery: &Delivery) -> bool {
+        Timestamp::from(delivery.created_at) + self.outbound.pace.life <= self.now()
+    }
+
+    /// Takes a delivery out of the outbox and remembers how it ended.
+    async fn end_delivery(
+        &self,
+        (organization, subscriber, id): Place,
+        version: Version,
+        mut delivery: Delivery,
+        state: DeliveryState,
+    ) -> Result<Option<Version>> {
+        delivery.state = state;
+        if state == DeliveryState::GivenUp {
             tracing::warn!(delivery = %id, attempts = delivery.attempts, "a notice was given up");
         }
+        let key = keys::outbox(organization, subscriber, id);
         let log = keys::delivered(organization, subscriber, id);
         let mut batch = Batch::new().delete(key, Expect::At(version)).put(
             log,
@@ -142,23 +172,23 @@ impl App {
         for (key, _) in self.scan(remembered).await?.into_iter().skip(REMEMBERED - 1) {
             batch = batch.delete(key, Expect::Anything);
         }
-        self.try_commit(batch).await?;
-        Ok(Next::Over)
+        self.try_commit(batch).await
     }
 
-    /// Drops notices that an organization has too many of.
+    /// Drops notices that a subscriber has too many of.
     pub async fn drop_notices(&self, organization: OrganizationId, places: &[Place]) -> Result<()> {
         let mut batch = Batch::new();
         for (_, subscriber, id) in places {
             let key = keys::outbox(organization, *subscriber, *id);
             batch = batch.delete(key, Expect::Anything);
         }
-        let oldest = places.first().map(|(_, _, id)| id.to_string()).unwrap_or_default();
+        let Some((_, subscriber, oldest)) = places.first() else { return Ok(()) };
         let draft = self
             .draft(organization, "system", "drop_notices", "notices")
+            .with("subscriber", subscriber.to_string())
             .with("count", places.len())
-            .with("oldest", oldest)
-            .with("reason", "more than 1,000 notices were on their way");
+            .with("oldest", oldest.to_string())
+            .with("reason", "more than 1,000 notices to one subscriber were on their way");
         self.store.commit(batch.audit(draft)).await?;
         tracing::warn!(%organization, count = places.len(), "notices were dropped: too many wait");
         Ok(())

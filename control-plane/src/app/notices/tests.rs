@@ -1,5 +1,6 @@
 //! Notices over the whole path: a run moves, a real server on loopback hears of it.
 
+mod dead;
 mod receivers;
 
 use std::collections::BTreeMap;
@@ -334,25 +335,6 @@ async fn fail_apply(fixture: &Fixture, run: &Run) -> RunnerId {
     };
     fixture.app.finish_job(&runner, lease, 0, failed).await.unwrap();
     runner.id
-}
-
-#[tokio::test]
-async fn an_organization_has_a_bounded_number_on_their_way_and_the_drop_is_audited() {
-    let fixture = Fixture::new(MfaPolicy::Never).await;
-    let server = Http::silent().await;
-    let app = fixture.telling_through(outbound()).await;
-    let id = hook(&app, &fixture, &server.url("/"), &[Event::Errored]).await;
-    let mut sent = vec![];
-    for _ in 0..worker::QUEUE + 3 {
-        sent.push(app.send_test(&fixture.owner, ORGANIZATION, id).await.unwrap());
-    }
-    let _worker = Worker::of(&app);
-    server.next(1).await;
-    assert_eq!(waiting(&fixture).await, worker::QUEUE);
-    let dropped = audited(&fixture, "drop_notices").await;
-    assert_eq!(dropped.len(), 1);
-    assert_eq!(dropped[0].draft.details["count"], 3);
-    assert_eq!(dropped[0].draft.details["oldest"], sent[0].to_string());
 }
 
 #[tokio::test]

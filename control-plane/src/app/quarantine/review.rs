@@ -134,7 +134,7 @@ impl App {
     /// Makes a quarantined state the newest of the environment whose name was typed. With
     /// `older` a state that is not above the current one is taken too, under the next serial.
     pub async fn accept_state(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         id: QuarantinedId,
@@ -178,6 +178,9 @@ impl App {
                     "run {holder} has the environment and may write its state; wait for its end"
                 );
                 return Err(Error::refused(Reason::WrongState, message));
+            }
+            if let Some(frozen) = &hold.frozen {
+                self.check_given_up(frozen.run).await?;
             }
             let serial = next_serial(&facts, head, older)?;
             let state = StateFacts { serial, ..facts.clone() };
@@ -237,23 +240,33 @@ impl App {
 
     /// Stores a state again with another serial, and nothing else changed; answers its length.
     pub(in crate::app) async fn with_serial(
-        &self,
+        self: &Arc<Self>,
         organization: OrganizationId,
         digest: Digest,
         serial: u64,
     ) -> Result<(Claim, u64)> {
-        let state =
-            self.blobs.get(organization, digest, LARGEST_STATE).await.map_err(blob_error)?;
-        let parts = serial::split(state.expose_secret())
-            .ok_or_else(|| Error::internal("a state was kept whose serial cannot be found"))?;
-        let number = serial.to_string();
-        let length = parts.before.len() + number.len() + parts.after.len();
-        let mut upload =
-            self.blobs.begin(organization, None, length as u64).await.map_err(blob_error)?;
-        for part in [parts.before, number.as_bytes(), parts.after] {
-            upload.write(part).await.map_err(blob_error)?;
-        }
-        Ok((self.store_blob(organization, upload).await?, length as u64))
+        let app = Arc::clone(self);
+        self.with_whole_states(organization, async move {
+            let found = app.blobs.get(organization, digest, LARGEST_STATE).await;
+            let state = found.map_err(blob_error)?;
+            let searched = crate::blocking::spawn(move || {
+                let place = serial::place(state.expose_secret());
+                (state, place)
+            });
+            let (state, place) = searched.await.map_err(Error::internal)?;
+            let place = place
+                .ok_or_else(|| Error::internal("a state was kept whose serial cannot be found"))?;
+            let state = state.expose_secret();
+            let number = serial.to_string();
+            let length = (state.len() - place.len() + number.len()) as u64;
+            let mut upload =
+                app.blobs.begin(organization, None, length).await.map_err(blob_error)?;
+            for part in [&state[..place.start], number.as_bytes(), &state[place.end..]] {
+                upload.write(part).await.map_err(blob_error)?;
+            }
+            Ok((app.store_blob(organization, upload).await?, length))
+        })
+        .await
     }
 
     /// Removes one for good. One that is gone already stays so.

@@ -483,6 +483,32 @@ async fn a_state_is_taken_only_where_no_run_can_write_one() {
 }
 
 #[tokio::test]
+async fn a_state_is_not_taken_while_a_lost_run_may_still_write_one() {
+    let (fixture, run, runner, lease) = applying().await;
+    let app = &fixture.app;
+    bring(app, &runner, lease, (Made::ErroredState, 0), &state("l", 7)).await.unwrap();
+    let kept = only(&fixture, Kind::ErroredState).await.record.id.0;
+    app.expire(lease.job, lease.epoch).await.unwrap();
+    assert_eq!(fixture.run(&run).await.state, RunState::Lost);
+    let refused = accept(&fixture, kept, false).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::WrongState);
+    assert!(refused.message().contains("not given up"), "{refused}");
+    app.discard_run(&fixture.owner, run.id).await.unwrap();
+    accept(&fixture, kept, false).await.unwrap();
+}
+
+#[tokio::test]
+async fn another_state_of_the_same_serial_does_not_take_the_newests_place() {
+    let (fixture, _, runner, lease) = applying().await;
+    let other = String::from_utf8(state("l", 6)).unwrap().replace("1.0", "2.0");
+    let refused = bring(&fixture.app, &runner, lease, (Made::State, 1), other.as_bytes()).await;
+    assert_eq!(refused.unwrap_err().reason(), Reason::WrongState);
+    assert_eq!(current_state(&fixture).await, state("l", 6));
+    // What is the newest already may come again.
+    fixture.upload(&runner, lease, Made::State, &state("l", 6)).await.unwrap();
+}
+
+#[tokio::test]
 async fn only_owners_in_person_read_accept_and_drop_and_every_one_is_recorded() {
     let (fixture, _, runner, lease) = given_up().await;
     let (app, owner) = (&fixture.app, &fixture.owner);

@@ -6,10 +6,11 @@
 //!    away meanwhile, or somebody else's state have come first.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use latchkey_domain::environment::Hold;
 use latchkey_proto::v1::Reason;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::{ATTEMPTS, StateVersionView, check_lineage, view, with_version};
 use crate::app::App;
@@ -17,14 +18,21 @@ use crate::app::artifacts::LARGEST_STATE;
 use crate::app::claims::{Claim, Settled};
 use crate::app::configurations::blob_error;
 use crate::app::state_lock::{check_free, locked};
-use crate::auth::{Caller, Right};
+use crate::app::uploads::StatePlace;
+use crate::auth::{Caller, Proof, Right};
 use crate::blobs::Upload;
 use crate::error::{Error, Result};
 use crate::store::keys::BlobUser;
 use crate::store::record::Text;
 use crate::store::record::environment::{Environment, StateHead, StateOrigin, StateVersion};
 use crate::store::record::quarantine::StateFacts;
-use crate::store::{Batch, CommitError};
+use crate::store::{Batch, CommitError, Expect};
+
+/// How long a sender may be silent, and how long may pass beyond what the slowest need.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the slowest send in a second: none keeps its place by a byte a minute.
+const SLOWEST: u64 = 128 << 10;
 
 /// How a person's state comes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,11 +62,11 @@ impl Sending {
     /// Checks that nobody else works on the state.
     fn check(&self, caller: &Caller, hold: &Hold) -> Result<()> {
         let lock = match self {
-            Sending::Import => return check_free(hold),
+            Sending::Import => return check_free(hold, caller),
             Sending::Push { lock } => lock,
         };
-        if hold.holder.is_some() || hold.frozen.is_some() {
-            return check_free(hold);
+        if hold.holder.is_some() || hold.frozen.is_some() || hold.state_lock.is_none() {
+            check_free(hold, caller)?;
         }
         match &hold.state_lock {
             Some(found) if found.id == *lock && found.user == caller.name() => Ok(()),
@@ -76,13 +84,14 @@ impl Sending {
 /// A state on its way in.
 pub struct StateUpload {
     app: Arc<App>,
-    caller: Caller,
+    proof: Proof,
     organization: String,
     environment: String,
     sending: Sending,
     blob: Upload,
     size: u64,
-    place: OwnedSemaphorePermit,
+    began: Instant,
+    place: StatePlace,
 }
 
 impl std::fmt::Debug for StateUpload {
@@ -95,31 +104,39 @@ impl App {
     /// Begins to take a state.
     pub async fn send_state(
         self: &Arc<Self>,
-        caller: &Caller,
+        proof: &Proof,
         organization: &str,
         environment: &str,
         sending: Sending,
     ) -> Result<StateUpload> {
+        let caller = &proof.caller;
         let (standing, found) =
             self.on(caller, organization, environment, Right::Administer).await?;
         self.check_history()?;
         sending.check(caller, &found.value.hold)?;
-        let place = self.uploads.state().await?;
+        let place = self.uploads.state(standing.organization, found.value.id).await?;
         let blob = self.blobs.begin(standing.organization, None, LARGEST_STATE).await;
         Ok(StateUpload {
             app: Arc::clone(self),
-            caller: caller.clone(),
+            proof: proof.clone(),
             organization: organization.to_owned(),
             environment: environment.to_owned(),
             sending,
             blob: blob.map_err(blob_error)?,
             size: 0,
+            began: Instant::now(),
             place,
         })
     }
 }
 
 impl StateUpload {
+    /// Tells when the next bytes have to be there at the latest.
+    pub fn due(&self) -> Instant {
+        let earned = Duration::from_secs(self.size / SLOWEST);
+        (self.began + PATIENCE + earned).min(Instant::now() + PATIENCE)
+    }
+
     pub async fn write(&mut self, data: &[u8]) -> Result<()> {
         self.size += data.len() as u64;
         self.blob.write(data).await.map_err(blob_error)
@@ -131,11 +148,12 @@ impl StateUpload {
     }
 
     async fn record(self) -> Result<StateVersionView> {
-        let Self { app, caller, organization, environment, sending, blob, size, place } = self;
-        let (standing, _) = app.on(&caller, &organization, &environment, Right::Administer).await?;
+        let Self { app, proof, organization, environment, sending, blob, size, place, .. } = self;
+        let (standing, _) =
+            app.on(&proof.caller, &organization, &environment, Right::Administer).await?;
         let claim = app.store_blob(standing.organization, blob).await?;
         let subject = (organization.as_str(), environment.as_str());
-        let recorded = app.record_sent(&caller, subject, &sending, size, &claim).await;
+        let recorded = app.record_sent(&proof, subject, &sending, size, &claim).await;
         if !matches!(recorded, Ok((_, Settled::Kept))) {
             // It is nobody's, unless equal content is somebody's.
             app.release_claim(&claim).await?;
@@ -149,16 +167,18 @@ impl StateUpload {
 impl App {
     async fn record_sent(
         &self,
-        caller: &Caller,
+        proof: &Proof,
         (organization, environment): (&str, &str),
         sending: &Sending,
         size: u64,
         claim: &Claim,
     ) -> Result<(StateVersionView, Settled)> {
+        let caller = &proof.caller;
         let (standing, _) = self.on(caller, organization, environment, Right::Administer).await?;
         let facts = self.checked_state(standing.organization, claim.digest).await?;
         for _ in 0..ATTEMPTS {
-            // The right may have ended while the state came.
+            // The right may have ended while the state came, and may until it is recorded.
+            let token = self.live_token(proof.token).await?;
             let (standing, found) =
                 self.on(caller, organization, environment, Right::Administer).await?;
             self.check_history()?;
@@ -189,6 +209,7 @@ impl App {
                 &made,
             );
             let user = BlobUser::State(found.value.id);
+            let batch = standing.guard(batch).check(token.key, Expect::At(token.version));
             let batch = self.settle_claim(batch.audit(draft), claim, user).await?;
             match self.store.commit(batch).await {
                 Ok(_) => return Ok((made, Settled::Kept)),

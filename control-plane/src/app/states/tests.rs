@@ -1,22 +1,26 @@
 //! Who may do what with states, what is refused, and what keeps runs and workstations apart.
 
+use std::time::Duration;
+
 use latchkey_domain::environment::Hold;
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
 use latchkey_proto::v1::Reason;
 
 use super::StateVersionView;
-use super::push::Sending;
+use super::push::{Sending, StateUpload};
 use crate::app::PageRequest;
 use crate::app::artifacts::Made;
 use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::service_tokens::TokenScope;
+use crate::app::settings::SettingsChange;
 use crate::app::state_lock::{LockAnswer, LockRequest};
 use crate::auth::Caller;
 use crate::error::Result;
 use crate::store::record::environment::StateOrigin;
 use crate::store::record::people::{Access, Role};
+use crate::store::{Batch, Expect, keys};
 
 const ENV: (&str, &str) = (ORGANIZATION, ENVIRONMENT);
 
@@ -37,9 +41,19 @@ async fn send(
     sending: Sending,
     data: &[u8],
 ) -> Result<StateVersionView> {
-    let mut upload = fixture.app.send_state(caller, ENV.0, ENV.1, sending).await?;
+    let mut upload = begin(fixture, caller, ENV, sending).await?;
     upload.write(data).await?;
     upload.finish().await
+}
+
+async fn begin(
+    fixture: &Fixture,
+    caller: &Caller,
+    (organization, environment): (&str, &str),
+    sending: Sending,
+) -> Result<StateUpload> {
+    let proof = fixture.prove(caller).await;
+    fixture.app.send_state(&proof, organization, environment, sending).await
 }
 
 async fn import(fixture: &Fixture, data: &[u8]) -> Result<StateVersionView> {
@@ -351,7 +365,7 @@ async fn a_lock_taken_away_while_a_state_comes_lets_it_in_no_more() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     lock(&fixture, &fixture.owner, "id").await.unwrap();
     let sending = Sending::Push { lock: "id".into() };
-    let mut upload = fixture.app.send_state(&fixture.owner, ENV.0, ENV.1, sending).await.unwrap();
+    let mut upload = begin(&fixture, &fixture.owner, ENV, sending).await.unwrap();
     upload.write(&state("l", 1)).await.unwrap();
     fixture.app.force_unlock_state(&fixture.owner, ENV.0, ENV.1, "id").await.unwrap();
     refused(upload.finish().await, Reason::WrongState, "not locked");
@@ -397,4 +411,141 @@ async fn a_kept_state_is_compared_with_the_current_one_and_not_accepted_under_a_
     assert_eq!(newest.run.map(|run| run.0), Some(run.id));
     let none = app.compare_quarantined(owner, ORGANIZATION, id).await.unwrap();
     assert_eq!(none.changes, []);
+}
+
+#[tokio::test]
+async fn states_on_their_way_to_one_environment_take_no_place_from_another() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    for name in ["a", "b", "c", "d", "e"] {
+        app.create_environment(owner, ENV.0, name, SettingsChange::default(), name).await.unwrap();
+    }
+    let spent = keys::setting("bootstrap");
+    fixture.store.commit(Batch::new().delete(spent, Expect::Anything)).await.unwrap();
+    let secret = app.prepare_bootstrap().await.unwrap().unwrap();
+    let bob = app.caller(&app.bootstrap(&secret, "umbra", "bob").await.unwrap()).await.unwrap();
+    app.create_environment(&bob, "umbra", "web", SettingsChange::default(), "w").await.unwrap();
+    tokio::time::pause();
+    let mut coming = vec![];
+    // Until it is refused.
+    let mut fill = async |environment| loop {
+        match begin(&fixture, owner, (ENV.0, environment), Sending::Import).await {
+            Ok(upload) => coming.push(upload),
+            Err(error) => return (coming.len(), error.reason()),
+        }
+    };
+    assert_eq!(fill("web").await, (2, Reason::StoreUnavailable));
+    let mut all = 2;
+    for environment in ["a", "b", "c", "d", "e"] {
+        all = fill(environment).await.0;
+    }
+    assert_eq!(all, 8);
+    begin(&fixture, &bob, ("umbra", "web"), Sending::Import).await.unwrap();
+    coming.truncate(6);
+    begin(&fixture, owner, (ENV.0, "e"), Sending::Import).await.unwrap();
+}
+
+#[tokio::test]
+async fn one_rollback_at_a_time_has_a_state_in_memory() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    import(&fixture, &state("l", 1)).await.unwrap();
+    import(&fixture, &state("l", 2)).await.unwrap();
+    tokio::time::pause();
+    let turn = fixture.app.uploads.whole(fixture.organization().await).await.unwrap();
+    let waits = tokio::time::timeout(Duration::from_secs(600), rollback(&fixture, 1, ENVIRONMENT));
+    assert!(waits.await.is_err(), "it went on beside another");
+    drop(turn);
+    rollback(&fixture, 1, ENVIRONMENT).await.unwrap();
+}
+
+/// Lets everything go on as far as it can.
+async fn yielded() {
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn a_comparison_that_nobody_waits_for_keeps_its_turn_to_its_end() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(1)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let fixture = Fixture::new(MfaPolicy::Never).await;
+        import(&fixture, &state("l", 1)).await.unwrap();
+        import(&fixture, &state("l", 2)).await.unwrap();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || released.recv().is_err());
+        let organization = fixture.organization().await;
+        let mut turn = Box::pin(fixture.app.uploads.whole(organization));
+        {
+            let diff = fixture.app.diff_state_versions(&fixture.owner, ENV.0, ENV.1, (1, 2));
+            tokio::select! {
+                biased;
+                _ = diff => panic!("it had no thread"),
+                () = yielded() => {}
+            }
+        }
+        tokio::select! {
+            biased;
+            _ = &mut turn => panic!("it gave its turn back and goes on"),
+            () = yielded() => {}
+        }
+        drop(release);
+        busy.await.unwrap();
+        drop(tokio::time::timeout(Duration::from_secs(20), turn).await.unwrap().unwrap());
+    });
+}
+
+#[tokio::test]
+async fn a_token_that_ends_before_the_record_lets_the_state_in_no_more() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, proof) = (&fixture.app, fixture.prove(&fixture.owner).await);
+    let mut upload = app.send_state(&proof, ENV.0, ENV.1, Sending::Import).await.unwrap();
+    upload.write(&state("l", 1)).await.unwrap();
+    let token = keys::token(proof.token.as_bytes());
+    fixture.store.commit(Batch::new().delete(token, Expect::Anything)).await.unwrap();
+    refused(upload.finish().await, Reason::IdentityRequired, "revoked");
+    assert!(listed(&fixture, PageRequest::default()).await.0.is_empty());
+}
+
+#[tokio::test]
+async fn a_persons_lock_keeps_all_others_from_the_state_and_says_who_and_why() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    import(&fixture, &state("l", 1)).await.unwrap();
+    import(&fixture, &state("l", 2)).await.unwrap();
+    let bob = member(&fixture, "bob", Access::Admin).await;
+    // What goes on at a workstation goes on, as runs do.
+    lock(&fixture, &bob, "before").await.unwrap();
+    app.lock_environment(owner, ENV.0, ENV.1, "an incident").await.unwrap();
+    let push = async |by, id: &str, serial| {
+        send(&fixture, by, Sending::Push { lock: id.into() }, &state("l", serial)).await
+    };
+    push(&bob, "before", 3).await.unwrap();
+    app.unlock_state(&bob, ENV.0, ENV.1, "before").await.unwrap();
+
+    let LockAnswer::Held(holder) = lock(&fixture, &bob, "after").await.unwrap() else {
+        panic!("ada has locked the environment");
+    };
+    assert_eq!(holder.id, "ada has locked the environment: an incident");
+    for answer in [
+        push(&bob, "after", 4).await,
+        send(&fixture, &bob, Sending::Import, &state("l", 4)).await,
+        app.rollback_state(&bob, ENV.0, ENV.1, 1, ENVIRONMENT).await,
+    ] {
+        let error = answer.unwrap_err();
+        assert!(error.metadata().iter().any(|(name, _)| *name == "holder"), "{error}");
+        refused(Err::<(), _>(error), Reason::WrongState, "ada has locked it: an incident");
+    }
+    // Who locked it works on it.
+    assert_eq!(lock(&fixture, owner, "own").await.unwrap(), LockAnswer::Done);
+    push(owner, "own", 4).await.unwrap();
+    unlock(&fixture, "own").await;
+    import(&fixture, &state("l", 5)).await.unwrap();
+    rollback(&fixture, 1, ENVIRONMENT).await.unwrap();
+    app.unlock_environment(owner, ENV.0, ENV.1).await.unwrap();
+    assert_eq!(lock(&fixture, &bob, "after").await.unwrap(), LockAnswer::Done);
 }

@@ -7,6 +7,8 @@ use http::HeaderMap;
 use latchkey_domain::policy::MfaPolicy;
 use secrecy::ExposeSecret;
 use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tower::{Layer, Service, ServiceExt};
 
 use super::*;
@@ -71,6 +73,21 @@ impl Scene {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> Answer {
+        let body = Body::new(Full::new(Bytes::from(body.to_vec())));
+        let (head, body) = self.begin(token, method, path, headers, body).await.into_parts();
+        let body = body.collect().await.unwrap().to_bytes().to_vec();
+        Answer { status: head.status.as_u16(), headers: head.headers, body }
+    }
+
+    /// Asks, and leaves the answer's body to be read.
+    async fn begin(
+        &self,
+        token: &str,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Body,
+    ) -> Response<Body> {
         let mut request = Request::builder().method(method).uri(path);
         if !token.is_empty() {
             let basic = format!("Basic {}", STANDARD.encode(format!("anything:{token}")));
@@ -79,12 +96,8 @@ impl Scene {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let body = Body::new(Full::new(Bytes::from(body.to_vec())));
         let layer = StateLayer { app: Arc::clone(&self.fixture.app) };
-        let answered = layer.layer(Behind).oneshot(request.body(body).unwrap()).await.unwrap();
-        let (head, body) = answered.into_parts();
-        let body = body.collect().await.unwrap().to_bytes().to_vec();
-        Answer { status: head.status.as_u16(), headers: head.headers, body }
+        layer.layer(Behind).oneshot(request.body(body).unwrap()).await.unwrap()
     }
 
     async fn status(&self, token: &str, method: &str, path: &str, body: &[u8]) -> u16 {
@@ -95,6 +108,21 @@ impl Scene {
 fn state(serial: u64) -> Vec<u8> {
     format!(r#"{{"version":4,"serial":{serial},"lineage":"l","outputs":{{}},"resources":[]}}"#)
         .into_bytes()
+}
+
+/// A state of many parts.
+fn large() -> Vec<u8> {
+    let value = "x".repeat(2 << 20);
+    format!(
+        r#"{{"version":4,"serial":1,"lineage":"l","outputs":{{"n":{{"value":"{value}"}}}},"resources":[]}}"#
+    )
+    .into_bytes()
+}
+
+/// A body that is sent as it goes.
+fn sent() -> (mpsc::Sender<std::result::Result<Frame<Bytes>, Error>>, Body) {
+    let (sender, frames) = mpsc::channel(1);
+    (sender, Body::new(StreamBody::new(ReceiverStream::new(frames))))
 }
 
 fn lock(id: &str) -> Vec<u8> {
@@ -249,4 +277,80 @@ async fn bodies_are_bounded_and_all_else_is_left_to_grpc() {
     for path in ["/latchkey.v1.RunService/GetRun", "/", "/states", "/state"] {
         assert_eq!(scene.status(&ann, "POST", path, b"").await, 418, "{path}");
     }
+}
+
+#[tokio::test]
+async fn a_state_that_comes_too_slowly_loses_its_place() {
+    let scene = Scene::new().await;
+    let ann = scene.person("ann", Access::Admin).await;
+    assert_eq!(scene.status(&ann, "LOCK", PATH, &lock("id")).await, 200);
+    tokio::time::pause();
+    for part in [b" ".as_slice(), b""] {
+        let (sender, body) = sent();
+        let trickle = tokio::spawn(async move {
+            let mut taken = 0;
+            let part = Bytes::from_static(part);
+            while taken < 50 && sender.send(Ok(Frame::data(part.clone()))).await.is_ok() {
+                taken += 1;
+                tokio::time::sleep(Duration::from_secs(50)).await;
+            }
+            taken
+        });
+        let answer = scene.begin(&ann, "POST", &format!("{PATH}?ID=id"), &[], body).await;
+        assert_eq!(answer.status().as_u16(), 400);
+        assert!(trickle.await.unwrap() <= 4);
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_ends_takes_the_state_with_it_that_comes() {
+    let scene = Scene::new().await;
+    let ann = scene.person("ann", Access::Admin).await;
+    assert_eq!(scene.status(&ann, "LOCK", PATH, &lock("id")).await, 200);
+    let (sender, body) = sent();
+    let path = format!("{PATH}?ID=id");
+    let answer = scene.begin(&ann, "POST", &path, &[], body);
+    let revoked = async {
+        // The third waits for the first to be taken.
+        for _ in 0..3 {
+            sender.send(Ok(Frame::data(Bytes::from_static(b" ")))).await.unwrap();
+        }
+        let (app, owner) = (&scene.fixture.app, &scene.fixture.owner);
+        app.reset_user(owner, "acme", "ann", "reset").await.unwrap();
+        // It is not ended by its sender.
+        sender
+    };
+    let both = async { tokio::join!(answer, revoked) };
+    let (answer, _sender) = tokio::time::timeout(Duration::from_secs(20), both).await.unwrap();
+    assert_eq!(answer.status().as_u16(), 401);
+}
+
+#[tokio::test]
+async fn what_is_read_of_a_state_ends_with_the_right_to_it() {
+    let scene = Scene::new().await;
+    let ann = scene.person("ann", Access::Admin).await;
+    assert_eq!(scene.status(&ann, "LOCK", PATH, &lock("id")).await, 200);
+    assert_eq!(scene.status(&ann, "POST", &format!("{PATH}?ID=id"), &large()).await, 200);
+    let mut body = scene.begin(&ann, "GET", PATH, &[], Body::empty()).await.into_body();
+    assert!(body.frame().await.unwrap().is_ok());
+    let (app, owner) = (&scene.fixture.app, &scene.fixture.owner);
+    app.remove_member(owner, "acme", "ann").await.unwrap();
+    assert!(body.frame().await.unwrap().is_err());
+    assert!(body.frame().await.is_none());
+}
+
+#[tokio::test]
+async fn a_state_that_nobody_goes_on_reading_is_closed() {
+    let scene = Scene::new().await;
+    let ann = scene.person("ann", Access::Admin).await;
+    assert_eq!(scene.status(&ann, "LOCK", PATH, &lock("id")).await, 200);
+    assert_eq!(scene.status(&ann, "POST", &format!("{PATH}?ID=id"), &large()).await, 200);
+    tokio::time::pause();
+    let mut body = scene.begin(&ann, "GET", PATH, &[], Body::empty()).await.into_body();
+    assert!(body.frame().await.unwrap().is_ok());
+    assert_eq!(scene.fixture.open_blobs(), 1);
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(scene.fixture.open_blobs(), 0);
+    // What came is not taken for the whole.
+    while body.frame().await.expect("more than it is sent").is_ok() {}
 }
