@@ -25,20 +25,22 @@ mod weakens;
 
 use std::sync::Arc;
 
-use latchkey_domain::id::{EnvironmentId, OrganizationId};
+use latchkey_domain::id::{EnvironmentId, OrganizationId, UserId};
 use latchkey_domain::token_code;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
+use self::guard::Guard;
 use self::record::{ChangeRecord, request_key};
 use super::settings::SettingsChange;
 use super::variables::{NewVariable, Scope};
 use super::{App, check_request_id};
 use crate::auth::Caller;
 use crate::error::{Error, Result};
-use crate::store::Batch;
 use crate::store::keys::VariableScope;
 use crate::store::record::variable::Category;
+use crate::store::{Batch, CommitError, Expect, Key};
+use crate::sts::Triple;
 
 const ATTEMPTS: usize = 32;
 
@@ -73,18 +75,23 @@ pub(super) enum Backing {
     RightAlone,
 }
 
+/// What became of one try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    Made,
+    /// Somebody changed what it rests on.
+    Lost,
+}
+
 impl App {
-    /// Makes a change by the caller's right alone, or by a code where it takes one.
+    /// Makes a change by the caller's right alone, or by a code where it takes one. A change that
+    /// others make meanwhile is judged anew: it rests on the records that said what it takes.
     pub(super) async fn change_guarded(
         self: &Arc<Self>,
         intent: Intent,
         proof: Option<GivenCode>,
     ) -> Result<()> {
-        let (user, _) = match intent.caller.person() {
-            Ok(person) => person,
-            // Never guarded: what is, takes a person anyhow.
-            Err(_) => return self.change_by_right(&intent).await,
-        };
+        let (user, _) = intent.caller.person()?;
         if let Some(proof) = &proof {
             check_request_id(&proof.request_id)?;
             let request = request_key(user, intent.organization, &proof.request_id);
@@ -92,9 +99,29 @@ impl App {
                 return self.recorded_change(request, known.value, &intent).await;
             }
         }
-        let Some(triple) = self.guard_of_change(&intent, user, proof.is_some()).await? else {
-            return self.change_by_right(&intent).await;
-        };
+        for _ in 0..ATTEMPTS {
+            let Guard { triple, rests_on } =
+                self.guard_of_change(&intent, user, proof.is_some()).await?;
+            if let Some(triple) = triple {
+                return self.change_with(intent, user, &triple, proof).await;
+            }
+            let round = self.try_change(&intent, Backing::RightAlone, rests_on, |batch| batch);
+            match round.await? {
+                Round::Made => return Ok(()),
+                Round::Lost => {}
+            }
+        }
+        Err(too_fast())
+    }
+
+    /// Makes a change that takes a code of the triple's device.
+    async fn change_with(
+        self: &Arc<Self>,
+        intent: Intent,
+        user: UserId,
+        triple: &Triple,
+        proof: Option<GivenCode>,
+    ) -> Result<()> {
         let Some(proof) = proof else {
             let message = format!(
                 "this weakens what a token code protects, so it takes one: submit a code of the \
@@ -113,10 +140,26 @@ impl App {
         attempted.await.map_err(Error::internal)?
     }
 
-    async fn change_by_right(&self, intent: &Intent) -> Result<()> {
-        let batch = self.change_batch(intent, Backing::RightAlone).await?;
-        self.store.commit(batch).await?;
-        Ok(())
+    /// Makes one try of the change, with what `more` adds, if all that it rests on is as it was
+    /// read.
+    async fn try_change(
+        &self,
+        intent: &Intent,
+        backing: Backing,
+        rests_on: Vec<(Key, Expect)>,
+        more: impl FnOnce(Batch) -> Batch,
+    ) -> Result<Round> {
+        let batch = more(self.change_batch(intent, backing).await?);
+        let mut rests_on = rests_on.into_iter();
+        let committed = match rests_on.try_fold(batch, |b, (key, expect)| b.rest_on(key, expect)) {
+            Ok(batch) => self.store.commit(batch).await,
+            Err(lost) => Err(lost),
+        };
+        match committed {
+            Ok(_) => Ok(Round::Made),
+            Err(CommitError::Conflict { .. }) => Ok(Round::Lost),
+            Err(error @ CommitError::Store(_)) => Err(error.into()),
+        }
     }
 
     /// Makes the commit that a change is, as things stand.
@@ -158,6 +201,10 @@ impl App {
             | GuardedChange::DeleteVariable { name, .. } => format!("variable {name}"),
         })
     }
+}
+
+fn too_fast() -> Error {
+    Error::refused(Reason::ChangedMeanwhile, "it changes too fast; look again")
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use latchkey_proto::v1::Reason;
 use secrecy::SecretString;
 
 use super::record::{ChangeOutcome, ChangeRecord, OpenChange, Refusal, request_key, request_text};
-use super::{ATTEMPTS, Backing, GivenCode, Intent};
+use super::{ATTEMPTS, Backing, GivenCode, Intent, Round, too_fast};
 use crate::app::App;
 use crate::app::authenticate_run::{DeviceAttempt, unknown_sentence};
 use crate::error::{Error, Result};
@@ -74,7 +74,8 @@ impl App {
         for _ in 0..ATTEMPTS {
             self.check_history()?;
             self.check_codes_open().await?;
-            let triple = self.guard_of_change(intent, user, true).await?.ok_or_else(|| {
+            let guard = self.guard_of_change(intent, user, true).await?;
+            let triple = guard.triple.ok_or_else(|| {
                 let message = "it takes no code any more; look again, then repeat without one";
                 Error::refused(Reason::ChangedMeanwhile, message)
             })?;
@@ -205,19 +206,18 @@ impl App {
             if let Some(id) = &aws_request_id {
                 draft = draft.with("aws_request_id", id.as_str());
             }
-            let batch = self
-                .change_batch(intent, Backing::Code)
-                .await?
-                .put(request.clone(), Expect::Anything, encode(&made))
-                .delete(keys::change_open(record.id.0), Expect::Anything)
-                .audit(draft);
-            match self.store.commit(batch).await {
-                Ok(_) => return Ok(()),
-                Err(CommitError::Conflict { .. }) => {}
-                Err(error @ CommitError::Store(_)) => return Err(error.into()),
+            let more = |batch: Batch| {
+                batch
+                    .put(request.clone(), Expect::Anything, encode(&made))
+                    .delete(keys::change_open(record.id.0), Expect::Anything)
+                    .audit(draft)
+            };
+            match self.try_change(intent, Backing::Code, vec![], more).await? {
+                Round::Made => return Ok(()),
+                Round::Lost => {}
             }
         }
-        Err(Error::refused(Reason::ChangedMeanwhile, "it changes too fast; look again"))
+        Err(too_fast())
     }
 }
 

@@ -1,5 +1,7 @@
 //! What takes a code is not done without; what becomes of a code is recorded once.
 
+mod between;
+
 use std::time::Duration;
 
 use latchkey_aws_simulator::{Effect, Fault};
