@@ -213,7 +213,7 @@ impl App {
             .with("run", run.to_string());
         let record = encode(&EnvironmentRecord::from(&next));
         let batch = Batch::new().put(found.key, Expect::At(found.version), record).audit(draft);
-        self.store.commit(batch).await?;
+        self.store.commit(standing.guard(batch)).await?;
         self.give_turns(standing.organization, next.id).await?;
         let next = self.environment(standing.organization, next.id).await?.value;
         self.environment_view(next, standing.organization_name).await

@@ -13,7 +13,7 @@
 //!    attempt as *spending*, as for a run ([`super::authenticate_run`]).
 //! 4. One call to STS, for the shortest session there is, which is dropped at once.
 //! 5. `GetCallerIdentity` must answer a listed account.
-//! 6. One commit makes the change and closes the record.
+//! 6. One commit makes the change and closes the record, if the caller still has the right.
 //!
 //! An attempt found still open at a start is *unknown*: its change is not made, the code is spent.
 //! Like those of runs, the steps from 3 on run in a task of their own.
@@ -35,11 +35,11 @@ use self::record::{ChangeRecord, request_key};
 use super::settings::SettingsChange;
 use super::variables::{NewVariable, Scope};
 use super::{App, check_request_id};
-use crate::auth::Caller;
+use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
 use crate::store::record::variable::Category;
-use crate::store::{Batch, CommitError, Expect, Key};
+use crate::store::{Batch, CommitError, Expect, Key, Version};
 use crate::sts::Triple;
 
 const ATTEMPTS: usize = 32;
@@ -58,6 +58,27 @@ pub(super) enum GuardedChange {
     Accounts(Vec<String>),
     SetVariable { stored: VariableScope, scope: Scope, variable: NewVariable },
     DeleteVariable { stored: VariableScope, scope: Scope, category: Category, name: String },
+}
+
+impl GuardedChange {
+    /// What its use case has asked for.
+    fn right(&self) -> (Right, Option<EnvironmentId>) {
+        match self {
+            GuardedChange::Settings { environment, change } => {
+                let owners = change.is_for_owners();
+                (if owners { Right::Own } else { Right::Administer }, Some(*environment))
+            }
+            GuardedChange::Accounts(_) => (Right::Own, None),
+            GuardedChange::SetVariable { stored, .. }
+            | GuardedChange::DeleteVariable { stored, .. } => match stored {
+                VariableScope::Personal(..) => (Right::Belong, None),
+                VariableScope::Environment(_, environment) => {
+                    (Right::Administer, Some(*environment))
+                }
+                VariableScope::Organization(_) | VariableScope::Run(_) => (Right::Own, None),
+            },
+        }
+    }
 }
 
 /// Who changes what.
@@ -149,8 +170,9 @@ impl App {
         rests_on: Vec<(Key, Expect)>,
         more: impl FnOnce(Batch) -> Batch,
     ) -> Result<Round> {
+        let (key, version) = self.right_to_change(intent, backing).await?;
         let batch = more(self.change_batch(intent, backing).await?);
-        let mut rests_on = rests_on.into_iter();
+        let mut rests_on = rests_on.into_iter().chain([(key, Expect::At(version))]);
         let committed = match rests_on.try_fold(batch, |b, (key, expect)| b.rest_on(key, expect)) {
             Ok(batch) => self.store.commit(batch).await,
             Err(lost) => Err(lost),
@@ -159,6 +181,25 @@ impl App {
             Ok(_) => Ok(Round::Made),
             Err(CommitError::Conflict { .. }) => Ok(Round::Lost),
             Err(error @ CommitError::Store(_)) => Err(error.into()),
+        }
+    }
+
+    /// Asks for the right again, which the use case asked for first: while AWS answered, it may
+    /// have ended. Answers the record that says so.
+    async fn right_to_change(&self, intent: &Intent, backing: Backing) -> Result<(Key, Version)> {
+        let (right, environment) = intent.change.right();
+        let (caller, organization) = (&intent.caller, intent.organization);
+        match self.standing_in(caller, organization, right, environment).await {
+            Ok(standing) => Ok(standing.rests_on),
+            Err(error)
+                if backing == Backing::Code
+                    && matches!(error.reason(), Reason::NotFound | Reason::NotAllowed) =>
+            {
+                let message = "you may not do this any more: your rights were changed while AWS \
+                               looked at the code. Nothing was changed, and the code is spent";
+                Err(Error::refused(Reason::NotAllowed, message))
+            }
+            Err(error) => Err(error),
         }
     }
 
