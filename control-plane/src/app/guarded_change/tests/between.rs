@@ -8,7 +8,9 @@ use latchkey_proto::v1::Reason;
 use super::{level, policy};
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::settings::SettingsChange;
+use crate::app::variables::Scope;
 use crate::store::record::people::Role;
+use crate::store::record::variable::Category;
 
 /// More requests than a change makes of the store.
 pub(super) const MOST: usize = 60;
@@ -98,4 +100,24 @@ async fn a_record_that_runs_move_too_stands_in_nobodys_way() {
         assert_eq!((settings.region.as_str(), settings.engine.as_str()), ("eu-central-1", "tofu"));
     }
     panic!("a change makes more requests than were tried");
+}
+
+#[tokio::test]
+async fn a_variable_whose_device_was_lost_meanwhile_is_not_said_to_be_missing() {
+    for nth in 1..MOST {
+        let fixture = Arc::new(Fixture::new(MfaPolicy::Never).await);
+        let others = Arc::clone(&fixture);
+        let (between, store) = fixture
+            .with_between(nth, async move { others.unset("AWS_MFA_SERIAL_NUMBER").await })
+            .await;
+        let name = (Category::Environment, "AWS_ACCESS_KEY_ID");
+        let (scope, given) = (Scope::Organization, fixture.proof("one"));
+        let gone = between.delete_variable(&fixture.owner, ORGANIZATION, &scope, name, given).await;
+        if let Err(error) = gone {
+            assert_ne!(error.reason(), Reason::NotFound, "before request {nth}: {error}");
+        }
+        if !store.is_done() || nth > 20 {
+            return;
+        }
+    }
 }
