@@ -188,7 +188,7 @@ impl Fixture {
     /// Makes the organization's record one of before it was noted that something guards it.
     pub(crate) async fn forget_guard(&self) {
         let found = self.app.organization(self.organization().await).await.unwrap();
-        let next = found.value;
+        let next = Organization { guarded: false, ..found.value };
         let batch = Batch::new().put(found.key, Expect::At(found.version), encode(&next));
         self.store.commit(batch).await.unwrap();
     }

@@ -2,9 +2,11 @@
 //!
 //! A stolen login must not be enough to switch the codes off. Where a complete triple stands
 //! ready for the caller, their own or the organization's, these take a code of its device: a
-//! weaker setting of an environment ([`weakens`](self::weakens::weakens)), another list of AWS accounts, another triple.
-//! The first set-up, while no triple is complete or no account listed, takes none: no code could
-//! be spent.
+//! weaker setting of an environment ([`weakens`](self::weakens::weakens)), another list of AWS
+//! accounts, another triple. So does an owner's first triple of their own where the organization
+//! has one. The first set-up, before any triple was complete or while no account is listed, takes
+//! none: no code could be spent. Once there was one, whoever has no device weakens nothing
+//! ([`standing`]).
 //!
 //! 1. The use case has authorized the caller, and tried the change out: what is malformed costs
 //!    no code.
@@ -21,6 +23,7 @@
 mod by_code;
 mod guard;
 mod record;
+mod standing;
 mod weakens;
 
 use std::sync::Arc;
@@ -215,15 +218,22 @@ impl App {
                 self.accounts_batch(caller, *organization, accounts).await
             }
             GuardedChange::SetVariable { stored, scope, variable } => {
-                let batch =
-                    self.set_batch(caller, *organization, (*stored, scope), variable).await?;
+                let place = (*stored, scope);
+                let batch = self.set_batch(caller, *organization, place, variable).await?;
+                let batch = self.with_guard(batch, *organization, *stored, &variable.name).await?;
                 Ok(match backing {
                     Backing::Code => self.without_old_secret(batch, *stored, variable).await?,
                     Backing::RightAlone => batch,
                 })
             }
             GuardedChange::DeleteVariable { stored, scope, category, name } => {
-                self.delete_batch(caller, *organization, (*stored, scope), *category, name).await
+                let place = (*stored, scope);
+                let batch =
+                    self.delete_batch(caller, *organization, place, *category, name).await?;
+                Ok(match backing {
+                    Backing::Code => self.without_guard(batch, *organization, *stored).await?,
+                    Backing::RightAlone => batch,
+                })
             }
         }
     }

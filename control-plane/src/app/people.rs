@@ -86,6 +86,7 @@ impl App {
             name: organization.to_owned(),
             aws_accounts: vec![],
             external_id: String::new(),
+            guarded: false,
             created_at: now.into(),
         };
         let token = NewToken::generate("lk_")?;

@@ -1,13 +1,14 @@
 //! Which device a change takes a code of, if it takes one.
 
-use latchkey_domain::id::{OrganizationId, UserId};
+use latchkey_domain::id::UserId;
+use latchkey_proto::v1::Reason;
 
 use super::weakens::weakens;
 use super::{GuardedChange, Intent};
 use crate::app::App;
 use crate::app::secrets::TRIPLE;
 use crate::app::variables::NewVariable;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
 use crate::store::record::variable::Category;
 use crate::store::{Expect, Key, keys};
@@ -66,7 +67,8 @@ impl App {
                 }
                 match stored {
                     VariableScope::Personal(..) => {
-                        guard.triple = self.triple_in(*stored, &mut guard.rests_on).await?;
+                        guard.triple =
+                            self.triple_of_own(intent, user, &mut guard.rests_on).await?;
                         return Ok(guard);
                     }
                     VariableScope::Organization(_) => {}
@@ -74,17 +76,19 @@ impl App {
                 }
             }
         }
-        guard.triple = self.triple_of_change(organization, user, &mut guard.rests_on).await?;
+        guard.triple = self.triple_of_change(intent, user, &mut guard.rests_on).await?;
         Ok(guard)
     }
 
-    /// Finds the caller's own triple, else the organization's.
+    /// Finds the caller's own triple, else the organization's. Where neither is whole but the
+    /// organization is guarded, somebody else's device or one that is gone is what guards.
     async fn triple_of_change(
         &self,
-        organization: OrganizationId,
+        intent: &Intent,
         user: UserId,
         rests_on: &mut Vec<(Key, Expect)>,
     ) -> Result<Option<Triple>> {
+        let organization = intent.organization;
         let personal = VariableScope::Personal(organization, user);
         for scope in [personal, VariableScope::Organization(organization)] {
             let found = self.triple_in(scope, rests_on).await?;
@@ -92,7 +96,50 @@ impl App {
                 return Ok(found);
             }
         }
-        Ok(None)
+        let found = self.organization(organization).await?;
+        rests_on.push((found.key, Expect::At(found.version)));
+        let is_set_up = match &intent.change {
+            // Nobody could give a code: as after break-glass, somebody sets one.
+            GuardedChange::SetVariable { .. } => !self.any_triple(organization, None).await?,
+            GuardedChange::Settings { .. }
+            | GuardedChange::Accounts(_)
+            | GuardedChange::DeleteVariable { .. } => false,
+        };
+        if !found.value.guarded || is_set_up {
+            return Ok(None);
+        }
+        let message = "this weakens what a token code protects, so it takes one, and you have no \
+                       device to give it with: set your own access key, secret key and MFA serial \
+                       first (`latchkey var set --personal`)";
+        Err(Error::refused(Reason::TripleIncomplete, message))
+    }
+
+    /// Finds whose code a change of the caller's own triple takes: their own; for the first one of
+    /// an owner the organization's, or they would choose for themselves what guards.
+    async fn triple_of_own(
+        &self,
+        intent: &Intent,
+        user: UserId,
+        rests_on: &mut Vec<(Key, Expect)>,
+    ) -> Result<Option<Triple>> {
+        let organization = intent.organization;
+        let personal = VariableScope::Personal(organization, user);
+        let own = self.triple_in(personal, rests_on).await?;
+        if own.is_some() {
+            return Ok(own);
+        }
+        let makes_whole = match &intent.change {
+            GuardedChange::SetVariable { variable, .. } => {
+                self.makes_whole(personal, &variable.name).await?
+            }
+            GuardedChange::Settings { .. }
+            | GuardedChange::Accounts(_)
+            | GuardedChange::DeleteVariable { .. } => false,
+        };
+        if !makes_whole || !self.is_owner(organization, user).await? {
+            return Ok(None);
+        }
+        self.triple_in(VariableScope::Organization(organization), rests_on).await
     }
 
     /// Finds a whole triple, and notes what says that there is none.

@@ -117,7 +117,7 @@ impl App {
                 other => other?,
             }
         }
-        Ok(())
+        self.note_guards().await
     }
 
     /// A digest of what is asked for. Keyed: a value may be short.

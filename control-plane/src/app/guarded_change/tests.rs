@@ -1,6 +1,7 @@
 //! What takes a code is not done without; what becomes of a code is recorded once.
 
 mod between;
+mod guard;
 mod right;
 
 use std::time::Duration;
@@ -224,7 +225,9 @@ async fn a_personal_triple_guards_its_owners_changes() {
     let scope = Scope::Personal;
     for (name, value) in own {
         let first = variable(name, value);
-        app.set_variable(owner, ORGANIZATION, &scope, first, None).await.unwrap();
+        // Of the organization's device, for what makes it whole.
+        let given = fixture.proof("first").filter(|_| name == "AWS_MFA_SERIAL_NUMBER");
+        app.set_variable(owner, ORGANIZATION, &scope, first, given).await.unwrap();
     }
     let other = variable("AWS_MFA_SERIAL_NUMBER", "GAHT12345678");
     let refused = app.set_variable(owner, ORGANIZATION, &scope, other.clone(), None).await;
