@@ -84,11 +84,12 @@ impl Fixture {
             .update_organization(&fixture.owner, ORGANIZATION, accounts, None)
             .await
             .unwrap();
+        // While nothing guards it: no settings take a code.
+        fixture.create_environment(settings).await;
         let secret = facts.secret_access_key.expose().to_owned();
         fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
         fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
         fixture.set("AWS_MFA_SERIAL_NUMBER", &facts.mfa_serial).await;
-        fixture.create_environment(settings).await;
         fixture
     }
 
@@ -216,7 +217,7 @@ impl Fixture {
 
     async fn create_environment(&self, settings: SettingsChange) {
         self.app
-            .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
+            .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make", None)
             .await
             .unwrap();
     }

@@ -2,8 +2,8 @@
 //!
 //! A stolen login must not be enough to switch the codes off. Where a complete triple stands
 //! ready for the caller, their own or the organization's, these take a code of its device: a
-//! weaker setting of an environment ([`weakens`](self::weakens::weakens)), another list of AWS
-//! accounts, another triple. So does an owner's first triple of their own where the organization
+//! weaker setting of an environment ([`weakens`](self::weakens::weakens)), a new environment that
+//! is weaker than one is by default, another list of AWS accounts, another triple. So does an owner's first triple of their own where the organization
 //! has one. The first set-up, before any triple was complete or while no account is listed, takes
 //! none: no code could be spent. Once there was one, whoever has no device weakens nothing
 //! ([`standing`]).
@@ -57,10 +57,29 @@ pub struct GivenCode {
 /// A change that may take a code.
 #[derive(Clone, Debug)]
 pub(super) enum GuardedChange {
-    Settings { environment: EnvironmentId, change: Box<SettingsChange> },
+    Settings {
+        environment: EnvironmentId,
+        change: Box<SettingsChange>,
+    },
+    /// A new environment, whose settings are held against what one has by default. `request` is
+    /// where it is kept that it was made.
+    Create {
+        name: String,
+        settings: Box<SettingsChange>,
+        request: Key,
+    },
     Accounts(Vec<String>),
-    SetVariable { stored: VariableScope, scope: Scope, variable: NewVariable },
-    DeleteVariable { stored: VariableScope, scope: Scope, category: Category, name: String },
+    SetVariable {
+        stored: VariableScope,
+        scope: Scope,
+        variable: NewVariable,
+    },
+    DeleteVariable {
+        stored: VariableScope,
+        scope: Scope,
+        category: Category,
+        name: String,
+    },
 }
 
 impl GuardedChange {
@@ -71,7 +90,7 @@ impl GuardedChange {
                 let owners = change.is_for_owners();
                 (if owners { Right::Own } else { Right::Administer }, Some(*environment))
             }
-            GuardedChange::Accounts(_) => (Right::Own, None),
+            GuardedChange::Create { .. } | GuardedChange::Accounts(_) => (Right::Own, None),
             GuardedChange::SetVariable { stored, .. }
             | GuardedChange::DeleteVariable { stored, .. } => match stored {
                 VariableScope::Personal(..) => (Right::Belong, None),
@@ -214,6 +233,9 @@ impl App {
                 let found = self.environment(*organization, *environment).await?;
                 self.settings_batch(caller, found, *change.clone(), backing).await
             }
+            GuardedChange::Create { name, settings, request } => {
+                self.creation_batch(caller, *organization, name, *settings.clone(), request).await
+            }
             GuardedChange::Accounts(accounts) => {
                 self.accounts_batch(caller, *organization, accounts).await
             }
@@ -244,6 +266,7 @@ impl App {
                 let found = self.environment(intent.organization, *environment).await?;
                 format!("environment {}", found.value.name)
             }
+            GuardedChange::Create { name, .. } => format!("environment {name}"),
             GuardedChange::Accounts(_) => {
                 let found = self.organization(intent.organization).await?;
                 format!("organization {}", found.value.name)

@@ -295,7 +295,7 @@ impl App {
     }
 }
 
-fn taken(what: &str) -> Error {
+pub(super) fn taken(what: &str) -> Error {
     let message = format!("the name is taken by another {what}; choose another");
     Error::refused(Reason::NameTaken, message)
 }

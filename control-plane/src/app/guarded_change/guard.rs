@@ -10,6 +10,7 @@ use crate::app::secrets::TRIPLE;
 use crate::app::variables::NewVariable;
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
+use crate::store::record::environment::Settings;
 use crate::store::record::variable::Category;
 use crate::store::{Expect, Key, keys};
 use crate::sts::Triple;
@@ -44,6 +45,13 @@ impl App {
                 let after = self.changed(organization, before.clone(), *change.clone()).await?;
                 let mends = given && found.break_glass.is_some() && change.sets_policy();
                 if !weakens(&before, &after) && !mends {
+                    return Ok(guard);
+                }
+            }
+            GuardedChange::Create { settings, .. } => {
+                let before = Settings::default();
+                let after = self.changed(organization, before.clone(), *settings.clone()).await?;
+                if !weakens(&before, &after) {
                     return Ok(guard);
                 }
             }
@@ -102,6 +110,7 @@ impl App {
             // Nobody could give a code: as after break-glass, somebody sets one.
             GuardedChange::SetVariable { .. } => !self.any_triple(organization, None).await?,
             GuardedChange::Settings { .. }
+            | GuardedChange::Create { .. }
             | GuardedChange::Accounts(_)
             | GuardedChange::DeleteVariable { .. } => false,
         };
@@ -133,6 +142,7 @@ impl App {
                 self.makes_whole(personal, &variable.name).await?
             }
             GuardedChange::Settings { .. }
+            | GuardedChange::Create { .. }
             | GuardedChange::Accounts(_)
             | GuardedChange::DeleteVariable { .. } => false,
         };

@@ -126,6 +126,7 @@ impl App {
         let value = match change {
             GuardedChange::SetVariable { variable, .. } => variable.value.expose_secret(),
             GuardedChange::Settings { .. }
+            | GuardedChange::Create { .. }
             | GuardedChange::Accounts(_)
             | GuardedChange::DeleteVariable { .. } => "",
         };

@@ -2,26 +2,46 @@
 
 use latchkey_domain::policy::MfaPolicy;
 
-use crate::store::record::environment::{PlainCredentials, Settings};
+use crate::store::record::environment::{CodeCredentials, PlainCredentials, Settings};
 
 /// Tells whether settings protect less than those before.
 ///
 /// Weaker are: a lower level; a plan rule that demands less anywhere; one person where two were
-/// demanded; an apply by itself under `never`; more credentials for phases without a code, or
-/// other roles that they assume.
+/// demanded; an apply by itself under `never`; other credentials for phases without a code, and
+/// wider ones for a code.
 pub(super) fn weakens(before: &Settings, after: &Settings) -> bool {
-    let reach = |plain: PlainCredentials| match plain {
-        PlainCredentials::None => 0,
-        PlainCredentials::Session => 1,
-        PlainCredentials::Role => 2,
-        PlainCredentials::Static => 3,
-    };
     after.policy < before.policy
         || !after.plan_rule.is_at_least(&before.plan_rule)
         || (before.second_person && !after.second_person)
         || (after.policy == MfaPolicy::Never && after.auto_apply && !before.auto_apply)
-        || reach(after.plain_credentials) > reach(before.plain_credentials)
-        || (after.plain_credentials == PlainCredentials::Role && after.roles != before.roles)
+        || gives_more_plainly(before, after)
+        || gives_more_by_code(before, after)
+}
+
+/// A role may be narrower than the keys or, to who may assume it, wider: only what holds nothing,
+/// and what was left by those who had the keys themselves, is known to be no more.
+fn gives_more_plainly(before: &Settings, after: &Settings) -> bool {
+    match (before.plain_credentials, after.plain_credentials) {
+        (_, PlainCredentials::None)
+        | (PlainCredentials::Static, _)
+        | (PlainCredentials::Session, PlainCredentials::Session) => false,
+        (PlainCredentials::Role, PlainCredentials::Role) => before.roles != after.roles,
+        (PlainCredentials::None | PlainCredentials::Role, PlainCredentials::Session)
+        | (PlainCredentials::None | PlainCredentials::Session, PlainCredentials::Role)
+        | (
+            PlainCredentials::None | PlainCredentials::Session | PlainCredentials::Role,
+            PlainCredentials::Static,
+        ) => true,
+    }
+}
+
+/// With the session of a code the roles can be assumed anyhow.
+fn gives_more_by_code(before: &Settings, after: &Settings) -> bool {
+    match (before.code_credentials, after.code_credentials) {
+        (CodeCredentials::Session, CodeCredentials::Session | CodeCredentials::Role) => false,
+        (CodeCredentials::Role, CodeCredentials::Session) => true,
+        (CodeCredentials::Role, CodeCredentials::Role) => before.roles != after.roles,
+    }
 }
 
 #[cfg(test)]
@@ -100,5 +120,49 @@ mod tests {
             ..Settings::default()
         };
         assert!(!weakens(&gated(false), &gated(true)), "a code is demanded all the same");
+    }
+
+    #[test]
+    fn what_a_phase_gets_is_never_widened_unseen() {
+        type Plain = PlainCredentials;
+        type Code = CodeCredentials;
+        let role = |name: &str| RoleSettings {
+            arn: format!("arn:aws:iam::123456789012:role/{name}"),
+            ..RoleSettings::default()
+        };
+        let with = |plain, code, name: &str| {
+            let mut settings = Settings {
+                plain_credentials: plain,
+                code_credentials: code,
+                ..Settings::default()
+            };
+            settings.roles.plan = role(name);
+            settings
+        };
+        let modes = [Plain::None, Plain::Session, Plain::Role, Plain::Static];
+        let wider = |before, after| {
+            weakens(&with(before, Code::Session, "a"), &with(after, Code::Session, "a"))
+        };
+        for mode in modes {
+            assert!(!wider(mode, Plain::None));
+            assert!(!wider(mode, mode));
+            assert!(!wider(Plain::Static, mode));
+        }
+        for before in [Plain::None, Plain::Session, Plain::Role] {
+            for after in modes.into_iter().filter(|mode| *mode != before && *mode != Plain::None) {
+                assert!(wider(before, after), "{before:?} to {after:?}");
+            }
+        }
+        let by_code = |before, after| weakens(&before, &after);
+        let narrow = || with(Plain::None, Code::Role, "a");
+        assert!(by_code(narrow(), with(Plain::None, Code::Session, "a")));
+        assert!(by_code(narrow(), with(Plain::None, Code::Role, "admin")));
+        assert!(!by_code(with(Plain::None, Code::Session, "a"), narrow()));
+        let mut without_policy = narrow();
+        let mut narrowed = narrow();
+        narrowed.roles.plan.policy = "{}".into();
+        assert!(by_code(narrowed, without_policy.clone()));
+        without_policy.region = "eu-central-1".into();
+        assert!(!by_code(narrow(), without_policy));
     }
 }
