@@ -169,6 +169,11 @@ impl Batch {
         self.require(fits, "holds an audit record above the limit of 32 KiB")
     }
 
+    /// Refuses a batch that no store takes, before anything is done that cannot be undone.
+    pub fn check_valid(&self) -> Result<(), StoreError> {
+        self.invalid.map_or(Ok(()), |what| Err(StoreError::Invalid { what }))
+    }
+
     fn add(mut self, key: Key, expect: Expect, operation: Operation) -> Self {
         let own = matches!(key.kind(), None | Some(keys::Kind::Audit | keys::Kind::AuditHead));
         let reads = matches!(operation, Operation::Check);

@@ -177,7 +177,7 @@ impl App {
             Error::field("token_code", "a token code is exactly six digits; nothing was spent")
         })?;
         // What is malformed is found out before anything is spent.
-        drop(self.change_batch(&intent, Backing::Code).await?);
+        self.change_batch(&intent, Backing::Code).await?.check_valid()?;
         let app = Arc::clone(self);
         let attempted = tokio::spawn(async move { app.change_by_code(intent, user, proof).await });
         attempted.await.map_err(Error::internal)?

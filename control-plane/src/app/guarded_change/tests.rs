@@ -1,6 +1,7 @@
 //! What takes a code is not done without; what becomes of a code is recorded once.
 
 mod between;
+mod bounds;
 mod create;
 mod guard;
 mod right;
