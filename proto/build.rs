@@ -29,6 +29,7 @@ const SECRET_MESSAGES: &[&str] = &[
     "AuthenticateRequest",
     "BootstrapRequest",
     "BootstrapResponse",
+    "CreateEnvironmentRequest",
     "CreatePoolTokenResponse",
     "CreateServiceTokenResponse",
     "CheckEnvironmentRequest",

@@ -150,11 +150,28 @@ impl Batch {
         self.add(key, expect, Operation::Check)
     }
 
+    /// Makes the batch depend on what was read of a record, also where it says something of it
+    /// already. One that was made of another version of it has lost the race.
+    pub fn rest_on(mut self, key: Key, expect: Expect) -> Result<Self, CommitError> {
+        let Some((known, _)) = self.operations.get_mut(&key) else {
+            return Ok(self.check(key, expect));
+        };
+        if *known == Expect::Anything {
+            *known = expect;
+        }
+        if *known == expect { Ok(self) } else { Err(CommitError::Conflict { key }) }
+    }
+
     /// Adds a record to its organization's audit chain.
     pub fn audit(mut self, draft: audit::Draft) -> Self {
         let fits = draft.size() <= VALUE_LIMIT / 2;
         self.drafts.push(draft);
         self.require(fits, "holds an audit record above the limit of 32 KiB")
+    }
+
+    /// Refuses a batch that no store takes, before anything is done that cannot be undone.
+    pub fn check_valid(&self) -> Result<(), StoreError> {
+        self.invalid.map_or(Ok(()), |what| Err(StoreError::Invalid { what }))
     }
 
     fn add(mut self, key: Key, expect: Expect, operation: Operation) -> Self {

@@ -30,6 +30,7 @@ redacted! {
     AuthenticateRequest { run_id, phase, plan_digest, request_id; token_code }
     BootstrapRequest { organization, user; secret }
     BootstrapResponse { ; token }
+    CreateEnvironmentRequest { organization, environment, settings, request_id; token_code }
     CreatePoolTokenResponse { expire_time; token }
     CreateServiceTokenResponse { expire_time; token }
     CheckEnvironmentRequest { organization, environment, request_id; token_code }

@@ -20,6 +20,9 @@ use crate::words::parse_duration;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Env {
     /// Makes an environment
+    ///
+    /// Where it gives or allows more than an environment does by default, it takes a token code,
+    /// which is asked for.
     Create {
         /// Name of the environment
         #[arg(value_name = "ENV")]
@@ -179,13 +182,18 @@ impl Env {
             Env::Doctor(_) => return Ok(Exit::Ok),
             Env::Create { environment, settings } => {
                 let request = settings.create(organization, environment);
-                client
-                    .call(|| {
-                        let (mut service, request) = (client.environments(), request.clone());
-                        async move { service.create_environment(request).await }
-                    })
-                    .await?
-                    .environment
+                change::make(context, client, Ask::WhenNeeded, |token_code, request_id| {
+                    let mut request =
+                        v1::CreateEnvironmentRequest { token_code, ..request.clone() };
+                    // A code's own: what becomes of it is recorded under it.
+                    if !request_id.is_empty() {
+                        request.request_id = request_id;
+                    }
+                    let mut service = client.environments();
+                    async move { service.create_environment(request).await }
+                })
+                .await?
+                .environment
             }
             Env::Show { environment } => {
                 let request = v1::GetEnvironmentRequest { organization, environment };
@@ -295,6 +303,7 @@ impl Settings {
                 limits: self.limits.limits(),
             }),
             request_id: Uuid::new_v4().to_string(),
+            token_code: String::new(),
         }
     }
 

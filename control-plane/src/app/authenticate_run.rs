@@ -14,10 +14,13 @@
 //!    goes on from here. An attempt found still *spending* at a start becomes *unknown*.
 //! 9. `GetCallerIdentity` must answer a listed account. It may be asked again, and asks nobody
 //!    for another code.
-//! 10. One commit moves the run, places the session and closes the record.
+//! 10. One commit moves the run, places the session and closes the record, if the person may still
+//!     decide.
 //!
 //! The steps from 4 on run in a task of their own: a caller who hangs up changes nothing, not
 //! even between an attempt that is counted and its code.
+
+mod decider;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +34,7 @@ use latchkey_domain::token_code;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::transition::{Decision, Details, Subject};
+use super::transition::{Decision, Details, Guard, Subject};
 use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
@@ -372,6 +375,14 @@ impl App {
     ) -> Result<()> {
         let organization = self.run(record.run.0).await?.value.request.organization;
         loop {
+            match self.decider(&record).await {
+                Ok(_) => {}
+                Err(error) if is_refusal(error.reason()) => {
+                    let refusal = (error.reason(), error.message().to_owned(), None);
+                    return self.refuse(record, refusal, actor).await;
+                }
+                Err(error) => return Err(error),
+            }
             let refusal = match self.sts.identify(&session, region).await {
                 Identity::Account(account) => {
                     match self.check_whose(organization, &record, &account).await {
@@ -457,8 +468,10 @@ impl App {
             Purpose::Phase => "authenticate_run",
             Purpose::TopUp => "top_up",
         };
-        let advance = self
-            .advance_with(run, actor, action, |subject| {
+        let decider = self.decider(&record).await;
+        let advance = async |user| {
+            let guard = Guard::Decider(user);
+            self.advance_guarded(run, guard, (actor, action), |subject| {
                 let event = match record.purpose {
                     Purpose::Phase => Event::CodeAccepted {
                         evidence: evidence.clone(),
@@ -474,11 +487,17 @@ impl App {
                 );
                 Ok(Decision { event, batch, details: details(&record) })
             })
-            .await;
-        match advance {
+            .await
+        };
+        let accepted = match decider {
+            Ok(user) => advance(user).await,
+            Err(error) => Err(error),
+        };
+        match accepted {
             Ok(_) => Ok(()),
             Err(error) if is_refusal(error.reason()) => {
-                // The run moved on while AWS answered: the session serves nobody.
+                // The run moved on while AWS answered, or the right is gone: the session serves
+                // nobody.
                 let refusal = (error.reason(), error.message().to_owned(), None);
                 self.refuse(record, refusal, actor).await
             }
@@ -669,6 +688,7 @@ fn is_refusal(reason: Reason) -> bool {
             | Reason::WrongState
             | Reason::PlanChanged
             | Reason::SecondPersonRequired
+            | Reason::NotAllowed
     )
 }
 

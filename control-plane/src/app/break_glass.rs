@@ -189,6 +189,7 @@ impl App {
             let key = keys::variable(scope, &stored_name(Category::Environment, name));
             batch.delete(key, Expect::Anything)
         });
+        let batch = self.without_guard(batch, organization, scope).await?;
         let news =
             News { event: Event::BreakGlass, run: None, environment: None, reason: Some(reason) };
         let batch = self.announce(batch.audit(draft), organization, news).await?;

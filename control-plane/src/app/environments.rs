@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use latchkey_domain::environment::Hold;
-use latchkey_domain::id::{EnvironmentId, RunId, UserId};
+use latchkey_domain::id::{EnvironmentId, OrganizationId, RunId, UserId};
 use latchkey_domain::run::RunState;
 use latchkey_proto::v1::Reason;
+use secrecy::SecretString;
 
 use super::guarded_change::{Backing, GivenCode, GuardedChange, Intent};
+use super::people::taken;
 use super::settings::{SettingsChange, asks, shown};
 use super::{App, Page, PageRequest, check_name, check_request_id};
 use crate::auth::{Caller, Right};
@@ -15,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::people::Access;
 use crate::store::record::{Loaded, Text, encode};
-use crate::store::{Batch, Expect, Scan, keys};
+use crate::store::{Batch, Expect, Key, Scan, keys};
 
 /// An environment with the names that people know.
 #[derive(Debug)]
@@ -26,13 +28,15 @@ pub struct EnvironmentView {
 }
 
 impl App {
+    /// Makes an environment; by a code, where it is weaker than one is by default.
     pub async fn create_environment(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         organization: &str,
         name: &str,
         settings: SettingsChange,
         request_id: &str,
+        code: Option<SecretString>,
     ) -> Result<EnvironmentView> {
         let standing = self.owner(caller, organization).await?;
         check_name("environment", name)?;
@@ -42,9 +46,36 @@ impl App {
             request_owner(caller),
             &format!("environment:{organization}:{request_id}"),
         );
-        if let Some(made) = self.fetch::<Text<EnvironmentId>>(request.clone()).await? {
-            let environment = self.environment(organization, made.value.0).await?.value;
-            return self.environment_view(environment, standing.organization_name).await;
+        let mut done = Ok(());
+        if self.store.fetch(&request).await?.is_none() {
+            let (name, settings) = (name.to_owned(), Box::new(settings));
+            let change = GuardedChange::Create { name, settings, request: request.clone() };
+            let intent = Intent { caller: caller.clone(), organization, change };
+            let request_id = request_id.to_owned();
+            let proof = code.map(|code| GivenCode { code, request_id });
+            done = self.change_guarded(intent, proof).await;
+        }
+        // The same request, sent at the same time, may have made it.
+        let Some(made) = self.fetch::<Text<EnvironmentId>>(request).await? else {
+            done?;
+            return Err(Error::internal("an environment that was made vanished"));
+        };
+        let environment = self.environment(organization, made.value.0).await?.value;
+        self.environment_view(environment, standing.organization_name).await
+    }
+
+    /// Makes the commit that makes an environment.
+    pub(super) async fn creation_batch(
+        &self,
+        caller: &Caller,
+        organization: OrganizationId,
+        name: &str,
+        settings: SettingsChange,
+        request: &Key,
+    ) -> Result<Batch> {
+        let by_name = keys::environment_by_name(organization, name);
+        if self.store.fetch(&by_name).await?.is_some() {
+            return Err(taken("environment"));
         }
         let environment = Environment {
             id: EnvironmentId::from_uuid(self.new_id()),
@@ -58,21 +89,15 @@ impl App {
         };
         let id = encode(&Text(environment.id));
         let record = encode(&EnvironmentRecord::from(&environment));
+        let subject = format!("environment {name}");
         let draft = self
-            .draft(
-                organization,
-                caller.audit_name(),
-                "create_environment",
-                format!("environment {name}"),
-            )
+            .draft(organization, caller.audit_name(), "create_environment", subject)
             .with("settings", shown(&environment.settings));
-        let batch = Batch::new()
+        Ok(Batch::new()
             .put(keys::environment(organization, environment.id), Expect::Absent, record)
-            .put(keys::environment_by_name(organization, name), Expect::Absent, id.clone())
-            .put(request, Expect::Absent, id)
-            .audit(draft);
-        self.commit_named(batch, "environment").await?;
-        self.environment_view(environment, standing.organization_name).await
+            .put(by_name, Expect::Absent, id.clone())
+            .put(request.clone(), Expect::Absent, id)
+            .audit(draft))
     }
 
     pub async fn show_environment(
@@ -209,7 +234,7 @@ impl App {
             .with("run", run.to_string());
         let record = encode(&EnvironmentRecord::from(&next));
         let batch = Batch::new().put(found.key, Expect::At(found.version), record).audit(draft);
-        self.store.commit(batch).await?;
+        self.store.commit(standing.guard(batch)).await?;
         self.give_turns(standing.organization, next.id).await?;
         let next = self.environment(standing.organization, next.id).await?.value;
         self.environment_view(next, standing.organization_name).await

@@ -1,5 +1,6 @@
 //! A control plane without processes: use cases over the memory store and the simulated AWS.
 
+pub(crate) mod between;
 pub(crate) mod together;
 
 use std::path::{Path, PathBuf};
@@ -83,11 +84,12 @@ impl Fixture {
             .update_organization(&fixture.owner, ORGANIZATION, accounts, None)
             .await
             .unwrap();
+        // While nothing guards it: no settings take a code.
+        fixture.create_environment(settings).await;
         let secret = facts.secret_access_key.expose().to_owned();
         fixture.set("AWS_ACCESS_KEY_ID", &facts.access_key_id).await;
         fixture.set("AWS_SECRET_ACCESS_KEY", &secret).await;
         fixture.set("AWS_MFA_SERIAL_NUMBER", &facts.mfa_serial).await;
-        fixture.create_environment(settings).await;
         fixture
     }
 
@@ -162,11 +164,42 @@ impl Fixture {
         Arc::new(App { store: together::Together::over(&self.store), ..app })
     }
 
+    /// One in which something happens before the nth request that it makes of the store.
+    pub(crate) async fn with_between(
+        &self,
+        nth: usize,
+        deed: impl Future<Output = ()> + Send + 'static,
+    ) -> (Arc<App>, Arc<between::BetweenRequests>) {
+        let app = self.committing_through(Arc::clone(&self.store)).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        let store = between::BetweenRequests::over(&self.store, nth, deed);
+        (Arc::new(App { store: Arc::clone(&store) as Arc<dyn Store>, ..app }), store)
+    }
+
+    /// One in which something happens after AWS has taken a code.
+    pub(crate) async fn with_late_answers(
+        &self,
+        deed: impl Future<Output = ()> + Send + 'static,
+    ) -> Arc<App> {
+        let app = self.committing_through(Arc::clone(&self.store)).await;
+        let app = Arc::into_inner(app).expect("nobody else has it yet");
+        let sts = between::BeforeIdentity::over(&app.sts, deed);
+        Arc::new(App { sts, ..app })
+    }
+
     /// The same data in another process that tells others through `outbound`.
     pub(crate) async fn telling_through(&self, outbound: Outbound) -> Arc<App> {
         let app = self.on(self.directory(), &self.store).await;
         let app = Arc::into_inner(app).expect("nobody else has it yet");
         Arc::new(App { dispatch: self.app.dispatch.clone(), outbound: Arc::new(outbound), ..app })
+    }
+
+    /// Makes the organization's record one of before it was noted that something guards it.
+    pub(crate) async fn forget_guard(&self) {
+        let found = self.app.organization(self.organization().await).await.unwrap();
+        let next = Organization { guarded: false, ..found.value };
+        let batch = Batch::new().put(found.key, Expect::At(found.version), encode(&next));
+        self.store.commit(batch).await.unwrap();
     }
 
     /// Lets dispatch run, for tests of what it does and knows.
@@ -192,7 +225,7 @@ impl Fixture {
 
     async fn create_environment(&self, settings: SettingsChange) {
         self.app
-            .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make")
+            .create_environment(&self.owner, ORGANIZATION, ENVIRONMENT, settings, "make", None)
             .await
             .unwrap();
     }

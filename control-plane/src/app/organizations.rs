@@ -44,6 +44,7 @@ impl App {
             name: name.to_owned(),
             aws_accounts: vec![],
             external_id: String::new(),
+            guarded: false,
             created_at: self.now().into(),
         };
         let taken = || {

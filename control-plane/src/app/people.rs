@@ -86,6 +86,7 @@ impl App {
             name: organization.to_owned(),
             aws_accounts: vec![],
             external_id: String::new(),
+            guarded: false,
             created_at: now.into(),
         };
         let token = NewToken::generate("lk_")?;
@@ -295,7 +296,7 @@ impl App {
     }
 }
 
-fn taken(what: &str) -> Error {
+pub(super) fn taken(what: &str) -> Error {
     let message = format!("the name is taken by another {what}; choose another");
     Error::refused(Reason::NameTaken, message)
 }

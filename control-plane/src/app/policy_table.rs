@@ -172,19 +172,25 @@ impl Bed {
             roles: Some(Roles { plan: role("plan"), apply: role("apply") }),
             ..SettingsChange::default()
         };
+        let code = Some(self.code());
         let (app, owner) = (&self.fixture.app, &self.fixture.owner);
-        app.create_environment(owner, ORGANIZATION, &name, settings, &name).await.unwrap();
+        app.create_environment(owner, ORGANIZATION, &name, settings, &name, code).await.unwrap();
         name
     }
 
-    async fn submit(&mut self, caller: &Caller, run: &Run) -> Result<Run> {
+    fn code(&mut self) -> SecretString {
         // A window of its own for each: how many a device may have is another test's business.
         self.fixture.clock.advance(Duration::from_secs(180));
         self.codes += 1;
+        SecretString::from(format!("{:06}", self.codes))
+    }
+
+    async fn submit(&mut self, caller: &Caller, run: &Run) -> Result<Run> {
+        let code = self.code();
         let submission = Submission {
             run: run.id,
             phase: if run.planned.is_some() { Phase::Apply } else { Phase::Plan },
-            code: SecretString::from(format!("{:06}", self.codes)),
+            code,
             seen: run.planned.as_ref().map(|planned| planned.digest),
             request_id: format!("code-{}", self.codes),
             purpose: Purpose::Phase,

@@ -25,6 +25,8 @@ const LONGEST_FLOOR: Duration = Duration::from_secs(12 * 3600);
 const MOST_RESOURCE_TYPES: usize = 64;
 /// Of a session policy and the ARNs beside it, in characters (AWS STS, `AssumeRole`).
 const LARGEST_POLICY: usize = 2048;
+/// As they are shown, in bytes: an audit record holds them as they were and as they are.
+const LARGEST: usize = 14 * 1024;
 const MOST_POLICY_ARNS: usize = 10;
 const DAY: u64 = 86_400;
 
@@ -116,6 +118,7 @@ impl App {
             session_floor,
             limits,
         } = change;
+        let size_before = size(&settings);
         settings.policy = policy.unwrap_or(settings.policy);
         settings.auto_apply = auto_apply.unwrap_or(settings.auto_apply);
         settings.plain_credentials = plain_credentials.unwrap_or(settings.plain_credentials);
@@ -175,6 +178,11 @@ impl App {
                 let missing = || Error::field("pool", "no such pool; `latchkey pool create` one");
                 Some(found.await?.ok_or_else(missing)?.value.0)
             };
+        }
+        if size(&settings) > LARGEST.max(size_before) {
+            let message = "the roles' policies, the plan rule's resource types and the labels come \
+                           to more than 14 KiB together, as JSON writes them; shorten them";
+            return Err(Error::field("roles", message));
         }
         Ok(settings)
     }
@@ -297,6 +305,11 @@ fn check_role(field: &'static str, role: &RoleSettings) -> Result<()> {
         let message = "a session policy and up to 10 managed ones have 2,048 characters together";
         return Err(Error::field(field, message));
     }
+    let is_taken = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{ff}');
+    if !policy.chars().all(is_taken) {
+        let message = "AWS takes no characters beyond Latin-1 in a session policy: escape them";
+        return Err(Error::field(field, message));
+    }
     if !policy.is_empty() && !serde_json::from_str::<Value>(policy).is_ok_and(|p| p.is_object()) {
         return Err(Error::field(field, "the session policy is not a JSON object"));
     }
@@ -403,6 +416,10 @@ pub(super) fn shown(settings: &Settings) -> Value {
         "floor_seconds": settings.session_floor.as_secs(),
         "limits": settings.limits,
     })
+}
+
+fn size(settings: &Settings) -> usize {
+    shown(settings).to_string().len()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
-use latchkey_domain::id::{PoolId, RunId, RunnerId};
+use latchkey_domain::id::{PoolId, RunId, RunnerId, UserId};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 
@@ -56,6 +56,8 @@ impl From<Event> for Decision {
 pub(super) enum Guard {
     /// A person's or our own word: rights were checked.
     None,
+    /// The person whose code it is must still have the right to decide.
+    Decider(UserId),
     /// The runner that speaks must not have been revoked.
     Identity(RunnerId),
     /// The runner that is given something to do must be neither revoked nor drained.
@@ -135,6 +137,7 @@ impl App {
         for _ in 0..ATTEMPTS {
             let admitted = match guard {
                 Guard::None => None,
+                Guard::Decider(user) => Some(self.decider_guard(id, user).await?),
                 Guard::Identity(runner) => Some(self.identity_guard(runner).await?),
                 Guard::Grant(runner) => Some(self.guard_of(runner).await?),
             };

@@ -246,10 +246,7 @@ impl App {
             let (scope, name) = (scope.clone(), name.to_owned());
             let change = GuardedChange::DeleteVariable { stored, scope, category, name };
             let intent = Intent { caller: caller.clone(), organization, change };
-            return match self.change_guarded(intent, proof).await {
-                Err(error) if error.reason() == Reason::ChangedMeanwhile => Err(missing()),
-                other => other,
-            };
+            return self.change_guarded(intent, proof).await;
         }
         for _ in 0..ATTEMPTS {
             let place = (stored, scope);

@@ -18,7 +18,9 @@ impl EnvironmentService for Service {
         request: Request<v1::CreateEnvironmentRequest>,
     ) -> Result<Response<v1::CreateEnvironmentResponse>, Status> {
         let caller = caller(&request)?;
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let code = std::mem::take(&mut request.token_code);
+        let code = (!code.is_empty()).then(|| code.into());
         let settings = request.settings.map(given).transpose()?.unwrap_or_default();
         let view = self
             .app
@@ -28,6 +30,7 @@ impl EnvironmentService for Service {
                 &request.environment,
                 settings,
                 &request.request_id,
+                code,
             )
             .await?;
         let environment = Some(convert::environment(view));

@@ -181,7 +181,8 @@ async fn fill(fixture: &Fixture) -> Aim {
         app.set_variable(owner, ORGANIZATION, &scope, variable, None).await.unwrap();
     }
     app.create_pool(owner, ORGANIZATION, "only-theirs", "pool").await.unwrap();
-    app.create_environment(owner, ORGANIZATION, "only-theirs", SettingsChange::default(), "env")
+    let settings = SettingsChange::default();
+    app.create_environment(owner, ORGANIZATION, "only-theirs", settings, "env", None)
         .await
         .unwrap();
     let run = fixture.queue("canary").await;
@@ -230,7 +231,7 @@ async fn another_organization(fixture: &Fixture) -> (SecretString, Caller) {
     let bob = app.caller(&token).await.unwrap();
     app.create_pool(&bob, OWN, "build", "pool").await.unwrap();
     let settings = SettingsChange::default();
-    app.create_environment(&bob, OWN, ENVIRONMENT, settings, "env").await.unwrap();
+    app.create_environment(&bob, OWN, ENVIRONMENT, settings, "env", None).await.unwrap();
     (token, bob)
 }
 

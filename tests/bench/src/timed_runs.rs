@@ -111,6 +111,7 @@ pub(crate) struct Plan {
 pub(crate) struct Prepared {
     pub(crate) environment: String,
     pub(crate) digest: String,
+    auto_apply: Option<bool>,
 }
 
 /// A run that was queued.
@@ -135,12 +136,13 @@ pub(crate) async fn prepare(
 ) -> anyhow::Result<Prepared> {
     let settings = v1::EnvironmentSettings {
         mfa_policy: MfaPolicy::Never.into(),
-        auto_apply: true,
         pool: Stage::POOL.to_owned(),
         plain_credentials: PlainCredentials::None.into(),
         ..Default::default()
     };
-    prepare_with(owner, environment, configuration, settings).await
+    let prepared = prepare_with(owner, environment, configuration, settings).await?;
+    // By each run: for an environment that does it always, a code would be asked.
+    Ok(Prepared { auto_apply: Some(true), ..prepared })
 }
 
 pub(crate) async fn prepare_with(
@@ -154,7 +156,7 @@ pub(crate) async fn prepare_with(
         .await
         .with_context(|| format!("make environment {environment}"))?;
     let digest = owner.upload(environment, configuration).await.context("upload")?;
-    Ok(Prepared { environment: environment.to_owned(), digest })
+    Ok(Prepared { environment: environment.to_owned(), digest, auto_apply: None })
 }
 
 impl Prepared {
@@ -164,6 +166,7 @@ impl Prepared {
             environment: self.environment.clone(),
             configuration_digest: self.digest.clone(),
             kind: kind.into(),
+            auto_apply: self.auto_apply,
             request_id: Uuid::new_v4().to_string(),
             ..Default::default()
         };

@@ -337,11 +337,22 @@ impl Person {
         environment: &str,
         settings: v1::EnvironmentSettings,
     ) -> Result<v1::Environment, Status> {
+        self.create_environment_by(environment, settings, "").await
+    }
+
+    /// As [`Person::create_environment_with`], by a code where the settings take one.
+    pub async fn create_environment_by(
+        &self,
+        environment: &str,
+        settings: v1::EnvironmentSettings,
+        code: &str,
+    ) -> Result<v1::Environment, Status> {
         let request = v1::CreateEnvironmentRequest {
             organization: self.organization.clone(),
             environment: environment.to_owned(),
             settings: Some(settings),
             request_id: unique(),
+            token_code: code.to_owned(),
         };
         let answer = self.environments().create_environment(request).await?;
         Ok(answer.into_inner().environment.unwrap_or_default())

@@ -133,7 +133,7 @@ async fn furnish(world: &World, app: &Arc<App>) -> anyhow::Result<Furniture> {
             session_duration: Some(SESSION),
             ..SettingsChange::default()
         };
-        app.create_environment(&owner, ORGANIZATION, name, settings, name).await?;
+        app.create_environment(&owner, ORGANIZATION, name, settings, name, None).await?;
     }
     let organization = pool.organization.0;
     let digest = app.blobs.put(organization, CONFIGURATION).await?;

@@ -1,5 +1,7 @@
 //! Codes against the simulated AWS: what reaches it, how often, and what the run becomes.
 
+mod right;
+
 use std::time::Duration;
 
 use latchkey_aws_simulator::{Effect, Fault};

@@ -1,17 +1,22 @@
 //! What takes a code is not done without; what becomes of a code is recorded once.
 
+mod between;
+mod bounds;
+mod create;
+mod guard;
+mod right;
+
 use std::time::Duration;
 
 use latchkey_aws_simulator::{Effect, Fault};
-use latchkey_domain::policy::{MfaPolicy, PlanRule};
+use latchkey_domain::policy::MfaPolicy;
 use latchkey_proto::v1::Reason;
 
-use super::{GivenCode, weakens};
+use super::GivenCode;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::settings::SettingsChange;
 use crate::app::variables::{NewVariable, Scope};
 use crate::error::Result;
-use crate::store::record::environment::{PlainCredentials, RoleSettings, Settings};
 use crate::store::record::variable::Category;
 
 fn policy(policy: MfaPolicy) -> SettingsChange {
@@ -40,74 +45,6 @@ async fn set(fixture: &Fixture, name: &str, value: &str, proof: Option<GivenCode
     let (app, owner) = (&fixture.app, &fixture.owner);
     let variable = variable(name, value);
     app.set_variable(owner, ORGANIZATION, &Scope::Organization, variable, proof).await.map(drop)
-}
-
-#[test]
-fn what_protects_less_is_weaker_and_what_protects_more_is_not() {
-    let rule = |types: &[&str], more_than| PlanRule {
-        resource_types: types.iter().map(|name| (*name).to_owned()).collect(),
-        more_than,
-        ..PlanRule::default()
-    };
-    let role = |arn: &str| RoleSettings { arn: arn.into(), ..RoleSettings::default() };
-    type Set = Box<dyn Fn(&mut Settings)>;
-    // What is set before, and what after.
-    let table: Vec<(&str, Set, Set)> = vec![
-        (
-            "level",
-            Box::new(|s| s.policy = MfaPolicy::AppliesOnly),
-            Box::new(|s| s.policy = MfaPolicy::Never),
-        ),
-        (
-            "destructive",
-            Box::new(|s| s.plan_rule.destructive = true),
-            Box::new(|s| s.plan_rule.destructive = false),
-        ),
-        (
-            "types",
-            Box::new(move |s| s.plan_rule = rule(&["aws_iam_*"], None)),
-            Box::new(move |s| s.plan_rule = rule(&["aws_iam_role"], None)),
-        ),
-        (
-            "number",
-            Box::new(move |s| s.plan_rule = rule(&[], Some(3))),
-            Box::new(move |s| s.plan_rule = rule(&[], Some(4))),
-        ),
-        (
-            "second person",
-            Box::new(|s| s.second_person = true),
-            Box::new(|s| s.second_person = false),
-        ),
-        ("auto apply", Box::new(|_| ()), Box::new(|s| s.auto_apply = true)),
-        (
-            "plain credentials",
-            Box::new(|_| ()),
-            Box::new(|s| s.plain_credentials = PlainCredentials::Static),
-        ),
-        (
-            "roles",
-            Box::new(|s| s.plain_credentials = PlainCredentials::Role),
-            Box::new(move |s| {
-                s.plain_credentials = PlainCredentials::Role;
-                s.roles.apply = role("arn:aws:iam::123456789012:role/admin");
-            }),
-        ),
-    ];
-    for (name, before, after) in &table {
-        let (mut strong, mut weak) = (Settings::default(), Settings::default());
-        before(&mut strong);
-        after(&mut weak);
-        assert!(weakens(&strong, &weak), "{name}");
-        assert!(!weakens(&strong, &strong), "{name}");
-        if *name != "roles" {
-            assert!(!weakens(&weak, &strong), "{name}");
-        }
-    }
-    let harmless = Settings { region: "eu-central-1".into(), ..Settings::default() };
-    assert!(!weakens(&Settings::default(), &harmless));
-    let gated =
-        |auto_apply| Settings { policy: MfaPolicy::AppliesOnly, auto_apply, ..Settings::default() };
-    assert!(!weakens(&gated(false), &gated(true)), "a code is demanded all the same");
 }
 
 #[tokio::test]
@@ -290,7 +227,9 @@ async fn a_personal_triple_guards_its_owners_changes() {
     let scope = Scope::Personal;
     for (name, value) in own {
         let first = variable(name, value);
-        app.set_variable(owner, ORGANIZATION, &scope, first, None).await.unwrap();
+        // Of the organization's device, for what makes it whole.
+        let given = fixture.proof("first").filter(|_| name == "AWS_MFA_SERIAL_NUMBER");
+        app.set_variable(owner, ORGANIZATION, &scope, first, given).await.unwrap();
     }
     let other = variable("AWS_MFA_SERIAL_NUMBER", "GAHT12345678");
     let refused = app.set_variable(owner, ORGANIZATION, &scope, other.clone(), None).await;

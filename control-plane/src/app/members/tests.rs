@@ -117,13 +117,13 @@ async fn a_membership_names_a_hundred_environments_at_most() {
     let mut environments = vec![(ENVIRONMENT.to_owned(), Some(Access::Write))];
     for n in 1..MOST_ENVIRONMENTS {
         let (name, settings) = (format!("env-{n}"), SettingsChange::default());
-        app.create_environment(owner, ORGANIZATION, &name, settings, &name).await.unwrap();
+        app.create_environment(owner, ORGANIZATION, &name, settings, &name, None).await.unwrap();
         environments.push((name, Some(Access::Read)));
     }
     let all = MemberChange { environments, ..MemberChange::default() };
     app.update_member(owner, ORGANIZATION, "bob", all).await.unwrap();
     let settings = SettingsChange::default();
-    app.create_environment(owner, ORGANIZATION, "more", settings, "more").await.unwrap();
+    app.create_environment(owner, ORGANIZATION, "more", settings, "more", None).await.unwrap();
     let one_more = only("more", Some(Access::Read));
     refused(app.update_member(owner, ORGANIZATION, "bob", one_more).await, Reason::LimitReached);
 }
@@ -302,7 +302,7 @@ async fn what_is_hidden_from_a_member_is_not_named_to_them() {
     assert!(own.items[0].environments.is_empty());
     let change = SettingsChange { policy: Some(MfaPolicy::Never), ..SettingsChange::default() };
     // "web" is behind the only one that bob sees.
-    app.create_environment(owner, ORGANIZATION, "app", change.clone(), "app").await.unwrap();
+    app.create_environment(owner, ORGANIZATION, "app", change.clone(), "app", None).await.unwrap();
     let page = PageRequest { size: 1, token: String::new() };
     let page = app.list_environments(&bob, ORGANIZATION, page).await.unwrap();
     assert_eq!((page.items[0].environment.name.as_str(), page.next), ("app", None));
@@ -323,7 +323,7 @@ async fn a_known_request_id_shows_no_run_of_another_environment() {
     let run = fixture.try_queue(&bob, "known").await.unwrap();
     assert_eq!(fixture.try_queue(&bob, "known").await.unwrap().id, run.id);
     let settings = SettingsChange::default();
-    app.create_environment(owner, ORGANIZATION, "dev", settings, "dev").await.unwrap();
+    app.create_environment(owner, ORGANIZATION, "dev", settings, "dev", None).await.unwrap();
     let hide = only(ENVIRONMENT, Some(Access::None));
     app.update_member(owner, ORGANIZATION, "bob", hide).await.unwrap();
     let new = NewRun {

@@ -276,7 +276,7 @@ async fn each_hears_what_they_chose_and_without_anybody_nothing_is_kept() {
     let settings = crate::app::settings::SettingsChange::default();
     fixture
         .app
-        .create_environment(&fixture.owner, ORGANIZATION, "db", settings, "db")
+        .create_environment(&fixture.owner, ORGANIZATION, "db", settings, "db", None)
         .await
         .unwrap();
     app.create_webhook(&fixture.owner, ORGANIZATION, url, elsewhere, "b").await.unwrap();

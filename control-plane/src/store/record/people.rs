@@ -36,6 +36,10 @@ pub struct Organization {
     /// What its runs give when they assume a role; empty until that is first needed.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub external_id: String,
+    /// Set from the first whole triple on, its own or a member's: what weakens takes a code, until
+    /// a code or the host has given the last one up. Nobody who merely loses theirs takes the guard away.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guarded: bool,
     pub created_at: Millis,
 }
 

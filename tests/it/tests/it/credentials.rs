@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use latchkey_harness::{Configuration, Person, Stage, is_ended};
+use latchkey_harness::{Configuration, Person, Stage, is_ended, reason};
 use latchkey_proto::v1;
 use latchkey_proto::v1::{CheckOutcome, CodeCredentials, MfaPolicy, PlainCredentials, RunState};
 
@@ -70,12 +70,16 @@ async fn without_a_code_a_role_and_long_term_keys_work_where_owners_say_so() {
         roles: roles("read", "read"),
         ..settings(MfaPolicy::Never)
     };
-    ada.create_environment_with("role", in_role).await.unwrap();
+    let refused = ada.create_environment_with("role", in_role.clone()).await.unwrap_err();
+    assert_eq!(reason(&refused), "MFA_REQUIRED");
+    let code = stage.aws.unused_code().await.unwrap();
+    ada.create_environment_by("role", in_role, &code).await.unwrap();
     let of_keys = v1::EnvironmentSettings {
         plain_credentials: PlainCredentials::Static.into(),
         ..settings(MfaPolicy::Never)
     };
-    let environment = ada.create_environment_with("static", of_keys).await.unwrap();
+    let code = stage.aws.unused_code().await.unwrap();
+    let environment = ada.create_environment_by("static", of_keys, &code).await.unwrap();
     assert!(environment.warnings[0].contains("long-term AWS keys"), "{environment:?}");
     for (name, configuration) in
         [("role", with_s3_as_given(&stage)), ("static", with_s3(&stage, "read"))]
@@ -101,7 +105,8 @@ async fn without_a_code_a_role_and_long_term_keys_work_where_owners_say_so() {
             && call.access_key_id.as_ref() == Some(key)
             && !call.members.contains_key("SourceIdentity")
     }));
-    assert!(calls.iter().all(|call| !call.had_code));
+    // The codes by which the environments were made, and none for a run.
+    assert_eq!(calls.iter().filter(|call| call.had_code).count(), 2);
 }
 
 /// An apply that looks at its credentials before its gate is opened and again behind it, until they
