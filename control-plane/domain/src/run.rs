@@ -414,6 +414,12 @@ impl Run {
         !self.requires_second_person(current) || self.request.queued_by.name() != person
     }
 
+    /// Tells whether the apply is approved, by a second person where one is demanded.
+    pub fn is_approved_by_another(&self, current: &Demands) -> bool {
+        let by = self.approval.as_ref().map(|approval| approval.by.as_str());
+        by.is_some_and(|by| self.may_be_approved_by(by, current))
+    }
+
     pub fn requires_second_person(&self, current: &Demands) -> bool {
         self.request.second_person || current.second_person
     }

@@ -151,7 +151,7 @@ impl App {
             let organization = run.request.organization;
             let wanted = self.wanted_by_code(run, environment, submission.phase, name).await?;
             if submission.purpose == Purpose::TopUp {
-                self.check_top_up(&subject, submission.phase, &wanted).await?;
+                self.check_top_up(&subject, submission.phase, name, &wanted).await?;
             }
             let triple = self.triple_for(organization, user, &wanted.region).await?;
             self.check_listed(organization, account_of(&triple.access_key_id)).await?;
@@ -465,7 +465,10 @@ impl App {
                         seen: record.seen.map(|seen| seen.0),
                         current: subject.environment.value.settings.demands(),
                     },
-                    Purpose::TopUp => Event::ToppedUp { evidence: evidence.clone() },
+                    Purpose::TopUp => Event::ToppedUp {
+                        evidence: evidence.clone(),
+                        current: subject.environment.value.settings.demands(),
+                    },
                 };
                 let batch = close(Batch::new(), &record).put(
                     place.clone(),

@@ -7,7 +7,7 @@ use super::step_tests::{RUNNER, evidence, given};
 use super::{Effect, Event, Refusal, Run, RunState, Step, step};
 use crate::id::AuthenticationId;
 use crate::lease::Engine;
-use crate::policy::{Evidence, Phase};
+use crate::policy::{Demands, Evidence, Phase};
 use crate::time::Timestamp;
 
 const FLOOR: Duration = Duration::from_secs(1800);
@@ -50,11 +50,15 @@ fn another(phase: Phase) -> Evidence {
     }
 }
 
+fn topped_up(evidence: Evidence) -> Event {
+    Event::ToppedUp { evidence, current: Demands::default() }
+}
+
 #[test]
 fn a_running_apply_is_topped_up_and_who_approved_it_stays() {
     for name in ["Applying (released)", "Applying (released, cancel requested)", "Lost"] {
         let run = given(name);
-        let event = Event::ToppedUp { evidence: another(Phase::Apply) };
+        let event = topped_up(another(Phase::Apply));
         let Step::Moved { next, effects, .. } = step(&run, event, Timestamp::from_millis(5)) else {
             panic!("{name}");
         };
@@ -76,11 +80,27 @@ fn nothing_else_is_topped_up() {
         ("Applied", Refusal::WrongState),
         ("AwaitingApplyMfa", Refusal::WrongState),
     ] {
-        let event = Event::ToppedUp { evidence: another(Phase::Apply) };
+        let event = topped_up(another(Phase::Apply));
         assert_eq!(
             step(&given(name), event, Timestamp::from_millis(5)),
             Step::Refused(refusal),
             "{name}"
         );
+    }
+}
+
+#[test]
+fn who_may_not_approve_an_apply_does_not_top_it_up() {
+    let run = given("Applying (released)");
+    let demanded = Demands { second_person: true, ..Demands::default() };
+    let own = Evidence { user: "ada".into(), ..another(Phase::Apply) };
+    let mut carrying = run.clone();
+    carrying.request.second_person = true;
+    for (run, current) in [(&run, demanded.clone()), (&carrying, Demands::default())] {
+        let event = Event::ToppedUp { evidence: own.clone(), current: current.clone() };
+        let refused = Step::Refused(Refusal::SecondPersonRequired);
+        assert_eq!(step(run, event, Timestamp::from_millis(5)), refused);
+        let event = Event::ToppedUp { evidence: another(Phase::Apply), current };
+        assert!(matches!(step(run, event, Timestamp::from_millis(5)), Step::Moved { .. }));
     }
 }

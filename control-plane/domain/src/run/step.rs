@@ -71,6 +71,7 @@ pub enum Event {
     /// STS accepted a code submitted while `evidence.phase` runs, so that it can run on.
     ToppedUp {
         evidence: Evidence,
+        current: Demands,
     },
     /// The credentials that the phase needs cannot be had, for a reason that waiting does not
     /// cure.
@@ -247,7 +248,7 @@ fn moved_by(run: &Run, event: Event, now: Timestamp) -> Step {
         Event::Granted { phase, runner, log_base, state, engine, floor } => {
             granted(run, (phase, runner), log_base, (state, engine), floor, now)
         }
-        Event::ToppedUp { evidence } => topped_up(run, evidence, now),
+        Event::ToppedUp { evidence, current } => topped_up(run, evidence, &current, now),
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {
             starting(run, (phase, runner, epoch), &current, floor, now)
