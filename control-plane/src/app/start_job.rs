@@ -159,7 +159,8 @@ impl App {
     ) -> Result<Option<Plain>, String> {
         let run = &subject.run.value;
         let current = subject.environment.value.settings.demands();
-        if run.job(phase).evidence.is_some() || run.requires_code(phase, &current) {
+        let denied = phase == Phase::Apply && !run.is_approved_by_another(&current);
+        if run.job(phase).evidence.is_some() || run.requires_code(phase, &current) || denied {
             return Ok(None);
         }
         self.plain(subject, phase).await

@@ -139,10 +139,8 @@ impl App {
                 Guard::Grant(runner) => Some(self.guard_of(runner).await?),
             };
             let subject = self.subject(id).await?;
-            let Decision { event, mut batch, details } = decide(&subject)?;
-            if let Some((key, expect)) = admitted {
-                batch = batch.check(key, expect);
-            }
+            let Decision { event, batch, details } = decide(&subject)?;
+            let release = release_of(&event);
             let run = &subject.run.value;
             let (next, environment, effects) = match step(run, event, self.now()) {
                 Step::Unchanged => {
@@ -154,6 +152,15 @@ impl App {
                 }
                 Step::Moved { next, environment, effects } => (*next, environment, effects),
             };
+            // What was put together for a release is not kept, nor told, where it is denied.
+            let denied = release.is_some_and(|phase| !is_released(&next, phase));
+            let (action, mut batch, details) = match denied {
+                true => ("deny_release", Batch::new(), vec![]),
+                false => (action, batch, details),
+            };
+            if let Some((key, expect)) = admitted {
+                batch = batch.check(key, expect);
+            }
             let moved = self.with_turn(&subject, (next, environment, effects));
             let batch = self.write(&subject, &moved, (actor, action, details), batch);
             let (next, change, effects) = &moved;
@@ -331,6 +338,15 @@ pub(super) type Moved = (Run, Change, Vec<Effect>);
 fn has_session(run: &Run, phase: Phase) -> bool {
     let job = run.job(phase);
     job.evidence.is_some() || job.lease.is_some()
+}
+
+/// The phase whose credentials an event is to release; the step may deny it.
+fn release_of(event: &Event) -> Option<Phase> {
+    if let Event::Starting { phase, .. } = event { Some(*phase) } else { None }
+}
+
+fn is_released(run: &Run, phase: Phase) -> bool {
+    run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some())
 }
 
 fn reason(run: &Run) -> String {
