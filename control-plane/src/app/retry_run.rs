@@ -57,7 +57,8 @@ impl App {
             message: message(first),
             target: request.target.clone(),
             replace: request.replace.clone(),
-            auto_apply: None,
+            // Who wanted to look first wants to look again; to apply by itself is the setting's word.
+            auto_apply: if request.auto_apply { None } else { Some(false) },
             retry_of: Some(first.id),
             variables: retry.variables,
             request_key,
