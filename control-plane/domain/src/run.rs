@@ -186,8 +186,23 @@ pub struct Request {
     pub queued_at: Timestamp,
     /// The run that this one does again.
     pub retry_of: Option<RunId>,
-    /// Names of the variables that were given for this run alone; their values end with it.
-    pub given: Vec<String>,
+    /// The variables that were given for this run alone; their values end with it.
+    pub given: Vec<Given>,
+}
+
+/// A variable that was given for one run, by all but its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Given {
+    pub name: String,
+    /// Absent for runs of before it was kept.
+    pub category: Option<Category>,
+}
+
+/// What a variable is one of. The two share no names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Category {
+    Terraform,
+    Environment,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -153,7 +153,7 @@ impl App {
                     queued_by: caller.actor(),
                     queued_at: self.now(),
                     retry_of: asked.retry_of,
-                    given: given.names(),
+                    given: given.kept(),
                 },
             );
             let request_key = asked.request_key.clone();
@@ -213,7 +213,8 @@ impl App {
             draft = draft.with("retry_of", first.to_string());
         }
         if !request.given.is_empty() {
-            draft = draft.with("variables", request.given.join(", "));
+            let names: Vec<&str> = request.given.iter().map(|one| one.name.as_str()).collect();
+            draft = draft.with("variables", names.join(", "));
         }
         let organization = request.organization;
         let batch = self.fix_variables(batch, organization, caller, id, given).await?;

@@ -209,7 +209,7 @@ pub(super) fn run(view: RunView) -> v1::Run {
         cancel_request_time: run.cancel_requested_at.map(timestamp),
         force_cancel_time: view.force_cancel_time.map(timestamp),
         retry_of: request.retry_of.map(|run| run.to_string()).unwrap_or_default(),
-        given_variables: request.given.clone(),
+        given_variables: request.given.iter().map(|one| one.name.clone()).collect(),
         apply_forecast: view.credentials.forecast.as_ref().map(forecast),
         warnings: view.credentials.warnings.clone(),
         code_reason: view.code_reason.clone().unwrap_or_default(),

@@ -65,7 +65,7 @@ async fn what_was_given_for_the_first_run_has_to_be_given_again() {
     assert!(refused.message().contains("give them again: size"), "{refused}");
     let whole = Retry { variables: vec![size()], ..retry(&first, "a") };
     let second = fixture.app.retry_run(&fixture.owner, whole).await.unwrap();
-    assert_eq!(second.request.given, ["size"]);
+    assert_eq!(second.request.given[0].name, "size");
 }
 
 #[tokio::test]
@@ -96,5 +96,19 @@ async fn what_was_queued_not_to_apply_by_itself_does_not_when_it_is_done_again()
         let second = fixture.app.retry_run(&fixture.owner, retry(&first, &id)).await.unwrap();
         assert_eq!(second.request.auto_apply, expect, "{asked:?}");
         fixture.app.cancel_run(&fixture.owner, second.id).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_variable_of_another_category_is_not_the_one_that_was_given() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let other = NewVariable { category: Category::Environment, hcl: false, ..size() };
+    for (given, again) in [(size(), other.clone()), (other, size())] {
+        let first =
+            fixture.queue_giving(&format!("{:?}", given.category), vec![given]).await.unwrap();
+        fixture.app.cancel_run(&fixture.owner, first.id).await.unwrap();
+        let odd = Retry { variables: vec![again], ..retry(&first, "a") };
+        let refused = fixture.app.retry_run(&fixture.owner, odd).await.unwrap_err();
+        assert_eq!(refused.field_name(), Some("variables"));
     }
 }

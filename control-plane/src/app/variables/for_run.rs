@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use latchkey_domain::id::{EnvironmentId, OrganizationId, RunId};
+use latchkey_domain::run;
 use latchkey_proto::reserved::is_reserved;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
@@ -38,9 +39,13 @@ pub struct JobVariable {
 pub(in crate::app) struct Given(Vec<(NewVariable, Prepared)>);
 
 impl Given {
-    /// The names, as a run's record shows them.
-    pub(in crate::app) fn names(&self) -> Vec<String> {
-        self.0.iter().map(|(variable, _)| variable.name.clone()).collect()
+    /// All but the values, as a run's record keeps it.
+    pub(in crate::app) fn kept(&self) -> Vec<run::Given> {
+        let kept = |variable: &NewVariable| run::Given {
+            name: variable.name.clone(),
+            category: Some(variable.category.into()),
+        };
+        self.0.iter().map(|(variable, _)| kept(variable)).collect()
     }
 }
 

@@ -10,13 +10,13 @@ use latchkey_domain::policy::{
     DestroyedBy, Destroys, Evidence, MfaPolicy, Permit, Phase, PlanFacts,
 };
 use latchkey_domain::run::{
-    Actor, Approval, Authenticated, Counts, Job, PlanDigests, Planned, RefusedCode, Request, Run,
+    Actor, Approval, Authenticated, Counts, Given, Job, PlanDigests, Planned, RefusedCode, Request, Run,
     RunKind, RunState,
 };
 use serde::{Deserialize, Serialize};
 
 use super::environment::{PlanRuleRecord, is_default};
-use super::{Millis, Text};
+use super::{Millis, Text, variable};
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "MfaPolicy", rename_all = "snake_case")]
@@ -94,7 +94,7 @@ pub struct RunRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     retry_of: Option<Text<RunId>>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    given: Vec<String>,
+    given: Vec<GivenRecord>,
     #[serde(with = "StateRecord")]
     state: RunState,
     updated_at: Millis,
@@ -115,6 +115,36 @@ pub struct RunRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     code_reason: Option<String>,
     reason: Option<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum GivenRecord {
+    Of {
+        name: String,
+        category: variable::Category,
+    },
+    /// Of before the category was kept.
+    Name(String),
+}
+
+impl From<Given> for GivenRecord {
+    fn from(given: Given) -> Self {
+        let Given { name, category } = given;
+        match category {
+            Some(category) => GivenRecord::Of { name, category: category.into() },
+            None => GivenRecord::Name(name),
+        }
+    }
+}
+
+impl From<GivenRecord> for Given {
+    fn from(record: GivenRecord) -> Self {
+        match record {
+            GivenRecord::Of { name, category } => Given { name, category: Some(category.into()) },
+            GivenRecord::Name(name) => Given { name, category: None },
+        }
+    }
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -281,7 +311,7 @@ impl From<&Run> for RunRecord {
             },
             queued_at: queued_at.into(),
             retry_of: retry_of.map(Text),
-            given,
+            given: given.into_iter().map(GivenRecord::from).collect(),
             state: run.state,
             updated_at: run.updated_at.into(),
             entered_at: Some(run.entered_at.into()),
@@ -332,7 +362,7 @@ impl From<RunRecord> for Run {
                 },
                 queued_at: record.queued_at.into(),
                 retry_of: record.retry_of.map(|run| run.0),
-                given: record.given,
+                given: record.given.into_iter().map(Given::from).collect(),
             },
             state: record.state,
             updated_at: record.updated_at.into(),
@@ -509,6 +539,7 @@ impl From<PlannedRecord> for Planned {
 #[cfg(test)]
 mod tests {
     use latchkey_domain::policy::PlanRule;
+    use latchkey_domain::run::Category;
 
     use super::*;
     use crate::store::record::encode;
@@ -535,7 +566,9 @@ mod tests {
                 queued_by: Actor::User { id: UserId::from_bytes(id(4)), name: "ada".into() },
                 queued_at: at,
                 retry_of: Some(RunId::from_bytes(id(7))),
-                given: vec!["size".into()],
+                given: [None, Some(Category::Terraform), Some(Category::Environment)]
+                    .map(|category| Given { name: "size".into(), category })
+                    .into(),
             },
         );
         let authentication = AuthenticationId::from_bytes(id(6));

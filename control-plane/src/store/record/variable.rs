@@ -1,6 +1,7 @@
 //! Variables as they are stored: every value sealed, sensitive or not.
 
 use latchkey_domain::id::Digest;
+use latchkey_domain::run;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -11,6 +12,24 @@ use super::{Millis, SealedBytes, Text};
 pub enum Category {
     Terraform,
     Environment,
+}
+
+impl From<run::Category> for Category {
+    fn from(category: run::Category) -> Self {
+        match category {
+            run::Category::Terraform => Category::Terraform,
+            run::Category::Environment => Category::Environment,
+        }
+    }
+}
+
+impl From<Category> for run::Category {
+    fn from(category: Category) -> Self {
+        match category {
+            Category::Terraform => run::Category::Terraform,
+            Category::Environment => run::Category::Environment,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
