@@ -10,8 +10,8 @@ use latchkey_domain::policy::{
     DestroyedBy, Destroys, Evidence, MfaPolicy, Permit, Phase, PlanFacts,
 };
 use latchkey_domain::run::{
-    Actor, Approval, Authenticated, Counts, Given, Job, PlanDigests, Planned, RefusedCode, Request, Run,
-    RunKind, RunState,
+    Actor, Approval, Authenticated, Counts, Given, Job, PlanDigests, Planned, RefusedCode, Request,
+    Run, RunKind, RunState,
 };
 use serde::{Deserialize, Serialize};
 
