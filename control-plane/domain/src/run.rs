@@ -30,7 +30,7 @@ use std::time::Duration;
 use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, RunnerId, UserId,
 };
-use crate::lease::Lease;
+use crate::lease::{Lease, Site};
 use crate::policy::{Demands, Evidence, Match, MfaPolicy, Phase, PlanFacts, PlanRule};
 use crate::time::Timestamp;
 
@@ -215,6 +215,9 @@ pub struct Run {
     pub entered_at: Timestamp,
     pub plan: Job,
     pub apply: Job,
+    /// Where the plan is or was made: set by each of its grants, and with it that the variables of
+    /// its release are kept. Absent for runs whose plan was granted before that was so.
+    pub site: Option<Site>,
     /// Set when the plan has ended well.
     pub planned: Option<Planned>,
     pub approval: Option<Approval>,
@@ -351,6 +354,7 @@ impl Run {
             state,
             plan: Job::default(),
             apply: Job::default(),
+            site: None,
             planned: None,
             approval: None,
             outputs: None,

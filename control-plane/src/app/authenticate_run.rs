@@ -31,7 +31,7 @@ use latchkey_domain::token_code;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::transition::{Decision, Details, Subject};
+use super::transition::{Decision, Details, Subject, of_phase};
 use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
@@ -553,7 +553,9 @@ impl App {
                 }
                 Outcome::Verifying { session, .. } => {
                     let session = self.open_session(&record_key, &session)?;
-                    let region = self.subject(open.run.0).await?.environment.value.settings.region;
+                    let subject = self.subject(open.run.0).await?;
+                    let (run, environment) = (subject.run.value, subject.environment.value);
+                    let region = of_phase(&environment, &run, record.phase).settings.region;
                     let app = Arc::clone(self);
                     tokio::spawn(async move {
                         let actor = format!("user {}", record.user);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
 use latchkey_domain::id::{PoolId, RunId, RunnerId};
+use latchkey_domain::lease::Site;
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 
@@ -317,6 +318,20 @@ impl App {
 pub(super) fn place(run: &Run, phase: Phase, settings: &Settings, pool: PoolId) -> Place {
     let labels = settings.runner_labels.clone();
     Place { pool, phase, labels, wanted: wanted(run, phase, settings) }
+}
+
+/// An environment as it holds for a phase of a run: an apply is made where its plan was, whatever
+/// has been set since.
+pub(super) fn of_phase(environment: &Environment, run: &Run, phase: Phase) -> Environment {
+    let mut environment = environment.clone();
+    match (phase, run.site.clone()) {
+        (Phase::Apply, Some(Site { region, working_directory })) => {
+            environment.settings.region = region;
+            environment.settings.working_directory = working_directory;
+        }
+        (Phase::Apply, None) | (Phase::Plan, _) => {}
+    }
+    environment
 }
 
 /// What a job runs by: a plan by what the settings say, an apply by what made its plan only.

@@ -6,15 +6,16 @@ use std::time::Duration;
 use super::step_tests::{RUNNER, evidence, given};
 use super::{Effect, Event, Refusal, Run, RunState, Step, step};
 use crate::id::AuthenticationId;
-use crate::lease::Engine;
+use crate::lease::{Engine, Site};
 use crate::policy::{Demands, Evidence, Phase};
 use crate::time::Timestamp;
 
 const FLOOR: Duration = Duration::from_secs(1800);
 
 fn granted_at(run: &Run, phase: Phase, seconds: i64) -> Step {
-    let (engine, floor) = (Engine::default(), FLOOR);
-    let event = Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor };
+    let (engine, site, floor) = (Engine::default(), Site::default(), FLOOR);
+    let event =
+        Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, site, floor };
     step(run, event, Timestamp::from_millis(seconds * 1000))
 }
 

@@ -23,7 +23,7 @@ use self::result::{apply_ended, plan_ended};
 use super::{Approval, Limits, Planned, RefusedCode, Run, RunState, deadline};
 use crate::environment::Change;
 use crate::id::{Digest, Epoch, JobId, RunnerId};
-use crate::lease::{Engine, Lease};
+use crate::lease::{Engine, Lease, Site};
 use crate::policy::{Demands, Evidence, Phase};
 use crate::time::Timestamp;
 
@@ -44,14 +44,15 @@ pub enum Event {
     /// The environment is free and this run is next.
     TurnCame,
     /// `state` is the number of the environment's newest state version, `engine` what it asks for:
-    /// both stay as they are until the lease ends. A session that lives shorter than `floor` is not
-    /// leased out.
+    /// both stay as they are until the lease ends. `site` is where it would make a plan now; an apply
+    /// is made where its plan was. A session that lives shorter than `floor` is not leased out.
     Granted {
         phase: Phase,
         runner: RunnerId,
         log_base: u64,
         state: Option<u64>,
         engine: Engine,
+        site: Site,
         floor: Duration,
     },
     /// The runner declined or gave back a job that it has not started.
@@ -245,8 +246,8 @@ fn moved_by(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner, log_base, state, engine, floor } => {
-            granted(run, (phase, runner), log_base, (state, engine), floor, now)
+        Event::Granted { phase, runner, log_base, state, engine, site, floor } => {
+            granted(run, (phase, runner), log_base, (state, engine, site), floor, now)
         }
         Event::ToppedUp { evidence, current } => topped_up(run, evidence, &current, now),
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),

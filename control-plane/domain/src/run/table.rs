@@ -11,7 +11,7 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::AuthenticationId;
-use crate::lease::Engine;
+use crate::lease::{Engine, Site};
 use crate::policy::{Demands, Phase};
 use crate::time::Timestamp;
 
@@ -120,8 +120,8 @@ const COLUMNS: &[Column] = &[
 ];
 
 fn granted(phase: Phase) -> Event {
-    let (engine, floor) = (Engine::default(), Duration::ZERO);
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor }
+    let (engine, site, floor) = (Engine::default(), Site::default(), Duration::ZERO);
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, site, floor }
 }
 
 fn topped_up(run: &Run, current: Demands) -> Event {

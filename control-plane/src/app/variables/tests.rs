@@ -38,8 +38,7 @@ async fn set(fixture: &Fixture, scope: &Scope, new: NewVariable) -> Result<()> {
 
 /// What a job of the run would be given, by name.
 async fn given(fixture: &Fixture, run: &Run) -> Vec<(String, String)> {
-    let request = &run.request;
-    let found = fixture.app.job_variables(request.organization, request.environment, run.id).await;
+    let found = fixture.app.job_variables(run).await;
     let shown = |value: &SecretString| value.expose_secret().to_owned();
     found.unwrap().iter().map(|one| (one.name.clone(), shown(&one.value))).collect()
 }
@@ -158,9 +157,8 @@ async fn a_personal_variable_is_nobody_elses_to_know() {
     set(&fixture, &Scope::Personal, personal).await.unwrap();
     let run = fixture.queue("one").await;
     // To its log, which others read, it is a secret.
-    let request = &run.request;
     let app = &fixture.app;
-    let found = app.job_variables(request.organization, request.environment, run.id).await.unwrap();
+    let found = app.job_variables(&run).await.unwrap();
     assert!(found[0].sensitive);
     app.delete_variable(
         &fixture.owner,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use latchkey_domain::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
-use latchkey_domain::lease::{Engine, Lease, Released};
+use latchkey_domain::lease::{Engine, Lease, Released, Site};
 use latchkey_domain::policy::{
     DestroyedBy, Destroys, Evidence, MfaPolicy, Permit, Phase, PlanFacts,
 };
@@ -103,6 +103,8 @@ pub struct RunRecord {
     entered_at: Option<Millis>,
     plan: JobRecord,
     apply: JobRecord,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    site: Option<SiteRecord>,
     planned: Option<PlannedRecord>,
     approval: Option<ApprovalRecord>,
     outputs: Option<String>,
@@ -157,6 +159,26 @@ struct JobRecord {
     started_at: Option<Millis>,
     ended_at: Option<Millis>,
     holders: Vec<(u64, Text<RunnerId>)>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SiteRecord {
+    region: String,
+    working_directory: String,
+}
+
+impl From<&Site> for SiteRecord {
+    fn from(site: &Site) -> Self {
+        let Site { region, working_directory } = site.clone();
+        Self { region, working_directory }
+    }
+}
+
+impl From<SiteRecord> for Site {
+    fn from(record: SiteRecord) -> Self {
+        let SiteRecord { region, working_directory } = record;
+        Self { region, working_directory }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -317,6 +339,7 @@ impl From<&Run> for RunRecord {
             entered_at: Some(run.entered_at.into()),
             plan: (&run.plan).into(),
             apply: (&run.apply).into(),
+            site: run.site.as_ref().map(SiteRecord::from),
             planned: run.planned.as_ref().map(PlannedRecord::from),
             approval: run.approval.as_ref().map(|approval| ApprovalRecord {
                 by: approval.by.clone(),
@@ -369,6 +392,7 @@ impl From<RunRecord> for Run {
             entered_at: record.entered_at.unwrap_or(record.updated_at).into(),
             plan: record.plan.into(),
             apply: record.apply.into(),
+            site: record.site.map(Site::from),
             planned: record.planned.map(Planned::from),
             approval: record.approval.map(|approval| Approval {
                 by: approval.by,
@@ -597,6 +621,7 @@ mod tests {
             ended_at: Some(at),
             holders: vec![(Epoch::new(7), RunnerId::from_bytes(id(5)))],
         };
+        run.site = Some(Site { region: "eu-west-1".into(), working_directory: "x/y".into() });
         run.planned = Some(Planned {
             digests: PlanDigests {
                 plan: digest,

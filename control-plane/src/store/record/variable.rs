@@ -5,6 +5,7 @@ use latchkey_domain::run;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::environment::is_default;
 use super::{Millis, SealedBytes, Text};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -44,6 +45,10 @@ pub struct Variable {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored: Option<StoredValue>,
     pub updated_at: Millis,
+    /// Of a run: whether it is the organization's or the environment's, kept as its plan had it,
+    /// rather than given or personal.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub of_plan: bool,
 }
 
 /// A value in a blob: behind the bytes of its id, so that the blob's name tells nothing of it.

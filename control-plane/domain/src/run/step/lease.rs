@@ -9,7 +9,7 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::{Epoch, RunnerId};
-use crate::lease::{Engine, Lease, Released};
+use crate::lease::{Engine, Lease, Released, Site};
 use crate::policy::{Demands, Denial, Evidence, Phase, Release, judge};
 use crate::run::{Run, RunState};
 use crate::time::Timestamp;
@@ -24,7 +24,7 @@ pub(super) fn granted(
     run: &Run,
     (phase, runner): (Phase, RunnerId),
     log_base: u64,
-    (state, engine): (Option<u64>, Engine),
+    (state, engine, site): (Option<u64>, Engine, Site),
     floor: Duration,
     now: Timestamp,
 ) -> Step {
@@ -38,6 +38,10 @@ pub(super) fn granted(
         return withdrawn(run, phase, denial, now);
     }
     let mut next = moved(run, running(phase), now);
+    match phase {
+        Phase::Plan => next.site = Some(site),
+        Phase::Apply => {}
+    }
     let job = next.job_mut(phase);
     let lease = Lease { engine, ..Lease::after(job.epoch, runner, log_base, state, now) };
     job.epoch = lease.epoch;
