@@ -105,3 +105,16 @@ fn who_may_not_approve_an_apply_does_not_top_it_up() {
         assert!(matches!(step(run, event, Timestamp::from_millis(5)), Step::Moved { .. }));
     }
 }
+
+#[test]
+fn a_session_that_ends_sooner_does_not_replace_the_one_in_use() {
+    let run = given("Applying (released)");
+    let later = topped_up(another(Phase::Apply));
+    let Step::Moved { next, .. } = step(&run, later, Timestamp::from_millis(5)) else { panic!() };
+    let sooner = Timestamp::from_millis(8_999_999);
+    let first = Evidence { expires_at: sooner, ..another(Phase::Apply) };
+    let refused = Step::Refused(Refusal::ExpiresSooner);
+    assert_eq!(step(&next, topped_up(first), Timestamp::from_millis(6)), refused);
+    let equal = topped_up(another(Phase::Apply));
+    assert!(matches!(step(&next, equal, Timestamp::from_millis(6)), Step::Moved { .. }));
+}

@@ -208,6 +208,8 @@ pub enum Refusal {
     SecondPersonRequired,
     /// What the person saw is not what would be applied.
     PlanChanged,
+    /// What is in use lives longer than what would replace it.
+    ExpiresSooner,
     /// The lease is not the current one.
     LeaseLost,
     AlreadyEnded,

@@ -162,6 +162,11 @@ pub(super) fn topped_up(run: &Run, evidence: Evidence, current: &Demands, now: T
     if phase == Phase::Apply && !run.may_be_approved_by(&evidence.user, current) {
         return Step::Refused(Refusal::SecondPersonRequired);
     }
+    let in_use = run.job(phase).evidence.as_ref().map(|evidence| evidence.expires_at);
+    if in_use.is_some_and(|expires_at| evidence.expires_at < expires_at) {
+        // One that was verified late: a later one was faster.
+        return Step::Refused(Refusal::ExpiresSooner);
+    }
     let renew = Effect::Renew(run.job_id(phase), lease.epoch);
     let mut next = moved(run, run.state, now);
     let job = next.job_mut(phase);
