@@ -150,8 +150,11 @@ impl App {
             let environment = &subject.environment.value;
             let organization = run.request.organization;
             let wanted = self.wanted_by_code(run, environment, submission.phase, name).await?;
-            if submission.purpose == Purpose::TopUp {
-                self.check_top_up(&subject, submission.phase, name, &wanted).await?;
+            match submission.purpose {
+                Purpose::Phase => self.check_above_floor(&wanted, &environment.settings)?,
+                Purpose::TopUp => {
+                    self.check_top_up(&subject, submission.phase, name, &wanted).await?;
+                }
             }
             let triple = self.triple_for(organization, user, &wanted.region).await?;
             self.check_listed(organization, account_of(&triple.access_key_id)).await?;

@@ -205,6 +205,22 @@ impl App {
         self.session_floor.max(settings.session_floor)
     }
 
+    /// Refuses to ask for what no phase would be started with: settings and the control plane's own
+    /// floor may be of different times.
+    pub(super) fn check_above_floor(&self, wanted: &Wanted, settings: &Settings) -> Result<()> {
+        let floor = self.floor(settings);
+        if wanted.duration > floor {
+            return Ok(());
+        }
+        let message = format!(
+            "a session would live {}, and a phase must have more than {} when it starts; nothing was \
+             spent. Lengthen the session duration or lower the floor with `latchkey env set`",
+            in_words(wanted.duration),
+            in_words(floor)
+        );
+        Err(Error::refused(Reason::ExchangeRefused, message))
+    }
+
     /// Asks for a session without a code: nothing is spent by asking again.
     async fn issued(
         &self,
