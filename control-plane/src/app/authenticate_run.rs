@@ -582,14 +582,25 @@ impl App {
         known: &RequestRecord,
         submission: &Submission,
     ) -> Result<(Run, AuthenticationId)> {
+        let other = |what: &str| {
+            let message = format!("it was used for a code of another {what}; give a new one");
+            Err(Error::field("request_id", message))
+        };
         if known.run.0 != submission.run {
-            let message = "it was used for a code of another run; give a new one";
-            return Err(Error::field("request_id", message));
+            return other("run");
         }
         let key = keys::authentication(known.run.0, known.authentication.0);
         let mut feed = self.store.watch(keys::exactly(&key));
         loop {
             let found: Option<Loaded<Authentication>> = self.fetch(key.clone()).await?;
+            if let Some(found) = &found {
+                if found.value.phase != submission.phase {
+                    return other("phase");
+                }
+                if found.value.seen.map(|seen| seen.0) != submission.seen {
+                    return other("plan");
+                }
+            }
             if found.is_none_or(|found| !found.value.outcome.is_open()) {
                 return self.outcome_of(known.run.0, known.authentication.0).await;
             }
