@@ -186,7 +186,7 @@ impl App {
         // The run is not stored yet: its version is only a placeholder.
         let loaded = Loaded { key: keys::run(id), version: Version::new(0), value: run.clone() };
         let subject = Subject { run: loaded, environment };
-        let (next, change, effects) = self.with_turn(&subject, (run, Change::Keep, vec![]));
+        let (next, change, effects) = self.with_turn(&subject, (run, Change::Keep, vec![])).await?;
         let request = &next.request;
         let hold = subject.environment.value.hold.after(id, &change);
         let mut changed = subject.environment.value.clone();

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, encode};
-use crate::store::{Batch, CommitError, Expect, keys};
+use crate::store::{Batch, CommitError, Expect, Scan, keys};
 
 /// How often a lost race is run again before the caller is told.
 const ATTEMPTS: usize = 16;
@@ -162,7 +162,7 @@ impl App {
             if let Some((key, expect)) = admitted {
                 batch = batch.check(key, expect);
             }
-            let moved = self.with_turn(&subject, (next, environment, effects));
+            let moved = self.with_turn(&subject, (next, environment, effects)).await?;
             let batch = self.write(&subject, &moved, (actor, action, details), batch);
             let (next, change, effects) = &moved;
             let batch = self.note_what_ends(batch, &subject.run.value, next, effects).await?;
@@ -206,21 +206,33 @@ impl App {
 
     /// Gives a run that has just become pending its turn in the same commit, if nothing is in
     /// its way: one write to the disk less for the usual case.
-    pub(super) fn with_turn(&self, subject: &Subject, moved: Moved) -> Moved {
+    pub(super) async fn with_turn(&self, subject: &Subject, moved: Moved) -> Result<Moved> {
         let (next, change, mut effects) = moved;
         let hold = &subject.environment.value.hold;
         let free = hold.after(next.id, &change);
         if next.state != RunState::Pending || !may_start(&next, &free) {
-            return (next, change, effects);
+            return Ok((next, change, effects));
         }
-        match step(&next, Event::TurnCame, self.now()) {
+        if !next.is_plan_only() && self.others_waited_longer(&next).await? {
+            // It is their turn, which nobody has given yet.
+            effects.retain(|effect| *effect != Effect::GiveTurn);
+            effects.push(Effect::GiveTurn);
+            return Ok((next, change, effects));
+        }
+        Ok(match step(&next, Event::TurnCame, self.now()) {
             Step::Moved { next, environment, effects: more } => {
                 effects.retain(|effect| *effect != Effect::GiveTurn);
                 effects.extend(more);
                 (*next, environment, effects)
             }
             Step::Unchanged | Step::Refused(_) => (next, change, effects),
-        }
+        })
+    }
+
+    async fn others_waited_longer(&self, run: &Run) -> Result<bool> {
+        let first = Scan::ascending(keys::pending_runs_of(run.request.environment), 1);
+        let first = self.scan(first).await?;
+        Ok(first.iter().any(|(key, _)| key.last_id().is_some_and(|id| id < *run.id.as_bytes())))
     }
 
     fn write(
