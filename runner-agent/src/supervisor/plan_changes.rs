@@ -133,12 +133,21 @@ fn resources(changes: Option<&Value>, masker: &Masker) -> Vec<Value> {
             "deposed",
         ] {
             if let Some(value) = resource.get(field).filter(|value| !value.is_null()) {
-                entry.insert(field.into(), value.clone());
+                entry.insert(field.into(), named(field, value, masker));
             }
         }
         out.push(Value::Object(entry));
     }
     out
+}
+
+/// What names a resource. A key of `for_each` may be a secret; a type is none, and plan rules go by
+/// it, so that it has to stay what it is.
+fn named(field: &str, value: &Value, masker: &Masker) -> Value {
+    match field {
+        "address" | "previous_address" | "deposed" => without_secrets(value.clone(), masker),
+        _ => value.clone(),
+    }
 }
 
 fn reduced(change: &Value, masker: &Masker) -> Map<String, Value> {
@@ -334,6 +343,26 @@ mod tests {
             "json": r#"{"a":"***"}"#, "key ***": 1});
         assert_eq!(found["resource_changes"][0]["after"], expect);
         assert_eq!(reduce(shown.to_string().as_bytes(), &masker).unwrap().digest, changes.digest);
+    }
+
+    #[test]
+    fn an_address_tells_no_secret_and_a_type_stays_what_it_is() {
+        let mut masker = Masker::default();
+        for secret in ["hunter2", "aws_iam_role"] {
+            masker.add(&secretive(secret));
+        }
+        let shown = json!({"format_version": "1.2", "resource_changes": [{
+            "address": "aws_iam_role.x[\"hunter2\"]", "previous_address": "b.x[\"hunter2\"]",
+            "deposed": "hunter2", "type": "aws_iam_role",
+            "change": {"actions": ["delete"], "before": {}, "after": null}}]});
+        let changes = reduce(shown.to_string().as_bytes(), &masker).unwrap();
+        let found: Value = serde_json::from_slice(&changes.bytes).unwrap();
+        let found = &found["resource_changes"][0];
+        assert_eq!(found["address"], "***.x[\"***\"]");
+        assert_eq!(found["previous_address"], "b.x[\"***\"]");
+        assert_eq!(found["deposed"], "***");
+        // Plan rules go by it.
+        assert_eq!(found["type"], "aws_iam_role");
     }
 
     #[test]
