@@ -97,7 +97,7 @@ fn who_may_not_approve_an_apply_does_not_top_it_up() {
     let own = Evidence { user: "ada".into(), ..another(Phase::Apply) };
     let mut carrying = run.clone();
     carrying.request.second_person = true;
-    for (run, current) in [(&run, demanded.clone()), (&carrying, Demands::default())] {
+    for (run, current) in [(&run, demanded), (&carrying, Demands::default())] {
         let event = Event::ToppedUp { evidence: own.clone(), current: current.clone() };
         let refused = Step::Refused(Refusal::SecondPersonRequired);
         assert_eq!(step(run, event, Timestamp::from_millis(5)), refused);
