@@ -162,6 +162,10 @@ impl From<Refusal> for Error {
             Refusal::Forced => {
                 Self::refused(Reason::WrongState, "a person had it killed; nothing starts any more")
             }
+            Refusal::ExpiresSooner => Self::refused(
+                Reason::WrongState,
+                "the session in use lives longer than the one that this code bought; it is kept",
+            ),
             Refusal::LeaseLost => {
                 Self::refused(Reason::LeaseLost, "the lease is not the current one")
             }

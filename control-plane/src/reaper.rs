@@ -1,5 +1,5 @@
 //! Periodic, idempotent work that no request waits for: turns that were not given, jobs and
-//! leases that dispatch lost sight of, content that nothing needs.
+//! leases that dispatch lost sight of, limits that their timer missed, content that nothing needs.
 //!
 //! Whatever follows a commit is done at once by who committed. Should that have failed, the
 //! reaper finds it in the store. Each duty has a round of its own: none waits for another.
@@ -17,6 +17,7 @@ const PERIOD: Duration = Duration::from_secs(30);
 pub async fn run(app: Arc<App>) {
     tokio::join!(
         every(PERIOD, "resume open runs", || app.reconcile()),
+        every(PERIOD, "find limits again", || app.note_all_limits()),
         every(PERIOD, "give turns", || app.give_all_turns()),
         every(PERIOD, "delete what nothing needs", || app.collect_garbage()),
         every(PERIOD, "delete sessions that have run out", || app.prune_sessions()),
@@ -45,7 +46,28 @@ where
 mod tests {
     use std::cell::Cell;
 
+    use latchkey_domain::policy::MfaPolicy;
+
     use super::*;
+    use crate::app::fixture::Fixture;
+    use crate::app::settings::SettingsChange;
+    use crate::store::record::environment::Limits;
+
+    #[tokio::test]
+    async fn a_limit_that_the_timer_missed_is_found_again() {
+        let fixture = Fixture::new(MfaPolicy::PlansAndApplies).await;
+        let limits = Limits { person: Some(600), ..Limits::default() };
+        fixture.settings(SettingsChange { limits: Some(limits), ..Default::default() }).await;
+        let run = fixture.queue("one").await;
+        // Its timer is that of another process, or was set in the wrong order.
+        let app = fixture.restarted(None).await;
+        fixture.clock.advance(Duration::from_secs(600));
+        tokio::time::pause();
+        let _ = tokio::time::timeout(PERIOD + PERIOD / 2, super::run(Arc::clone(&app))).await;
+        tokio::time::resume();
+        app.enforce_limits().await;
+        assert!(fixture.run(&run).await.state.is_end());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_duty_that_hangs_or_fails_holds_up_no_other() {

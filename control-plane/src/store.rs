@@ -97,7 +97,7 @@ impl Expect {
 }
 
 /// Changes that happen together or not at all.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 #[must_use = "a batch does nothing until it is committed"]
 pub struct Batch {
     operations: BTreeMap<Key, (Expect, Operation)>,
@@ -106,6 +106,7 @@ pub struct Batch {
     invalid: Option<&'static str>,
 }
 
+#[derive(Clone)]
 enum Operation {
     Check,
     Put(Vec<u8>),

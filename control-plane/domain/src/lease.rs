@@ -22,6 +22,14 @@ impl Engine {
     }
 }
 
+/// Where a plan is made. No digest of the plan covers it, and its apply has to be made there too.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Site {
+    pub region: String,
+    /// Within the archive.
+    pub working_directory: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
     pub runner: RunnerId,

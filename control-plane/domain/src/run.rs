@@ -30,7 +30,7 @@ use std::time::Duration;
 use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, JobId, OrganizationId, RunId, RunnerId, UserId,
 };
-use crate::lease::Lease;
+use crate::lease::{Lease, Site};
 use crate::policy::{Demands, Evidence, Match, MfaPolicy, Phase, PlanFacts, PlanRule};
 use crate::time::Timestamp;
 
@@ -186,8 +186,23 @@ pub struct Request {
     pub queued_at: Timestamp,
     /// The run that this one does again.
     pub retry_of: Option<RunId>,
-    /// Names of the variables that were given for this run alone; their values end with it.
-    pub given: Vec<String>,
+    /// The variables that were given for this run alone; their values end with it.
+    pub given: Vec<Given>,
+}
+
+/// A variable that was given for one run, by all but its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Given {
+    pub name: String,
+    /// Absent for runs of before it was kept.
+    pub category: Option<Category>,
+}
+
+/// What a variable is one of. The two share no names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Category {
+    Terraform,
+    Environment,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -200,6 +215,9 @@ pub struct Run {
     pub entered_at: Timestamp,
     pub plan: Job,
     pub apply: Job,
+    /// Where the plan is or was made: set by each of its grants, and with it that the variables of
+    /// its release are kept. Absent for runs whose plan was granted before that was so.
+    pub site: Option<Site>,
     /// Set when the plan has ended well.
     pub planned: Option<Planned>,
     pub approval: Option<Approval>,
@@ -339,6 +357,7 @@ impl Run {
             state,
             plan: Job::default(),
             apply: Job::default(),
+            site: None,
             planned: None,
             approval: None,
             outputs: None,
@@ -415,6 +434,12 @@ impl Run {
     /// carries and `current`.
     pub fn may_be_approved_by(&self, person: &str, current: &Demands) -> bool {
         !self.requires_second_person(current) || self.request.queued_by.name() != person
+    }
+
+    /// Tells whether the apply is approved, by a second person where one is demanded.
+    pub fn is_approved_by_another(&self, current: &Demands) -> bool {
+        let by = self.approval.as_ref().map(|approval| approval.by.as_str());
+        by.is_some_and(|by| self.may_be_approved_by(by, current))
     }
 
     pub fn requires_second_person(&self, current: &Demands) -> bool {

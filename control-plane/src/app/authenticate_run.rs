@@ -34,7 +34,7 @@ use latchkey_domain::token_code;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::transition::{Decision, Details, Guard, Subject};
+use super::transition::{Decision, Details, Guard, Subject, of_phase};
 use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
@@ -153,8 +153,11 @@ impl App {
             let environment = &subject.environment.value;
             let organization = run.request.organization;
             let wanted = self.wanted_by_code(run, environment, submission.phase, name).await?;
-            if submission.purpose == Purpose::TopUp {
-                self.check_top_up(&subject, submission.phase, &wanted).await?;
+            match submission.purpose {
+                Purpose::Phase => self.check_above_floor(&wanted, &environment.settings)?,
+                Purpose::TopUp => {
+                    self.check_top_up(&subject, submission.phase, name, &wanted).await?;
+                }
             }
             let triple = self.triple_for(organization, user, &wanted.region).await?;
             self.check_listed(organization, account_of(&triple.access_key_id)).await?;
@@ -478,7 +481,10 @@ impl App {
                         seen: record.seen.map(|seen| seen.0),
                         current: subject.environment.value.settings.demands(),
                     },
-                    Purpose::TopUp => Event::ToppedUp { evidence: evidence.clone() },
+                    Purpose::TopUp => Event::ToppedUp {
+                        evidence: evidence.clone(),
+                        current: subject.environment.value.settings.demands(),
+                    },
                 };
                 let batch = close(Batch::new(), &record).put(
                     place.clone(),
@@ -569,7 +575,9 @@ impl App {
                 }
                 Outcome::Verifying { session, .. } => {
                     let session = self.open_session(&record_key, &session)?;
-                    let region = self.subject(open.run.0).await?.environment.value.settings.region;
+                    let subject = self.subject(open.run.0).await?;
+                    let (run, environment) = (subject.run.value, subject.environment.value);
+                    let region = of_phase(&environment, &run, record.phase).settings.region;
                     let app = Arc::clone(self);
                     tokio::spawn(async move {
                         let actor = format!("user {}", record.user);
@@ -593,14 +601,25 @@ impl App {
         known: &RequestRecord,
         submission: &Submission,
     ) -> Result<(Run, AuthenticationId)> {
+        let other = |what: &str| {
+            let message = format!("it was used for a code of another {what}; give a new one");
+            Err(Error::field("request_id", message))
+        };
         if known.run.0 != submission.run {
-            let message = "it was used for a code of another run; give a new one";
-            return Err(Error::field("request_id", message));
+            return other("run");
         }
         let key = keys::authentication(known.run.0, known.authentication.0);
         let mut feed = self.store.watch(keys::exactly(&key));
         loop {
             let found: Option<Loaded<Authentication>> = self.fetch(key.clone()).await?;
+            if let Some(found) = &found {
+                if found.value.phase != submission.phase {
+                    return other("phase");
+                }
+                if found.value.seen.map(|seen| seen.0) != submission.seen {
+                    return other("plan");
+                }
+            }
             if found.is_none_or(|found| !found.value.outcome.is_open()) {
                 return self.outcome_of(known.run.0, known.authentication.0).await;
             }

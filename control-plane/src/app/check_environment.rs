@@ -65,6 +65,14 @@ struct Asked {
     request: Option<Key>,
 }
 
+/// What became of a code.
+#[derive(Default)]
+struct Spent {
+    /// The attempt is recorded under this request.
+    counted: bool,
+    session: Option<Credentials>,
+}
+
 /// What was found so far.
 #[derive(Default)]
 struct Findings(Vec<CheckStep>);
@@ -157,17 +165,17 @@ impl App {
         let mut findings = Findings::default();
         let with_code = code.is_some();
         let triple = self.examine_triple(&asked, with_code, &mut findings).await?;
-        let session = match (&triple, code) {
+        let Spent { counted, session } = match (&triple, code) {
             (Some(triple), Some(code)) => {
                 self.examine_device(&asked, triple, code, &mut findings).await?
             }
             (None, Some(_)) => {
                 findings.skipped("device", "without the triple the code was not spent");
-                None
+                Spent::default()
             }
             (_, None) => {
                 findings.skipped("device", "no code was given");
-                None
+                Spent::default()
             }
         };
         let plain_keys = self.examine_plain_keys(&asked, triple.as_ref(), &mut findings).await?;
@@ -182,14 +190,23 @@ impl App {
         let draft = self
             .draft(environment.organization, actor, "check_environment", subject)
             .with("steps", steps);
-        let mut batch = Batch::new().audit(draft);
-        if let Some(request) = request {
-            let environment = Text(environment.id);
-            let record = CheckRecord { environment, steps: Some(findings.0.clone()) };
-            batch = batch.put(request, Expect::Anything, encode(&record));
+        let batch = Batch::new().audit(draft);
+        let Some(request) = request else {
+            self.store.commit(batch).await?;
+            return Ok(findings.0);
+        };
+        let steps = Some(findings.0.clone());
+        let record = CheckRecord { environment: Text(environment.id), steps };
+        // The same request, made twice at once, may have its code counted by the other.
+        let expect = if counted { Expect::Anything } else { Expect::Absent };
+        match self.store.commit(batch.put(request.clone(), expect, encode(&record))).await {
+            Ok(_) => Ok(findings.0),
+            Err(CommitError::Conflict { key }) if key == request => {
+                let known = self.fetch::<CheckRecord>(request).await?;
+                recorded(known.ok_or_else(under_way)?.value, &environment)
+            }
+            Err(error) => Err(error.into()),
         }
-        self.store.commit(batch).await?;
-        Ok(findings.0)
     }
 
     /// Steps 1 and 2. Answers the triple where it is whole and AWS knows its keys.
@@ -325,11 +342,11 @@ impl App {
         triple: &Triple,
         code: SecretString,
         findings: &mut Findings,
-    ) -> Result<Option<Credentials>> {
+    ) -> Result<Spent> {
         if findings.have_failed() {
             let message = "the code was not spent: what failed above comes first";
             findings.skipped("device", message);
-            return Ok(None);
+            return Ok(Spent::default());
         }
         let settings = &asked.environment.settings;
         let duration = match settings.code_credentials {
@@ -338,13 +355,15 @@ impl App {
         };
         let wanted = Wanted { region: settings.region.clone(), duration, role: None };
         let (device_key, digest) = match self.count_check(asked, triple, &code).await {
-            Ok(counted) => counted,
+            Ok(Some(counted)) => counted,
+            Ok(None) => return Err(under_way()),
             Err(error) if is_finding(error.reason()) => {
                 findings.failed("device", error.message(), "");
-                return Ok(None);
+                return Ok(Spent::default());
             }
             Err(error) => return Err(error),
         };
+        let mut spent = Spent { counted: true, session: None };
         let exchange = {
             let code = Code { serial: &triple.serial, digits: &code };
             self.sts.exchange(&triple.keys(), Some(code), &wanted).await
@@ -355,7 +374,7 @@ impl App {
                 let message =
                     format!("the device {} accepted the code, which is spent", triple.serial);
                 findings.ok("device", message);
-                return Ok(Some(credentials));
+                spent.session = Some(credentials);
             }
             Exchange::Refused(refused) => {
                 let next_window = Some(Device::next_window(self.now()));
@@ -369,16 +388,17 @@ impl App {
                 findings.failed("device", message, "try again");
             }
         }
-        Ok(None)
+        Ok(spent)
     }
 
-    /// Counts the attempt and remembers the code, before it is sent.
+    /// Counts the attempt and remembers the code, before it is sent. `None` where the same request
+    /// has been counted.
     async fn count_check(
         &self,
         asked: &Asked,
         triple: &Triple,
         code: &SecretString,
-    ) -> Result<(Key, latchkey_domain::device::CodeDigest)> {
+    ) -> Result<Option<(Key, latchkey_domain::device::CodeDigest)>> {
         let environment = &asked.environment;
         for _ in 0..ATTEMPTS {
             self.check_history()?;
@@ -397,9 +417,9 @@ impl App {
                 batch = batch.put(request.clone(), Expect::Absent, encode(&record));
             }
             match self.store.commit(batch).await {
-                Ok(_) => return Ok((key, digest)),
+                Ok(_) => return Ok(Some((key, digest))),
                 Err(CommitError::Conflict { key }) if Some(&key) == asked.request.as_ref() => {
-                    return Err(under_way());
+                    return Ok(None);
                 }
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),

@@ -12,7 +12,7 @@ use latchkey_domain::run::{Actor, Run};
 use latchkey_proto::v1::Reason;
 
 use super::App;
-use super::transition::Subject;
+use super::transition::{Subject, of_phase};
 use crate::error::{Error, Result};
 use crate::store::record::authentication::CredentialsKind;
 use crate::store::record::encode;
@@ -21,7 +21,7 @@ use crate::store::{Batch, CommitError, Expect};
 use crate::sts::errors::{About, in_words, sentence};
 use crate::sts::{
     Credentials, Exchange, Identity, LONGEST_ROLE_SESSION, RoleWanted, Wanted, account_of,
-    account_of_role, identity_of,
+    account_of_role, identity_of, partition_of, partition_of_region,
 };
 
 const ATTEMPTS: u32 = 3;
@@ -61,6 +61,7 @@ impl App {
         user: &str,
     ) -> Result<Wanted> {
         let session_name = session_name(run);
+        let environment = &of_phase(environment, run, phase);
         let purpose = Purpose {
             environment,
             phase,
@@ -83,6 +84,15 @@ impl App {
             let message = format!(
                 "the environment names no role for the {phase}; an owner does so with `latchkey env \
                  set --{phase}-role`"
+            );
+            return Err(Error::refused(Reason::ExchangeRefused, message));
+        }
+        let expected = partition_of_region(&settings.region);
+        if partition_of(&role.arn).is_some_and(|found| found != expected) {
+            let message = format!(
+                "the role {} cannot be assumed in the region {} that the {phase} is made in; set \
+                 another role with `latchkey env set`, or discard the run and queue it again",
+                role.arn, settings.region
             );
             return Err(Error::refused(Reason::ExchangeRefused, message));
         }
@@ -136,7 +146,8 @@ impl App {
         subject: &Subject,
         phase: Phase,
     ) -> Result<Option<Plain>, String> {
-        let (run, environment) = (&subject.run.value, &subject.environment.value);
+        let run = &subject.run.value;
+        let environment = &of_phase(&subject.environment.value, run, phase);
         let settings = &environment.settings;
         let said = |error: Error| error.message().to_owned();
         if settings.plain_credentials == PlainCredentials::None {
@@ -192,6 +203,22 @@ impl App {
     /// The least life that credentials must have when a phase starts.
     pub(super) fn floor(&self, settings: &Settings) -> Duration {
         self.session_floor.max(settings.session_floor)
+    }
+
+    /// Refuses to ask for what no phase would be started with: settings and the control plane's own
+    /// floor may be of different times.
+    pub(super) fn check_above_floor(&self, wanted: &Wanted, settings: &Settings) -> Result<()> {
+        let floor = self.floor(settings);
+        if wanted.duration > floor {
+            return Ok(());
+        }
+        let message = format!(
+            "a session would live {}, and a phase must have more than {} when it starts; nothing was \
+             spent. Lengthen the session duration or lower the floor with `latchkey env set`",
+            in_words(wanted.duration),
+            in_words(floor)
+        );
+        Err(Error::refused(Reason::ExchangeRefused, message))
     }
 
     /// Asks for a session without a code: nothing is spent by asking again.

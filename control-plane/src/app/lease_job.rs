@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use latchkey_domain::id::{Epoch, Generation, JobId, RunnerId};
-use latchkey_domain::lease::{Engine, Lease};
+use latchkey_domain::lease::{Engine, Lease, Site};
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Event, Run, RunState};
 use latchkey_domain::time::Timestamp;
@@ -13,7 +13,7 @@ use latchkey_proto::v1::Reason;
 
 use super::App;
 use super::settings::is_exact;
-use super::transition::{Decision, Guard, Subject, wanted};
+use super::transition::{Decision, Guard, Subject, of_phase, wanted};
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Leases, Stop, Wanted};
 use crate::error::{Error, Result};
@@ -73,6 +73,10 @@ impl App {
                     log_base: length,
                     state,
                     engine: Engine { name: wanted.engine, version: wanted.version },
+                    site: Site {
+                        region: settings.region.clone(),
+                        working_directory: settings.working_directory.clone(),
+                    },
                     floor: self.floor(settings),
                 }))
             })
@@ -86,6 +90,10 @@ impl App {
         }
         let epoch = granted.epoch;
         // What is fixed for the lease, and not what was there a moment before.
+        if let Some(Site { region, working_directory }) = &run.site {
+            spec.region.clone_from(region);
+            spec.working_directory.clone_from(working_directory);
+        }
         if let Some(lease) = &granted.lease {
             spec.has_state = lease.state.is_some();
             spec.engine.clone_from(&lease.engine.name);
@@ -99,6 +107,7 @@ impl App {
     async fn job_spec(&self, run: &Run, phase: Phase) -> Result<JobSpec> {
         let request = &run.request;
         let environment = self.environment(request.organization, request.environment).await?.value;
+        let environment = of_phase(&environment, run, phase);
         let organization = self.organization(request.organization).await?.value.name;
         let Wanted { engine, version: terraform_version } =
             wanted(run, phase, &environment.settings);

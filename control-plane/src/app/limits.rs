@@ -80,7 +80,8 @@ impl App {
         self.limits.set(run.id, at);
     }
 
-    /// Finds the limits of all open runs, at a start.
+    /// Finds the limits of all open runs: at a start, and again later, since commits that follow each
+    /// other quickly may have told the timer in another order. Idempotent.
     pub async fn note_all_limits(&self) -> Result<()> {
         for run in self.open_runs().await? {
             let request = &run.request;

@@ -17,6 +17,18 @@ struct Changes {
     format: u64,
     truncated: bool,
     resource_changes: Vec<Change>,
+    #[serde(default)]
+    action_invocations: Vec<Invocation>,
+    /// Sections that the runner did not know: what they do is in none of the others.
+    #[serde(default)]
+    unread: Vec<String>,
+}
+
+/// An action that terraform invokes beside its changes (since 1.14).
+#[derive(Deserialize)]
+struct Invocation {
+    address: String,
+    r#type: String,
 }
 
 #[derive(Deserialize)]
@@ -30,7 +42,7 @@ struct Change {
 /// Reads the facts and counts; `None` unless they are known in full.
 pub(super) fn read(changes: &[u8]) -> Option<(PlanFacts, Counts)> {
     let changes: Changes = serde_json::from_slice(changes).ok()?;
-    if changes.format != FORMAT || changes.truncated {
+    if changes.format != FORMAT || changes.truncated || !changes.unread.is_empty() {
         return None;
     }
     let (mut facts, mut counts) = (PlanFacts::default(), Counts::default());
@@ -63,6 +75,9 @@ pub(super) fn read(changes: &[u8]) -> Option<(PlanFacts, Counts)> {
             _ => return None,
         };
         facts.add(&address, &r#type, destroyed);
+    }
+    for Invocation { address, r#type } in changes.action_invocations {
+        facts.add(&address, &r#type, None);
     }
     Some((facts, counts))
 }
@@ -98,17 +113,32 @@ mod tests {
     }
 
     #[test]
+    fn an_action_counts_as_a_change_of_its_type() {
+        let mut invoking = changes(json!([]));
+        let action = json!({"address": "action.aws_lambda_invoke.x", "type": "aws_lambda_invoke"});
+        invoking["action_invocations"] = json!([action]);
+        let (found, counts) = facts(&invoking).unwrap();
+        assert_eq!((found.changes, counts), (1, Counts::default()));
+        assert!(found.types.contains("aws_lambda_invoke"));
+        invoking["action_invocations"] = json!([{"address": "action.x"}]);
+        assert!(facts(&invoking).is_none());
+    }
+
+    #[test]
     fn what_cannot_be_read_in_full_says_nothing() {
         let one = json!([{"address": "a.b", "action": "create", "type": "a"}]);
         assert!(facts(&changes(one.clone())).is_some());
         let mut cut = changes(one.clone());
         cut["truncated"] = true.into();
-        let mut other = changes(one);
+        let mut other = changes(one.clone());
         other["format"] = 2.into();
+        let mut more = changes(one);
+        more["unread"] = json!(["miracles"]);
         let odd = |change: Value| changes(json!([change]));
         for unreadable in [
             cut,
             other,
+            more,
             json!({}),
             json!([]),
             odd(json!({"address": "a.b", "action": "delete-update", "type": "a"})),

@@ -1,5 +1,8 @@
 //! Plan rules and the second person, through the use cases.
 
+use std::time::Duration;
+
+use latchkey_aws_simulator::Fault;
 use latchkey_domain::policy::{MfaPolicy, Phase, PlanRule};
 use latchkey_domain::run::{Run, RunState};
 use latchkey_proto::v1::Reason;
@@ -11,6 +14,7 @@ use super::start_job::Start;
 use super::view_runs::Lock;
 use crate::auth::Caller;
 use crate::error::Result;
+use crate::store::keys;
 use crate::store::record::people::Access;
 
 fn changes(action: &str) -> Vec<u8> {
@@ -132,4 +136,57 @@ async fn who_queued_spends_no_code_where_a_second_person_is_demanded() {
     assert_eq!(fixture.aws.requests_with_code(&code), 0);
     let run = fixture.submit_as(&bob, &run, &code, "bobs").await.unwrap();
     assert_eq!(run.approval.unwrap().by, "bob");
+}
+
+/// What is kept for an apply, and which actions were recorded of releases.
+async fn released(fixture: &Fixture, run: &Run) -> (bool, Vec<String>) {
+    let place = keys::session(run.id, Phase::Apply);
+    let kept = fixture.store.fetch(&place).await.unwrap().is_some();
+    let told = fixture.audited().await.into_iter().map(|(action, _)| action);
+    (kept, told.filter(|action| action.contains("release")).collect())
+}
+
+/// A run whose apply is queued, confirmed by who queued it.
+async fn self_confirmed(fixture: &Fixture) -> Run {
+    let run = fixture.queue("one").await;
+    let run = fixture.plan(&run).await;
+    confirm(fixture, &fixture.owner, &run).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_release_that_is_denied_for_want_of_a_second_person_asks_aws_for_nothing() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let run = self_confirmed(&fixture).await;
+    fixture.settings(two_persons()).await;
+    let asked = fixture.aws.requests_for("GetSessionToken");
+    let (_, _, start) = fixture.start(&run, Phase::Apply).await;
+    assert!(matches!(start, Start::Revoked { .. }), "{start:?}");
+    assert_eq!(fixture.run(&run).await.state, RunState::AwaitingConfirmation);
+    assert_eq!(fixture.aws.requests_for("GetSessionToken"), asked);
+    let (kept, told) = released(&fixture, &run).await;
+    assert!(!kept);
+    assert_eq!(told, ["release_credentials", "deny_release"]);
+}
+
+#[tokio::test]
+async fn credentials_that_were_got_for_a_denied_release_are_not_kept() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let run = self_confirmed(&fixture).await;
+    let runner = fixture.runner().await;
+    let (lease, _) = fixture.app.grant(run.job_id(Phase::Apply), runner.id).await.unwrap();
+    // The policy is tightened while AWS answers.
+    let slow = Fault::delay(Duration::from_millis(300)).on("GetSessionToken");
+    fixture.aws.script(slow);
+    let asked = fixture.aws.requests_for("GetSessionToken");
+    let tightened = async {
+        while fixture.aws.requests_for("GetSessionToken") == asked {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        fixture.settings(two_persons()).await;
+    };
+    let (start, ()) = tokio::join!(fixture.app.start_job(&runner, lease), tightened);
+    assert!(matches!(start.unwrap(), Start::Revoked { .. }));
+    let (kept, told) = released(&fixture, &run).await;
+    assert!(!kept);
+    assert_eq!(told, ["release_credentials", "deny_release"]);
 }

@@ -153,7 +153,7 @@ impl App {
                     queued_by: caller.actor(),
                     queued_at: self.now(),
                     retry_of: asked.retry_of,
-                    given: given.names(),
+                    given: given.kept(),
                 },
             );
             let request_key = asked.request_key.clone();
@@ -186,7 +186,7 @@ impl App {
         // The run is not stored yet: its version is only a placeholder.
         let loaded = Loaded { key: keys::run(id), version: Version::new(0), value: run.clone() };
         let subject = Subject { run: loaded, environment };
-        let (next, change, effects) = self.with_turn(&subject, (run, Change::Keep, vec![]));
+        let (next, change, effects) = self.with_turn(&subject, (run, Change::Keep, vec![])).await?;
         let request = &next.request;
         let hold = subject.environment.value.hold.after(id, &change);
         let mut changed = subject.environment.value.clone();
@@ -213,7 +213,8 @@ impl App {
             draft = draft.with("retry_of", first.to_string());
         }
         if !request.given.is_empty() {
-            draft = draft.with("variables", request.given.join(", "));
+            let names: Vec<&str> = request.given.iter().map(|one| one.name.as_str()).collect();
+            draft = draft.with("variables", names.join(", "));
         }
         let organization = request.organization;
         let batch = self.fix_variables(batch, organization, caller, id, given).await?;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use latchkey_domain::id::RunId;
-use latchkey_domain::run::Run;
+use latchkey_domain::run::{Category, Given, Run};
 use latchkey_proto::v1::Reason;
 
 use super::environments::request_owner;
@@ -57,7 +57,8 @@ impl App {
             message: message(first),
             target: request.target.clone(),
             replace: request.replace.clone(),
-            auto_apply: None,
+            // Who wanted to look first wants to look again; to apply by itself is the setting's word.
+            auto_apply: if request.auto_apply { None } else { Some(false) },
             retry_of: Some(first.id),
             variables: retry.variables,
             request_key,
@@ -66,11 +67,18 @@ impl App {
     }
 }
 
-fn check_given_again(first: &[String], now: &[NewVariable]) -> Result<()> {
-    let missing: Vec<&str> = first
+fn check_given_again(first: &[Given], now: &[NewVariable]) -> Result<()> {
+    let is = |first: &Given, variable: &NewVariable| {
+        let same = |category: Category| category == variable.category.into();
+        first.name == variable.name && first.category.is_none_or(same)
+    };
+    let missing: Vec<String> = first
         .iter()
-        .filter(|name| now.iter().all(|variable| variable.name != **name))
-        .map(String::as_str)
+        .filter(|first| !now.iter().any(|variable| is(first, variable)))
+        .map(|first| match first.category {
+            Some(Category::Environment) => format!("{} (environment)", first.name),
+            Some(Category::Terraform) | None => first.name.clone(),
+        })
         .collect();
     if missing.is_empty() {
         return Ok(());

@@ -8,6 +8,7 @@ use latchkey_domain::policy::{MfaPolicy, Phase, PlanRule};
 use serde_json::Value;
 
 use super::App;
+use super::credentials::life;
 use crate::error::{Error, Result};
 use crate::job::{ENGINES, is_label};
 use crate::store::keys;
@@ -15,6 +16,7 @@ use crate::store::record::Text;
 use crate::store::record::environment::{
     CodeCredentials, Limits, PlainCredentials, PlanRuleRecord, RoleSettings, Roles, Settings,
 };
+use crate::sts::errors::in_words;
 use crate::sts::{partition_of, partition_of_region};
 
 /// How many labels an environment may demand.
@@ -22,6 +24,8 @@ const MOST_LABELS: usize = 16;
 const SHORTEST_SESSION: Duration = Duration::from_secs(15 * 60);
 const LONGEST_SESSION: Duration = Duration::from_secs(36 * 3600);
 const LONGEST_FLOOR: Duration = Duration::from_secs(12 * 3600);
+/// How much longer than the floor a session lives, so that it can wait for a runner.
+const TIME_TO_START: Duration = Duration::from_secs(5 * 60);
 const MOST_RESOURCE_TYPES: usize = 64;
 /// Of a session policy and the ARNs beside it, in characters (AWS STS, `AssumeRole`).
 const LARGEST_POLICY: usize = 2048;
@@ -165,11 +169,7 @@ impl App {
         if let Some(limits) = limits {
             settings.limits = checked_limits(limits)?;
         }
-        if settings.session_floor > settings.session_duration {
-            let message = "no session would live long enough: let it be shorter than the session's \
-                           duration";
-            return Err(Error::field("session_floor", message));
-        }
+        check_floor(&settings, self.floor(&settings))?;
         if let Some(name) = pool {
             settings.pool = if name.is_empty() {
                 None
@@ -324,6 +324,24 @@ fn check_role(field: &'static str, role: &RoleSettings) -> Result<()> {
         return Err(Error::field(field, message));
     }
     Ok(())
+}
+
+/// Checks that whatever a phase may get is above the floor for long enough to be leased out: a code
+/// after the other would be spent on what is refused.
+fn check_floor(settings: &Settings, floor: Duration) -> Result<()> {
+    let lives = [true, false].into_iter().filter_map(|by_code| life(settings, by_code));
+    match lives.min() {
+        Some(shortest) if shortest < floor + TIME_TO_START => {
+            let message = format!(
+                "a phase that must have {} to live could get a session of {}: let the floor be 5 \
+                 minutes shorter, at least, or the sessions longer; a role's lives up to 12 hours",
+                in_words(floor),
+                in_words(shortest)
+            );
+            Err(Error::field("session_floor", message))
+        }
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// Checks that each credential mode has what it needs.

@@ -15,7 +15,7 @@ use super::App;
 use super::credentials::Plain;
 use super::finish_job::{LONGEST_REASON, printable};
 use super::lease_job::lease_lost;
-use super::transition::{Decision, Details, Guard, Subject};
+use super::transition::{Advance, Decision, Details, Guard, Subject};
 use super::variables::JobVariable;
 use crate::auth::RunnerIdentity;
 use crate::error::{Error, Result};
@@ -24,6 +24,9 @@ use crate::store::record::authentication::{CredentialsKind, Session};
 use crate::store::record::encode;
 use crate::store::{Batch, Expect, keys};
 use crate::sts::Credentials;
+
+/// How often a release is tried whose variables change meanwhile.
+const ATTEMPTS: usize = 4;
 
 /// What a job starts with.
 #[derive(Debug)]
@@ -52,7 +55,7 @@ impl App {
     ) -> Result<Start> {
         latchkey_failpoint::reach("cp.starting.received");
         let subject = self.leased(runner, lease).await?;
-        let LeaseRef { job, epoch, .. } = lease;
+        let job = lease.job;
         let phase = job.phase;
         let held = subject.run.value.job(phase).lease.as_ref().ok_or_else(lease_lost)?;
         if subject.run.value.forced_by.is_some() {
@@ -66,6 +69,26 @@ impl App {
                 Err(reason) => return self.cannot_start(runner, lease, reason).await,
             }
         };
+        let advance = self.release_phase(runner, lease, plain).await?;
+        let run = advance.into_run();
+        let released = run.job(phase).lease.as_ref().and_then(|lease| lease.released);
+        if released.is_none() {
+            let reason = run.reason.unwrap_or_else(|| "the lease is over".into());
+            return Ok(Start::Revoked { reason });
+        }
+        latchkey_failpoint::reach("cp.go.committed");
+        self.go(runner, lease).await
+    }
+
+    /// Commits the release of a phase: what it gets, and what a plan leaves to its apply.
+    async fn release_phase(
+        self: &Arc<Self>,
+        runner: &RunnerIdentity,
+        lease: LeaseRef,
+        plain: Option<Plain>,
+    ) -> Result<Advance> {
+        let LeaseRef { job, epoch, .. } = lease;
+        let phase = job.phase;
         let place = keys::session(job.run, phase);
         let waiting = plain.as_ref().map(|plain| Session {
             authentication: None,
@@ -76,43 +99,57 @@ impl App {
         });
         let actor = runner.audit_name();
         let release = (actor.as_str(), "release_credentials");
-        let advance = self
-            .advance_guarded(job.run, Guard::Identity(runner.id), release, |subject| {
-                let event = Event::Starting {
-                    phase,
-                    runner: runner.id,
-                    epoch,
-                    current: subject.environment.value.settings.demands(),
-                    floor: self.floor(&subject.environment.value.settings),
-                };
-                let job = subject.run.value.job(phase);
-                let batch = match (&waiting, &job.evidence) {
-                    (Some(waiting), _) => {
-                        Batch::new().put(place.clone(), Expect::Anything, encode(waiting))
+        let mut attempts = 0;
+        loop {
+            let kept = self.kept_for_apply(lease).await?;
+            let advance = self
+                .advance_guarded(job.run, Guard::Identity(runner.id), release, |subject| {
+                    let event = Event::Starting {
+                        phase,
+                        runner: runner.id,
+                        epoch,
+                        current: subject.environment.value.settings.demands(),
+                        floor: self.floor(&subject.environment.value.settings),
+                    };
+                    let job = subject.run.value.job(phase);
+                    let batch = match (&waiting, &job.evidence) {
+                        (Some(waiting), _) => {
+                            kept.clone().put(place.clone(), Expect::Anything, encode(waiting))
+                        }
+                        // What an earlier lease was given is not this one's to have.
+                        (None, None) => kept.clone().delete(place.clone(), Expect::Anything),
+                        (None, Some(_)) => kept.clone(),
+                    };
+                    let mut details = vec![("epoch", epoch.get().into())];
+                    match (&plain, &job.evidence) {
+                        (Some(plain), _) => details.extend(told_of(plain)),
+                        (None, None) => details.push(("credentials", "none".into())),
+                        (None, Some(_)) => {
+                            details.push(("credentials", "the session of the code".into()));
+                        }
                     }
-                    // What an earlier lease was given is not this one's to have.
-                    (None, None) => Batch::new().delete(place.clone(), Expect::Anything),
-                    (None, Some(_)) => Batch::new(),
-                };
-                let mut details = vec![("epoch", epoch.get().into())];
-                match (&plain, &job.evidence) {
-                    (Some(plain), _) => details.extend(told_of(plain)),
-                    (None, None) => details.push(("credentials", "none".into())),
-                    (None, Some(_)) => {
-                        details.push(("credentials", "the session of the code".into()));
-                    }
+                    Ok(Decision { event, batch, details })
+                })
+                .await;
+            attempts += 1;
+            match advance {
+                // One of the variables was changed: as they are now, then.
+                Err(error) if error.reason() == Reason::ChangedMeanwhile && attempts < ATTEMPTS => {
                 }
-                Ok(Decision { event, batch, details })
-            })
-            .await?;
-        let run = advance.into_run();
-        let released = run.job(phase).lease.as_ref().and_then(|lease| lease.released);
-        if released.is_none() {
-            let reason = run.reason.unwrap_or_else(|| "the lease is over".into());
-            return Ok(Start::Revoked { reason });
+                done => return done,
+            }
         }
-        latchkey_failpoint::reach("cp.go.committed");
-        self.go(runner, lease).await
+    }
+
+    /// Makes what the release of a plan fixes for its apply; nothing for one that was released
+    /// before, or granted before anything was fixed.
+    async fn kept_for_apply(&self, lease: LeaseRef) -> Result<Batch> {
+        let run = self.run(lease.job.run).await?.value;
+        let released = run.plan.lease.as_ref().is_some_and(|held| held.released.is_some());
+        match lease.job.phase {
+            Phase::Plan if run.site.is_some() && !released => self.keep_variables(&run).await,
+            Phase::Plan | Phase::Apply => Ok(Batch::new()),
+        }
     }
 
     /// Answers a supervisor that was replaced while terraform runs.
@@ -143,9 +180,7 @@ impl App {
         if run.forced_by.is_some() {
             return Ok(Start::Forced);
         }
-        let request = &run.request;
-        let variables =
-            self.job_variables(request.organization, request.environment, run.id).await?;
+        let variables = self.job_variables(&run).await?;
         // Last: the alarm may have come since the lease was looked at.
         self.check_history()?;
         Ok(Start::Go(Go { session, variables }))
@@ -159,7 +194,8 @@ impl App {
     ) -> Result<Option<Plain>, String> {
         let run = &subject.run.value;
         let current = subject.environment.value.settings.demands();
-        if run.job(phase).evidence.is_some() || run.requires_code(phase, &current) {
+        let denied = phase == Phase::Apply && !run.is_approved_by_another(&current);
+        if run.job(phase).evidence.is_some() || run.requires_code(phase, &current) || denied {
             return Ok(None);
         }
         self.plain(subject, phase).await

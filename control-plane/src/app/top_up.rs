@@ -6,7 +6,8 @@
 //! back. Terraform fetches it with its next look at the container endpoint.
 //!
 //! It is never another kind of credentials than those the apply was started with, nor of another
-//! account: the approval was given for these.
+//! account: the approval was given for these. And where a second person has to approve, who queued
+//! the run tops nothing up: terraform would go on with a session of theirs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,6 +56,7 @@ impl App {
         &self,
         subject: &Subject,
         phase: Phase,
+        name: &str,
         wanted: &Wanted,
     ) -> Result<()> {
         let run = &subject.run.value;
@@ -68,6 +70,10 @@ impl App {
             return Err(
                 Error::refused(Reason::WrongState, message).with("state", run.state.as_str())
             );
+        }
+        let current = subject.environment.value.settings.demands();
+        if !run.may_be_approved_by(name, &current) {
+            return Err(latchkey_domain::run::Refusal::SecondPersonRequired.into());
         }
         let refuse = |message: String| Err(Error::refused(Reason::WrongState, message));
         let Some(session) = self.fetch::<Session>(keys::session(run.id, phase)).await? else {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use latchkey_domain::environment::Change;
 use latchkey_domain::id::{PoolId, RunId, RunnerId, UserId};
+use latchkey_domain::lease::Site;
 use latchkey_domain::policy::Phase;
 use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
 
@@ -22,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, encode};
-use crate::store::{Batch, CommitError, Expect, keys};
+use crate::store::{Batch, CommitError, Expect, Scan, keys};
 
 /// How often a lost race is run again before the caller is told.
 const ATTEMPTS: usize = 16;
@@ -142,10 +143,8 @@ impl App {
                 Guard::Grant(runner) => Some(self.guard_of(runner).await?),
             };
             let subject = self.subject(id).await?;
-            let Decision { event, mut batch, details } = decide(&subject)?;
-            if let Some((key, expect)) = admitted {
-                batch = batch.check(key, expect);
-            }
+            let Decision { event, batch, details } = decide(&subject)?;
+            let release = release_of(&event);
             let run = &subject.run.value;
             let (next, environment, effects) = match step(run, event, self.now()) {
                 Step::Unchanged => {
@@ -157,7 +156,16 @@ impl App {
                 }
                 Step::Moved { next, environment, effects } => (*next, environment, effects),
             };
-            let moved = self.with_turn(&subject, (next, environment, effects));
+            // What was put together for a release is not kept, nor told, where it is denied.
+            let denied = release.is_some_and(|phase| !is_released(&next, phase));
+            let (action, mut batch, details) = match denied {
+                true => ("deny_release", Batch::new(), vec![]),
+                false => (action, batch, details),
+            };
+            if let Some((key, expect)) = admitted {
+                batch = batch.check(key, expect);
+            }
+            let moved = self.with_turn(&subject, (next, environment, effects)).await?;
             let batch = self.write(&subject, &moved, (actor, action, details), batch);
             let (next, change, effects) = &moved;
             let batch = self.note_what_ends(batch, &subject.run.value, next, effects).await?;
@@ -201,21 +209,33 @@ impl App {
 
     /// Gives a run that has just become pending its turn in the same commit, if nothing is in
     /// its way: one write to the disk less for the usual case.
-    pub(super) fn with_turn(&self, subject: &Subject, moved: Moved) -> Moved {
+    pub(super) async fn with_turn(&self, subject: &Subject, moved: Moved) -> Result<Moved> {
         let (next, change, mut effects) = moved;
         let hold = &subject.environment.value.hold;
         let free = hold.after(next.id, &change);
         if next.state != RunState::Pending || !may_start(&next, &free) {
-            return (next, change, effects);
+            return Ok((next, change, effects));
         }
-        match step(&next, Event::TurnCame, self.now()) {
+        if !next.is_plan_only() && self.others_waited_longer(&next).await? {
+            // It is their turn, which nobody has given yet.
+            effects.retain(|effect| *effect != Effect::GiveTurn);
+            effects.push(Effect::GiveTurn);
+            return Ok((next, change, effects));
+        }
+        Ok(match step(&next, Event::TurnCame, self.now()) {
             Step::Moved { next, environment, effects: more } => {
                 effects.retain(|effect| *effect != Effect::GiveTurn);
                 effects.extend(more);
                 (*next, environment, effects)
             }
             Step::Unchanged | Step::Refused(_) => (next, change, effects),
-        }
+        })
+    }
+
+    async fn others_waited_longer(&self, run: &Run) -> Result<bool> {
+        let first = Scan::ascending(keys::pending_runs_of(run.request.environment), 1);
+        let first = self.scan(first).await?;
+        Ok(first.iter().any(|(key, _)| key.last_id().is_some_and(|id| id < *run.id.as_bytes())))
     }
 
     fn write(
@@ -315,6 +335,20 @@ pub(super) fn place(run: &Run, phase: Phase, settings: &Settings, pool: PoolId) 
     Place { pool, phase, labels, wanted: wanted(run, phase, settings) }
 }
 
+/// An environment as it holds for a phase of a run: an apply is made where its plan was, whatever
+/// has been set since.
+pub(super) fn of_phase(environment: &Environment, run: &Run, phase: Phase) -> Environment {
+    let mut environment = environment.clone();
+    match (phase, run.site.clone()) {
+        (Phase::Apply, Some(Site { region, working_directory })) => {
+            environment.settings.region = region;
+            environment.settings.working_directory = working_directory;
+        }
+        (Phase::Apply, None) | (Phase::Plan, _) => {}
+    }
+    environment
+}
+
 /// What a job runs by: a plan by what the settings say, an apply by what made its plan only.
 pub(super) fn wanted(run: &Run, phase: Phase, settings: &Settings) -> Wanted {
     match (phase, &run.planned) {
@@ -334,6 +368,15 @@ pub(super) type Moved = (Run, Change, Vec<Effect>);
 fn has_session(run: &Run, phase: Phase) -> bool {
     let job = run.job(phase);
     job.evidence.is_some() || job.lease.is_some()
+}
+
+/// The phase whose credentials an event is to release; the step may deny it.
+fn release_of(event: &Event) -> Option<Phase> {
+    if let Event::Starting { phase, .. } = event { Some(*phase) } else { None }
+}
+
+fn is_released(run: &Run, phase: Phase) -> bool {
+    run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some())
 }
 
 fn reason(run: &Run) -> String {

@@ -71,3 +71,6 @@ impl App {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! Where names meet, the narrower scope wins; from the widest: organization, environment,
 //! personal, and those given for one run. Personal ones and those of the run are fixed when it is
-//! queued ([`for_run`]); the others are those of the moment its credentials are released. The
+//! queued ([`for_run`]), the others when its plan is released; an apply has what its plan had. The
 //! triple exists at organization and personal scope only and never reaches a job.
 //!
 //! Nobody but the person themselves learns anything of their personal variables, their names

@@ -222,10 +222,12 @@ impl App {
         caller: &Caller,
         id: RunId,
     ) -> Result<mpsc::Receiver<Result<RunView>>> {
-        let (standing, _) = self.run_for(caller, id, Right::Read).await?;
+        let (standing, run) = self.run_for(caller, id, Right::Read).await?;
+        let environment = run.value.request.environment;
         let app = Arc::clone(self);
         let (sender, receiver) = mpsc::channel(4);
         let mut feed = self.store.watch(keys::exactly(&keys::run(id)));
+        let mut line = self.store.watch(keys::pending_runs_of(environment));
         tokio::spawn(async move {
             let mut shown = Shown::default();
             loop {
@@ -236,11 +238,14 @@ impl App {
                     Err(error) => Err(error),
                 };
                 let last = view.as_ref().map_or(true, |view| view.run.state.is_end());
+                let in_line = view.as_ref().is_ok_and(|view| view.run.state == RunState::Pending);
                 if sender.send(view).await.is_err() || last {
                     return;
                 }
                 tokio::select! {
                     _ = feed.next() => {}
+                    // Its position is a matter of those before it.
+                    _ = line.next(), if in_line => {}
                     () = sender.closed() => return,
                 }
             }

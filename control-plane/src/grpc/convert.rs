@@ -209,7 +209,7 @@ pub(super) fn run(view: RunView) -> v1::Run {
         cancel_request_time: run.cancel_requested_at.map(timestamp),
         force_cancel_time: view.force_cancel_time.map(timestamp),
         retry_of: request.retry_of.map(|run| run.to_string()).unwrap_or_default(),
-        given_variables: request.given.clone(),
+        given_variables: request.given.iter().map(|one| one.name.clone()).collect(),
         apply_forecast: view.credentials.forecast.as_ref().map(forecast),
         warnings: view.credentials.warnings.clone(),
         code_reason: view.code_reason.clone().unwrap_or_default(),
@@ -265,9 +265,11 @@ fn top_up(top_up: &TopUp) -> v1::Authenticated {
 
 fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
     let Counts { add, change, destroy, import, replace } = planned.counts;
-    let listed = changes.and_then(|changes| changes.get("resource_changes")?.as_array());
-    let listed = listed.map_or(&[][..], Vec::as_slice);
-    let shown = fitting(listed);
+    let of = |name: &str| changes.and_then(|changes| changes.get(name)?.as_array());
+    // Few, and told first: they are not what a plan is expected to do.
+    let lists = [of("action_invocations"), of("resource_changes")];
+    let listed: Vec<&Value> = lists.into_iter().flatten().flatten().collect();
+    let shown = fitting(&listed);
     v1::Plan {
         add,
         change,
@@ -284,12 +286,12 @@ fn plan(planned: &Planned, changes: Option<&Value>) -> v1::Plan {
 }
 
 /// Converts as many changes as fit into an answer.
-fn fitting(listed: &[Value]) -> Vec<v1::ResourceChange> {
+fn fitting(listed: &[&Value]) -> Vec<v1::ResourceChange> {
     let mut left = CHANGES_SIZE;
     listed
         .iter()
         .take(MOST_CHANGES)
-        .map(resource_change)
+        .map(|change| resource_change(change))
         .take_while(|change| {
             let size = change.address.len() + change.before_json.len() + change.after_json.len();
             match left.checked_sub(size + 64) {

@@ -13,15 +13,22 @@
 //!                       "deposed":"…","importing":{…}}],
 //!  "output_changes":{"name":{"action":"create","before":…,"after":…,"after_unknown":…}},
 //!  "resource_drift":[as resource_changes],
+//!  "action_invocations":[{"address":"…","action":"invoke","after":{…},"after_unknown":{…},
+//!                         "type":"…","provider_name":"…","trigger":{…}}],
+//!  "unread":["name"],
 //!  "assumed_roles":[{"provider":"aws.prod","seconds":7200}]}
 //! ```
 //!
 //! `action` is one of create, read, update, delete, replace, no-op, forget. Absent facts are
 //! absent fields. Sensitive values are replaced by `"(sensitive)"`, and the values of the job's
 //! sensitive variables, where they are found in others, by `***`. Resources that do not change
-//! are left out, unless they move or are imported. `assumed_roles` is there only when a provider
+//! are left out, unless they move or are imported. `action_invocations` is there only when terraform
+//! (since 1.14) invokes any, and `unread` when its plan has sections that are not known here: what
+//! they would do is not shown, and whoever demands a code by what a plan does takes such a plan for
+//! one that does anything. `assumed_roles` is there only when a provider
 //! assumes a role for longer than an hour. `variables`, `prior_state`, `configuration`
-//! and `planned_values` hold secrets in clear and are dropped. When the whole would exceed 32
+//! and `planned_values` hold secrets in clear and are dropped; what is deferred is not done by this
+//! plan. When the whole would exceed 32
 //! MiB, `before`, `after` and `after_unknown` are null everywhere and `truncated` is true.
 //!
 //! The digest is taken over exactly these bytes; the same saved plan yields the same bytes.
@@ -31,6 +38,29 @@ use serde_json::{Map, Value, json};
 use super::assumed_roles;
 use super::mask::{self, Masker};
 use crate::digest;
+
+/// The sections of a plan that are read here, or do nothing of their own.
+const KNOWN: [&str; 19] = [
+    "action_invocations",
+    "applyable",
+    "checks",
+    "complete",
+    "configuration",
+    "deferred_action_invocations",
+    "deferred_changes",
+    "errored",
+    "format_version",
+    "output_changes",
+    "planned_values",
+    "prior_state",
+    "proposed_unknown",
+    "relevant_attributes",
+    "resource_changes",
+    "resource_drift",
+    "terraform_version",
+    "timestamp",
+    "variables",
+];
 
 /// The wire's limit for the artifact.
 const LARGEST: usize = 32 << 20;
@@ -79,12 +109,13 @@ pub(super) fn reduce(shown: &[u8], masker: &Masker) -> Result<Changes, Error> {
             output_changes.insert(name.clone(), Value::Object(reduced));
         }
     }
+    let action_invocations = invocations(plan.get("action_invocations"), masker);
     let counts = count(&resource_changes);
     // Plans of terraform before 1.3 do not say; then any change counts.
-    let applyable = plan
-        .get("applyable")
-        .and_then(Value::as_bool)
-        .unwrap_or_else(|| counts != Counts::default() || !output_changes.is_empty());
+    let applyable = plan.get("applyable").and_then(Value::as_bool).unwrap_or_else(|| {
+        let changes = counts != Counts::default() || !output_changes.is_empty();
+        changes || !action_invocations.is_empty()
+    });
     let mut whole = json!({
         "format": 1,
         "applyable": applyable,
@@ -99,6 +130,13 @@ pub(super) fn reduce(shown: &[u8], masker: &Masker) -> Result<Changes, Error> {
         "output_changes": output_changes,
         "resource_drift": resource_drift,
     });
+    if !action_invocations.is_empty() {
+        whole["action_invocations"] = action_invocations.into();
+    }
+    let unread = unread(&plan);
+    if !unread.is_empty() {
+        whole["unread"] = unread.into();
+    }
     let assumed_roles = assumed_roles::read(&plan, masker);
     if !assumed_roles.is_empty() {
         whole["assumed_roles"] = assumed_roles.into();
@@ -133,12 +171,68 @@ fn resources(changes: Option<&Value>, masker: &Masker) -> Vec<Value> {
             "deposed",
         ] {
             if let Some(value) = resource.get(field).filter(|value| !value.is_null()) {
-                entry.insert(field.into(), value.clone());
+                entry.insert(field.into(), named(field, value, masker));
             }
         }
         out.push(Value::Object(entry));
     }
     out
+}
+
+/// What names a resource. A key of `for_each` may be a secret; a type is none, and plan rules go by
+/// it, so that it has to stay what it is.
+fn named(field: &str, value: &Value, masker: &Masker) -> Value {
+    match field {
+        "address" | "previous_address" | "deposed" => without_secrets(value.clone(), masker),
+        _ => value.clone(),
+    }
+}
+
+/// Reduces the actions that terraform invokes beside its changes.
+fn invocations(invoked: Option<&Value>, masker: &Masker) -> Vec<Value> {
+    let reduced = |action: &Value| {
+        let field = |name: &str| action.get(name).unwrap_or(&Value::Null);
+        let config = masked(field("config_values"), field("config_sensitive"));
+        let mut entry = Map::from_iter([
+            ("action".to_owned(), json!("invoke")),
+            ("after".to_owned(), without_secrets(config, masker)),
+        ]);
+        let shown = [
+            ("address", "address"),
+            ("type", "type"),
+            ("provider_name", "provider_name"),
+            ("config_unknown", "after_unknown"),
+            ("lifecycle_action_trigger", "trigger"),
+            ("invoke_action_trigger", "trigger"),
+        ];
+        for (name, shown) in shown {
+            if let Some(value) = action.get(name).filter(|value| !value.is_null()) {
+                let value = match name {
+                    "type" | "provider_name" => value.clone(),
+                    _ => without_secrets(value.clone(), masker),
+                };
+                entry.insert(shown.to_owned(), value);
+            }
+        }
+        Value::Object(entry)
+    };
+    invoked.and_then(Value::as_array).into_iter().flatten().map(reduced).collect()
+}
+
+/// The names of sections that are not known and say something.
+fn unread(plan: &Value) -> Vec<String> {
+    let says_something = |value: &Value| match value {
+        Value::Null => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Bool(_) | Value::Number(_) | Value::String(_) => true,
+    };
+    let sections = plan.as_object().into_iter().flatten();
+    let unread =
+        sections.filter(|(name, value)| !KNOWN.contains(&name.as_str()) && says_something(value));
+    let mut unread: Vec<String> = unread.map(|(name, _)| name.clone()).collect();
+    unread.sort();
+    unread
 }
 
 fn reduced(change: &Value, masker: &Masker) -> Map<String, Value> {
@@ -225,8 +319,8 @@ fn count(resources: &[Value]) -> Counts {
 
 fn truncate(whole: &mut Value) {
     whole["truncated"] = true.into();
-    for list in ["resource_changes", "resource_drift"] {
-        whole[list].as_array_mut().into_iter().flatten().for_each(empty);
+    for list in ["resource_changes", "resource_drift", "action_invocations"] {
+        whole.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten().for_each(empty);
     }
     whole["output_changes"].as_object_mut().into_iter().flat_map(Map::values_mut).for_each(empty);
 }
@@ -334,6 +428,65 @@ mod tests {
             "json": r#"{"a":"***"}"#, "key ***": 1});
         assert_eq!(found["resource_changes"][0]["after"], expect);
         assert_eq!(reduce(shown.to_string().as_bytes(), &masker).unwrap().digest, changes.digest);
+    }
+
+    #[test]
+    fn an_address_tells_no_secret_and_a_type_stays_what_it_is() {
+        let mut masker = Masker::default();
+        for secret in ["hunter2", "aws_iam_role"] {
+            masker.add(&secretive(secret));
+        }
+        let shown = json!({"format_version": "1.2", "resource_changes": [{
+            "address": "aws_iam_role.x[\"hunter2\"]", "previous_address": "b.x[\"hunter2\"]",
+            "deposed": "hunter2", "type": "aws_iam_role",
+            "change": {"actions": ["delete"], "before": {}, "after": null}}]});
+        let changes = reduce(shown.to_string().as_bytes(), &masker).unwrap();
+        let found: Value = serde_json::from_slice(&changes.bytes).unwrap();
+        let found = &found["resource_changes"][0];
+        assert_eq!(found["address"], "***.x[\"***\"]");
+        assert_eq!(found["previous_address"], "b.x[\"***\"]");
+        assert_eq!(found["deposed"], "***");
+        // Plan rules go by it.
+        assert_eq!(found["type"], "aws_iam_role");
+    }
+
+    #[test]
+    fn actions_are_shown_and_what_is_not_known_is_named() {
+        let mut masker = Masker::default();
+        masker.add(&secretive("hunter2"));
+        let before = reduce(plan().to_string().as_bytes(), &masker).unwrap();
+        let mut more = plan();
+        more["action_invocations"] = json!([{
+            "address": "action.aws_lambda_invoke.x[\"hunter2\"]", "type": "aws_lambda_invoke",
+            "name": "x", "config_values": {"payload": "canary", "plain": "hunter2 y"},
+            "config_sensitive": {"payload": true}, "config_unknown": {"id": true},
+            "provider_name": "p",
+            "lifecycle_action_trigger": {"triggering_resource_address": "a.b[\"hunter2\"]"}}]);
+        more["miracles"] = json!([{"secret": "canary"}]);
+        // What is known not to be done by this plan, and what says nothing.
+        more["deferred_changes"] = json!([{"reason": "canary"}]);
+        more["wonders"] = json!([]);
+        more["marvels"] = json!(null);
+        let changes = reduce(more.to_string().as_bytes(), &masker).unwrap();
+        let found: Value = serde_json::from_slice(&changes.bytes).unwrap();
+        let expect = json!([{
+            "address": "action.aws_lambda_invoke.x[\"***\"]", "type": "aws_lambda_invoke",
+            "action": "invoke",
+            "after": {"payload": MARK, "plain": "*** y"}, "after_unknown": {"id": true},
+            "provider_name": "p", "trigger": {"triggering_resource_address": "a.b[\"***\"]"}}]);
+        assert_eq!(found["action_invocations"], expect);
+        assert_eq!(found["unread"], json!(["miracles"]));
+        assert!(!found.to_string().contains("canary"));
+        // A plan without either is what it was before they were looked at.
+        let before: Value = serde_json::from_slice(&before.bytes).unwrap();
+        assert!(before.get("action_invocations").is_none() && before.get("unread").is_none());
+    }
+
+    #[test]
+    fn a_plan_that_only_invokes_is_one_to_apply() {
+        let shown = json!({"format_version": "1.2",
+            "action_invocations": [{"address": "action.a.b", "type": "a"}]});
+        assert!(unmasked(shown.to_string().as_bytes()).unwrap().applyable);
     }
 
     #[test]

@@ -10,7 +10,8 @@ use crate::words::parse_duration;
 /// What an apply must be approved by, beside the policy's level; owners only.
 #[derive(Debug, Args)]
 pub(super) struct Approval {
-    /// Who approves an apply must not be who queued the run; owners only
+    /// Who approves an apply must not be who queued the run; a run that a service token queued may
+    /// be approved by any person; owners only
     #[arg(long, value_name = "true|false")]
     pub(super) second_person: Option<bool>,
     /// Demand a code for applies that destroy or replace anything; owners only

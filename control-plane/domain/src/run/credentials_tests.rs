@@ -6,15 +6,16 @@ use std::time::Duration;
 use super::step_tests::{RUNNER, evidence, given};
 use super::{Effect, Event, Refusal, Run, RunState, Step, step};
 use crate::id::AuthenticationId;
-use crate::lease::Engine;
-use crate::policy::{Evidence, Phase};
+use crate::lease::{Engine, Site};
+use crate::policy::{Demands, Evidence, Phase};
 use crate::time::Timestamp;
 
 const FLOOR: Duration = Duration::from_secs(1800);
 
 fn granted_at(run: &Run, phase: Phase, seconds: i64) -> Step {
-    let (engine, floor) = (Engine::default(), FLOOR);
-    let event = Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor };
+    let (engine, site, floor) = (Engine::default(), Site::default(), FLOOR);
+    let event =
+        Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, site, floor };
     step(run, event, Timestamp::from_millis(seconds * 1000))
 }
 
@@ -50,11 +51,15 @@ fn another(phase: Phase) -> Evidence {
     }
 }
 
+fn topped_up(evidence: Evidence) -> Event {
+    Event::ToppedUp { evidence, current: Demands::default() }
+}
+
 #[test]
 fn a_running_apply_is_topped_up_and_who_approved_it_stays() {
     for name in ["Applying (released)", "Applying (released, cancel requested)", "Lost"] {
         let run = given(name);
-        let event = Event::ToppedUp { evidence: another(Phase::Apply) };
+        let event = topped_up(another(Phase::Apply));
         let Step::Moved { next, effects, .. } = step(&run, event, Timestamp::from_millis(5)) else {
             panic!("{name}");
         };
@@ -76,11 +81,40 @@ fn nothing_else_is_topped_up() {
         ("Applied", Refusal::WrongState),
         ("AwaitingApplyMfa", Refusal::WrongState),
     ] {
-        let event = Event::ToppedUp { evidence: another(Phase::Apply) };
+        let event = topped_up(another(Phase::Apply));
         assert_eq!(
             step(&given(name), event, Timestamp::from_millis(5)),
             Step::Refused(refusal),
             "{name}"
         );
     }
+}
+
+#[test]
+fn who_may_not_approve_an_apply_does_not_top_it_up() {
+    let run = given("Applying (released)");
+    let demanded = Demands { second_person: true, ..Demands::default() };
+    let own = Evidence { user: "ada".into(), ..another(Phase::Apply) };
+    let mut carrying = run.clone();
+    carrying.request.second_person = true;
+    for (run, current) in [(&run, demanded), (&carrying, Demands::default())] {
+        let event = Event::ToppedUp { evidence: own.clone(), current: current.clone() };
+        let refused = Step::Refused(Refusal::SecondPersonRequired);
+        assert_eq!(step(run, event, Timestamp::from_millis(5)), refused);
+        let event = Event::ToppedUp { evidence: another(Phase::Apply), current };
+        assert!(matches!(step(run, event, Timestamp::from_millis(5)), Step::Moved { .. }));
+    }
+}
+
+#[test]
+fn a_session_that_ends_sooner_does_not_replace_the_one_in_use() {
+    let run = given("Applying (released)");
+    let later = topped_up(another(Phase::Apply));
+    let Step::Moved { next, .. } = step(&run, later, Timestamp::from_millis(5)) else { panic!() };
+    let sooner = Timestamp::from_millis(8_999_999);
+    let first = Evidence { expires_at: sooner, ..another(Phase::Apply) };
+    let refused = Step::Refused(Refusal::ExpiresSooner);
+    assert_eq!(step(&next, topped_up(first), Timestamp::from_millis(6)), refused);
+    let equal = topped_up(another(Phase::Apply));
+    assert!(matches!(step(&next, equal, Timestamp::from_millis(6)), Step::Moved { .. }));
 }

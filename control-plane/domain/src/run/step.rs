@@ -23,7 +23,7 @@ use self::result::{apply_ended, plan_ended};
 use super::{Approval, Limits, Planned, RefusedCode, Run, RunState, deadline};
 use crate::environment::Change;
 use crate::id::{Digest, Epoch, JobId, RunnerId};
-use crate::lease::{Engine, Lease};
+use crate::lease::{Engine, Lease, Site};
 use crate::policy::{Demands, Evidence, Phase};
 use crate::time::Timestamp;
 
@@ -44,14 +44,15 @@ pub enum Event {
     /// The environment is free and this run is next.
     TurnCame,
     /// `state` is the number of the environment's newest state version, `engine` what it asks for:
-    /// both stay as they are until the lease ends. A session that lives shorter than `floor` is not
-    /// leased out.
+    /// both stay as they are until the lease ends. `site` is where it would make a plan now; an apply
+    /// is made where its plan was. A session that lives shorter than `floor` is not leased out.
     Granted {
         phase: Phase,
         runner: RunnerId,
         log_base: u64,
         state: Option<u64>,
         engine: Engine,
+        site: Site,
         floor: Duration,
     },
     /// The runner declined or gave back a job that it has not started.
@@ -71,6 +72,7 @@ pub enum Event {
     /// STS accepted a code submitted while `evidence.phase` runs, so that it can run on.
     ToppedUp {
         evidence: Evidence,
+        current: Demands,
     },
     /// The credentials that the phase needs cannot be had, for a reason that waiting does not
     /// cure.
@@ -210,6 +212,8 @@ pub enum Refusal {
     SecondPersonRequired,
     /// What the person saw is not what would be applied.
     PlanChanged,
+    /// What is in use lives longer than what would replace it.
+    ExpiresSooner,
     /// The lease is not the current one.
     LeaseLost,
     AlreadyEnded,
@@ -248,10 +252,10 @@ fn moved_by(run: &Run, event: Event, now: Timestamp) -> Step {
             done(next, vec![])
         }
         Event::TurnCame => turn_came(run, now),
-        Event::Granted { phase, runner, log_base, state, engine, floor } => {
-            granted(run, (phase, runner), log_base, (state, engine), floor, now)
+        Event::Granted { phase, runner, log_base, state, engine, site, floor } => {
+            granted(run, (phase, runner), log_base, (state, engine, site), floor, now)
         }
-        Event::ToppedUp { evidence } => topped_up(run, evidence, now),
+        Event::ToppedUp { evidence, current } => topped_up(run, evidence, &current, now),
         Event::HandedBack { phase, runner, epoch } => handed_back(run, phase, runner, epoch, now),
         Event::Starting { phase, runner, epoch, current, floor } => {
             starting(run, (phase, runner, epoch), &current, floor, now)

@@ -17,7 +17,7 @@ use crate::environment::{Change, Hold};
 use crate::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
-use crate::lease::Engine;
+use crate::lease::{Engine, Site};
 use crate::policy::{
     Demands, DestroyedBy, Evidence, MfaPolicy, Permit, Phase, PlanFacts, PlanRule,
 };
@@ -122,8 +122,8 @@ pub(super) fn granted(phase: Phase) -> Event {
 }
 
 fn asked_for(phase: Phase, engine: Engine) -> Event {
-    let floor = Duration::ZERO;
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor }
+    let (site, floor) = (Site::default(), Duration::ZERO);
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, site, floor }
 }
 
 fn forced(grace: Duration) -> Event {
@@ -187,6 +187,28 @@ pub(super) fn one_of_each() -> Vec<(&'static str, Run)> {
 
 pub(super) fn given(name: &str) -> Run {
     one_of_each().into_iter().find(|(known, _)| *known == name).expect("a known circumstance").1
+}
+
+#[test]
+fn an_apply_stays_where_its_plan_was_last_made() {
+    let at = |run: &Run, phase, region: &str| {
+        let site = Site { region: region.into(), working_directory: "stage".into() };
+        let (engine, floor) = (Engine::default(), Duration::ZERO);
+        let runner = RUNNER;
+        go(run, Event::Granted { phase, runner, log_base: 0, state: None, engine, site, floor })
+    };
+    let region = |run: &Run| run.site.as_ref().map(|site| site.region.clone());
+    let run = go(&queue(MfaPolicy::Never), Event::TurnCame);
+    let run = at(&run, Phase::Plan, "a");
+    let run = go(&run, started(&run, Phase::Plan));
+    let run = go(&run, Event::LeaseExpired { phase: Phase::Plan, epoch: run.plan.epoch });
+    let run = at(&run, Phase::Plan, "b");
+    let run = go(&run, started(&run, Phase::Plan));
+    let run = go(&run, plan_ended(&run, true));
+    let seen = run.planned.as_ref().unwrap().digest;
+    let run = go(&run, Event::Confirmed { by: "ada".into(), seen, current: Demands::default() });
+    let run = at(&run, Phase::Apply, "c");
+    assert_eq!(region(&run).as_deref(), Some("b"));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::AuthenticationId;
-use crate::lease::Engine;
+use crate::lease::{Engine, Site};
 use crate::policy::{Demands, Phase};
 use crate::time::Timestamp;
 
@@ -54,7 +54,10 @@ const COLUMNS: &[Column] = &[
         current: Demands::default(),
         floor: Duration::ZERO,
     }),
-    ("topped up", |run| Event::ToppedUp { evidence: given::evidence(phase_of(run)) }),
+    ("topped up", |run| topped_up(run, Demands::default())),
+    ("topped up by who queued, another is demanded", |run| {
+        topped_up(run, Demands { second_person: true, ..Demands::default() })
+    }),
     ("cannot start", |run| Event::CannotStart {
         phase: phase_of(run),
         runner: RUNNER,
@@ -122,8 +125,12 @@ const COLUMNS: &[Column] = &[
 ];
 
 fn granted(phase: Phase) -> Event {
-    let (engine, floor) = (Engine::default(), Duration::ZERO);
-    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, floor }
+    let (engine, site, floor) = (Engine::default(), Site::default(), Duration::ZERO);
+    Event::Granted { phase, runner: RUNNER, log_base: 0, state: None, engine, site, floor }
+}
+
+fn topped_up(run: &Run, current: Demands) -> Event {
+    Event::ToppedUp { evidence: given::evidence(phase_of(run)), current }
 }
 
 fn force(grace: Duration) -> Event {

@@ -350,3 +350,22 @@ async fn a_caller_who_hangs_up_at_any_moment_finds_the_outcome_by_asking_again()
         assert_eq!(fixture.aws.requests_with_code("000000"), 1);
     }
 }
+
+#[tokio::test]
+async fn a_request_is_of_one_phase_and_one_plan() {
+    let (fixture, run) = waiting().await;
+    let run = fixture.submit(&run, &fixture.code(), "same").await.unwrap();
+    let planned = fixture.plan(&run).await;
+    let code = fixture.code();
+    let error = fixture.submit(&planned, &code, "same").await.unwrap_err();
+    assert_eq!(error.field_name(), Some("request_id"), "{error}");
+    assert_eq!(fixture.run(&run).await.state, RunState::AwaitingApplyMfa);
+    assert_eq!(fixture.aws.requests_with_code(&code), 0);
+
+    fixture.submit(&planned, &code, "apply").await.unwrap();
+    fixture.submit(&planned, &code, "apply").await.unwrap();
+    let mut other = planned;
+    other.planned.as_mut().unwrap().digest = latchkey_domain::id::Digest::from_bytes([9; 32]);
+    let error = fixture.submit(&other, &code, "apply").await.unwrap_err();
+    assert_eq!(error.field_name(), Some("request_id"), "{error}");
+}

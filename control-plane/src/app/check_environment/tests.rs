@@ -120,3 +120,20 @@ async fn no_code_is_spent_while_the_rest_is_wrong() {
     let error = check(&fixture, Some("12345"), "two").await.unwrap_err();
     assert_eq!(error.reason(), Reason::FieldInvalid);
 }
+
+#[tokio::test]
+async fn a_request_that_comes_twice_at_once_is_one_check() {
+    let fixture = Fixture::new(MfaPolicy::PlansAndApplies).await;
+    let code = fixture.code();
+    let (one, other) =
+        tokio::join!(check(&fixture, Some(&code), "one"), check(&fixture, Some(&code), "one"));
+    assert_eq!(fixture.aws.requests_with_code(&code), 1);
+    for found in [one, other, check(&fixture, Some(&code), "one").await] {
+        match found {
+            Ok(steps) => assert_eq!(outcome(&steps, "device"), CheckOutcome::Ok, "{steps:#?}"),
+            Err(error) => assert!(error.message().contains("under way"), "{error}"),
+        }
+    }
+    let again = check(&fixture, Some(&code), "one").await.unwrap();
+    assert_eq!(outcome(&again, "device"), CheckOutcome::Ok);
+}

@@ -13,7 +13,11 @@ use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
 use crate::app::settings::SettingsChange;
 use crate::app::start_job::Start;
-use crate::store::record::environment::{CodeCredentials, PlainCredentials, RoleSettings, Roles};
+use crate::store::record::encode;
+use crate::store::record::environment::{
+    CodeCredentials, EnvironmentRecord, PlainCredentials, RoleSettings, Roles,
+};
+use crate::store::{Batch, Expect};
 use crate::sts::Credentials;
 
 /// Of the account 123456789012.
@@ -217,4 +221,47 @@ async fn a_session_below_the_environments_floor_is_not_leased_out() {
     assert_eq!(run.state, RunState::AwaitingPlanMfa);
     assert_eq!(run.plan.epoch.get(), 0, "no lease was granted");
     assert!(run.reason.unwrap().contains("1800 s"));
+}
+
+#[tokio::test]
+async fn a_floor_leaves_time_to_start_in_what_any_phase_may_get() {
+    let hours = |hours: u64| Some(Duration::from_secs(hours * 3600));
+    let sized = |session_duration, session_floor| SettingsChange {
+        session_duration,
+        session_floor,
+        ..SettingsChange::default()
+    };
+    let fixture = with(MfaPolicy::PlansAndApplies, sized(hours(36), hours(12))).await;
+    // A role's session lives up to 12 hours, however long others may.
+    let roles = || Some(Roles { plan: role("read"), apply: role("deploy") });
+    let by_code = CodeCredentials::Role;
+    let change =
+        SettingsChange { code_credentials: Some(by_code), roles: roles(), ..sized(None, None) };
+    let plain = PlainCredentials::Role;
+    let other =
+        SettingsChange { plain_credentials: Some(plain), roles: roles(), ..sized(None, None) };
+    for change in [change.clone(), other, sized(hours(1), hours(1)), sized(hours(1), None)] {
+        let refused = fixture.try_settings(change, None).await.unwrap_err();
+        assert_eq!(refused.field_name(), Some("session_floor"), "{refused}");
+    }
+    let five_minutes_less = Some(Duration::from_secs(55 * 60));
+    fixture.settings(sized(hours(1), five_minutes_less)).await;
+    fixture.settings(change).await;
+}
+
+#[tokio::test]
+async fn a_code_whose_session_would_be_below_the_floor_is_not_spent() {
+    let fixture = Fixture::new(MfaPolicy::PlansAndApplies).await;
+    let run = fixture.queue("one").await;
+    // As settings of before it was refused may be.
+    let request = &run.request;
+    let found = fixture.app.environment(request.organization, request.environment).await.unwrap();
+    let mut environment = found.value;
+    environment.settings.session_floor = environment.settings.session_duration;
+    let record = encode(&EnvironmentRecord::from(&environment));
+    fixture.store.commit(Batch::new().put(found.key, Expect::Anything, record)).await.unwrap();
+    let code = fixture.code();
+    let refused = fixture.submit(&run, &code, "one").await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::ExchangeRefused, "{refused}");
+    assert_eq!(fixture.aws.requests_with_code(&code), 0);
 }

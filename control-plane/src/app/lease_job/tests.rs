@@ -24,6 +24,7 @@ use crate::job::LeaseRef;
 use crate::store::record::runner::Said;
 use crate::store::{Store, keys};
 
+mod pinned;
 mod slow;
 
 async fn queued() -> (Fixture, Run) {

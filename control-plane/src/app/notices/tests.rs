@@ -304,7 +304,7 @@ async fn broken_glass_is_told_to_everybody_whatever_they_chose() {
     let app = fixture.telling_through(outbound()).await;
     let settings = crate::app::settings::SettingsChange::default();
     let owner = &fixture.owner;
-    fixture.app.create_environment(owner, ORGANIZATION, "db", settings, "db").await.unwrap();
+    fixture.app.create_environment(owner, ORGANIZATION, "db", settings, "db", None).await.unwrap();
     let narrow = Wish { environments: vec!["db".into()], ..wish(&[Event::Applied]) };
     let url = "https://hooks.example.com/a";
     let made = app.create_webhook(owner, ORGANIZATION, url, narrow, "a").await.unwrap();

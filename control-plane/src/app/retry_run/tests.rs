@@ -6,6 +6,7 @@ use latchkey_proto::v1::Reason;
 
 use super::Retry;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
+use crate::app::queue_run::NewRun;
 use crate::app::settings::SettingsChange;
 use crate::app::variables::NewVariable;
 use crate::store::record::variable::Category;
@@ -64,7 +65,7 @@ async fn what_was_given_for_the_first_run_has_to_be_given_again() {
     assert!(refused.message().contains("give them again: size"), "{refused}");
     let whole = Retry { variables: vec![size()], ..retry(&first, "a") };
     let second = fixture.app.retry_run(&fixture.owner, whole).await.unwrap();
-    assert_eq!(second.request.given, ["size"]);
+    assert_eq!(second.request.given[0].name, "size");
 }
 
 #[tokio::test]
@@ -81,4 +82,33 @@ async fn a_destroy_is_named_again_and_strangers_learn_nothing() {
     let stranger = fixture.stranger();
     let refused = fixture.app.retry_run(&stranger, retry(&first, "a")).await.unwrap_err();
     assert_eq!((refused.reason(), refused.message()), (Reason::NotFound, "no such run"));
+}
+
+#[tokio::test]
+async fn what_was_queued_not_to_apply_by_itself_does_not_when_it_is_done_again() {
+    let automatic = SettingsChange { auto_apply: Some(true), ..SettingsChange::default() };
+    let fixture = Fixture::in_environment(automatic).await;
+    for (asked, expect) in [(Some(false), false), (None, true)] {
+        let id = format!("{asked:?}");
+        let new = NewRun { auto_apply: asked, ..fixture.new_run(&fixture.app, &id).await };
+        let first = fixture.app.queue_run(&fixture.owner, new).await.unwrap();
+        fixture.app.cancel_run(&fixture.owner, first.id).await.unwrap();
+        let second = fixture.app.retry_run(&fixture.owner, retry(&first, &id)).await.unwrap();
+        assert_eq!(second.request.auto_apply, expect, "{asked:?}");
+        fixture.app.cancel_run(&fixture.owner, second.id).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_variable_of_another_category_is_not_the_one_that_was_given() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let other = NewVariable { category: Category::Environment, hcl: false, ..size() };
+    for (given, again) in [(size(), other.clone()), (other, size())] {
+        let first =
+            fixture.queue_giving(&format!("{:?}", given.category), vec![given]).await.unwrap();
+        fixture.app.cancel_run(&fixture.owner, first.id).await.unwrap();
+        let odd = Retry { variables: vec![again], ..retry(&first, "a") };
+        let refused = fixture.app.retry_run(&fixture.owner, odd).await.unwrap_err();
+        assert_eq!(refused.field_name(), Some("variables"));
+    }
 }

@@ -418,13 +418,17 @@ async fn states_on_their_way_to_one_environment_take_no_place_from_another() {
     let fixture = Fixture::new(MfaPolicy::Never).await;
     let (app, owner) = (&fixture.app, &fixture.owner);
     for name in ["a", "b", "c", "d", "e"] {
-        app.create_environment(owner, ENV.0, name, SettingsChange::default(), name).await.unwrap();
+        app.create_environment(owner, ENV.0, name, SettingsChange::default(), name, None)
+            .await
+            .unwrap();
     }
     let spent = keys::setting("bootstrap");
     fixture.store.commit(Batch::new().delete(spent, Expect::Anything)).await.unwrap();
     let secret = app.prepare_bootstrap().await.unwrap().unwrap();
     let bob = app.caller(&app.bootstrap(&secret, "umbra", "bob").await.unwrap()).await.unwrap();
-    app.create_environment(&bob, "umbra", "web", SettingsChange::default(), "w").await.unwrap();
+    app.create_environment(&bob, "umbra", "web", SettingsChange::default(), "w", None)
+        .await
+        .unwrap();
     tokio::time::pause();
     let mut coming = vec![];
     // Until it is refused.

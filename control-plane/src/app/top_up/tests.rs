@@ -14,6 +14,7 @@ use crate::auth::RunnerIdentity;
 use crate::error::Result;
 use crate::job::LeaseRef;
 use crate::store::record::environment::{CodeCredentials, RoleSettings, Roles};
+use crate::store::record::people::Access;
 
 async fn top_up(fixture: &Fixture, run: &Run, code: &str, id: &str) -> Result<Run> {
     let top_up = fixture.app.top_up(&fixture.owner, run.id, code.into(), id.into());
@@ -109,4 +110,19 @@ async fn only_a_running_apply_is_topped_up() {
     assert_eq!((forecast.samples, forecast.duration), (1, Some(Duration::from_secs(90))));
     assert_eq!(forecast.session, Some(Duration::from_secs(3600)));
     assert_eq!(forecast.warning, None);
+}
+
+#[tokio::test]
+async fn who_queued_tops_nothing_up_where_a_second_person_is_demanded() {
+    let (fixture, run, ..) = applying().await;
+    let bob = fixture.member("bob", Access::Write).await;
+    // Demanded since it was approved: the stricter of the two holds.
+    let change = SettingsChange { second_person: Some(true), ..SettingsChange::default() };
+    fixture.settings(change).await;
+    let code = fixture.code();
+    let error = top_up(&fixture, &run, &code, "own").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::SecondPersonRequired);
+    assert_eq!(fixture.aws.requests_with_code(&code), 0);
+    let (topped, _) = fixture.app.top_up(&bob, run.id, code.into(), "bobs".into()).await.unwrap();
+    assert_eq!(topped.apply.evidence.unwrap().user, "bob");
 }

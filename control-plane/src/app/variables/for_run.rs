@@ -1,9 +1,15 @@
 //! The variables of one run: those that were given with it, and the personal ones of whoever
-//! queued it, fixed in the commit that queues it and deleted in the one that ends it.
+//! queued it, fixed in the commit that queues it; those of the organization and the environment,
+//! fixed in the commit that releases its plan. All are deleted in the commit that ends it.
+//!
+//! So an apply has what its plan had. Terraform refuses other values for a saved plan, after the
+//! code was spent; a variable of its environment, such as the region, would change what the plan
+//! does though no digest tells; and a secret that the plan holds is masked though it was deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use latchkey_domain::id::{EnvironmentId, OrganizationId, RunId};
+use latchkey_domain::id::{OrganizationId, RunId};
+use latchkey_domain::run::{self, Run};
 use latchkey_proto::reserved::is_reserved;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
@@ -17,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::store::keys::{BlobUser, VariableScope};
 use crate::store::record::variable::{Category, Variable, stored_name};
 use crate::store::record::{decode, encode};
-use crate::store::{Batch, Expect, keys};
+use crate::store::{Batch, Expect, Key, Version, keys};
 
 const MOST_GIVEN: usize = 64;
 /// Names and values of those given for a run.
@@ -38,9 +44,13 @@ pub struct JobVariable {
 pub(in crate::app) struct Given(Vec<(NewVariable, Prepared)>);
 
 impl Given {
-    /// The names, as a run's record shows them.
-    pub(in crate::app) fn names(&self) -> Vec<String> {
-        self.0.iter().map(|(variable, _)| variable.name.clone()).collect()
+    /// All but the values, as a run's record keeps it.
+    pub(in crate::app) fn kept(&self) -> Vec<run::Given> {
+        let kept = |variable: &NewVariable| run::Given {
+            name: variable.name.clone(),
+            category: Some(variable.category.into()),
+        };
+        self.0.iter().map(|(variable, _)| kept(variable)).collect()
     }
 }
 
@@ -102,21 +112,70 @@ impl App {
                 continue;
             }
             // Others read the run's log, and a personal value is not theirs to know.
-            let mut fixed = Variable { sensitive: true, ..record };
-            match &fixed.stored {
-                Some(stored) => {
-                    let user = BlobUser::Made(run);
-                    batch = self.share(batch, organization, &stored.digest.0, user).await?;
-                    batch = batch.check(key, Expect::At(found.version));
-                }
-                None => {
-                    let value = self.open_value(&key, &fixed.value)?;
-                    fixed.value = self.seal_value(&place, &value);
-                }
-            }
-            batch = batch.put(place, Expect::Absent, encode(&fixed));
+            let fixed = Variable { sensitive: true, ..record };
+            batch = self.copy(batch, organization, run, (key, found.version), fixed).await?;
         }
         Ok(batch)
+    }
+
+    /// Makes the batch that fixes for a run what its plan is released with, beside the variables that
+    /// the run has of its own, in place of what an earlier release of the plan had.
+    pub(in crate::app) async fn keep_variables(&self, run: &Run) -> Result<Batch> {
+        let (id, organization) = (run.id, run.request.organization);
+        let mut kept: BTreeMap<Key, Variable> = BTreeMap::new();
+        for (key, found) in self.list(keys::variables_of(VariableScope::Run(id))).await? {
+            let record = decode(&key, &found)?;
+            kept.insert(key, record);
+        }
+        let mut found_now = BTreeMap::new();
+        for scope in shared_scopes(run) {
+            for (key, found) in self.list(keys::variables_of(scope)).await? {
+                let record: Variable = decode(&key, &found)?;
+                let name = stored_name(record.category, &record.name);
+                let place = keys::variable(VariableScope::Run(id), &name);
+                let own = kept.get(&place).is_some_and(|record| !record.of_plan);
+                if !own && !never_reaches_a_job(&record) {
+                    found_now.insert(place, (key, found.version, record));
+                }
+            }
+        }
+        let mut batch = Batch::new();
+        for (place, record) in &kept {
+            if record.of_plan && !found_now.contains_key(place) {
+                batch = batch.delete(place.clone(), Expect::Anything);
+            }
+        }
+        for (key, version, record) in found_now.into_values() {
+            let fixed = Variable { of_plan: true, ..record };
+            batch = self.copy(batch, organization, id, (key, version), fixed).await?;
+        }
+        Ok(batch)
+    }
+
+    /// Adds to a batch that a run has what is under `key`, whatever becomes of that.
+    async fn copy(
+        &self,
+        batch: Batch,
+        organization: OrganizationId,
+        run: RunId,
+        (key, version): (Key, Version),
+        mut fixed: Variable,
+    ) -> Result<Batch> {
+        let name = stored_name(fixed.category, &fixed.name);
+        let place = keys::variable(VariableScope::Run(run), &name);
+        let mut batch = batch;
+        match &fixed.stored {
+            Some(stored) => {
+                let user = BlobUser::Made(run);
+                batch = self.share(batch, organization, &stored.digest.0, user).await?;
+                batch = batch.check(key, Expect::At(version));
+            }
+            None => {
+                let value = self.open_value(&key, &fixed.value)?;
+                fixed.value = self.seal_value(&place, &value);
+            }
+        }
+        Ok(batch.put(place, Expect::Anything, encode(&fixed)))
     }
 
     /// Adds to a batch, which ends a run or comes after its end, that its variables go.
@@ -136,20 +195,13 @@ impl App {
         Ok(batch)
     }
 
-    /// Gathers what a job gets, narrower scopes last.
-    pub(in crate::app) async fn job_variables(
-        &self,
-        organization: OrganizationId,
-        environment: EnvironmentId,
-        run: RunId,
-    ) -> Result<Vec<JobVariable>> {
-        let scopes = [
-            VariableScope::Organization(organization),
-            VariableScope::Environment(organization, environment),
-            VariableScope::Run(run),
-        ];
+    /// Gathers what a job gets that is released: what is fixed for its run. Runs whose plan was
+    /// granted before that was all have what the wider scopes hold now, narrower ones last.
+    pub(in crate::app) async fn job_variables(&self, run: &Run) -> Result<Vec<JobVariable>> {
+        let organization = run.request.organization;
+        let wider = shared_scopes(run).into_iter().filter(|_| run.site.is_none());
         let mut gathered = BTreeMap::new();
-        for scope in scopes {
+        for scope in wider.chain([VariableScope::Run(run.id)]) {
             for (key, found) in self.list(keys::variables_of(scope)).await? {
                 let record: Variable = decode(&key, &found)?;
                 if !never_reaches_a_job(&record) {
@@ -165,6 +217,15 @@ impl App {
         }
         Ok(variables)
     }
+}
+
+/// The scopes that a run shares with others, the narrower one last.
+fn shared_scopes(run: &Run) -> [VariableScope; 2] {
+    let (organization, environment) = (run.request.organization, run.request.environment);
+    [
+        VariableScope::Organization(organization),
+        VariableScope::Environment(organization, environment),
+    ]
 }
 
 /// Tells whether it is of the triple, or was saved before its name was reserved.

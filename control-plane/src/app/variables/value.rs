@@ -80,6 +80,7 @@ impl App {
             value,
             stored,
             updated_at: self.now().into(),
+            of_plan: false,
         }
     }
 

@@ -171,7 +171,7 @@ impl Plane {
         let mut environments = vec![];
         for name in [ENVIRONMENT, RARE] {
             let settings = SettingsChange::default();
-            app.create_environment(&ada, ORGANIZATION, name, settings, name).await.unwrap();
+            app.create_environment(&ada, ORGANIZATION, name, settings, name, None).await.unwrap();
             let view = app.show_environment(&ada, ORGANIZATION, name).await.unwrap();
             environments.push((view.environment.organization, view.environment.id));
         }

@@ -5,18 +5,18 @@ use std::collections::BTreeSet;
 use latchkey_domain::id::{
     AuthenticationId, Digest, EnvironmentId, Epoch, OrganizationId, RunId, RunnerId, UserId,
 };
-use latchkey_domain::lease::{Engine, Lease, Released};
+use latchkey_domain::lease::{Engine, Lease, Released, Site};
 use latchkey_domain::policy::{
     DestroyedBy, Destroys, Evidence, MfaPolicy, Permit, Phase, PlanFacts,
 };
 use latchkey_domain::run::{
-    Actor, Approval, Authenticated, Counts, Job, PlanDigests, Planned, RefusedCode, Request, Run,
-    RunKind, RunState,
+    Actor, Approval, Authenticated, Counts, Given, Job, PlanDigests, Planned, RefusedCode, Request,
+    Run, RunKind, RunState,
 };
 use serde::{Deserialize, Serialize};
 
 use super::environment::{PlanRuleRecord, is_default};
-use super::{Millis, Text};
+use super::{Millis, Text, variable};
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "MfaPolicy", rename_all = "snake_case")]
@@ -94,7 +94,7 @@ pub struct RunRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     retry_of: Option<Text<RunId>>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    given: Vec<String>,
+    given: Vec<GivenRecord>,
     #[serde(with = "StateRecord")]
     state: RunState,
     updated_at: Millis,
@@ -103,6 +103,8 @@ pub struct RunRecord {
     entered_at: Option<Millis>,
     plan: JobRecord,
     apply: JobRecord,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    site: Option<SiteRecord>,
     planned: Option<PlannedRecord>,
     approval: Option<ApprovalRecord>,
     outputs: Option<String>,
@@ -117,6 +119,36 @@ pub struct RunRecord {
     reason: Option<String>,
 }
 
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum GivenRecord {
+    Of {
+        name: String,
+        category: variable::Category,
+    },
+    /// Of before the category was kept.
+    Name(String),
+}
+
+impl From<Given> for GivenRecord {
+    fn from(given: Given) -> Self {
+        let Given { name, category } = given;
+        match category {
+            Some(category) => GivenRecord::Of { name, category: category.into() },
+            None => GivenRecord::Name(name),
+        }
+    }
+}
+
+impl From<GivenRecord> for Given {
+    fn from(record: GivenRecord) -> Self {
+        match record {
+            GivenRecord::Of { name, category } => Given { name, category: Some(category.into()) },
+            GivenRecord::Name(name) => Given { name, category: None },
+        }
+    }
+}
+
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct JobRecord {
     epoch: u64,
@@ -129,6 +161,26 @@ struct JobRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     log_length: Option<u64>,
     holders: Vec<(u64, Text<RunnerId>)>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SiteRecord {
+    region: String,
+    working_directory: String,
+}
+
+impl From<&Site> for SiteRecord {
+    fn from(site: &Site) -> Self {
+        let Site { region, working_directory } = site.clone();
+        Self { region, working_directory }
+    }
+}
+
+impl From<SiteRecord> for Site {
+    fn from(record: SiteRecord) -> Self {
+        let SiteRecord { region, working_directory } = record;
+        Self { region, working_directory }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -283,12 +335,13 @@ impl From<&Run> for RunRecord {
             },
             queued_at: queued_at.into(),
             retry_of: retry_of.map(Text),
-            given,
+            given: given.into_iter().map(GivenRecord::from).collect(),
             state: run.state,
             updated_at: run.updated_at.into(),
             entered_at: Some(run.entered_at.into()),
             plan: (&run.plan).into(),
             apply: (&run.apply).into(),
+            site: run.site.as_ref().map(SiteRecord::from),
             planned: run.planned.as_ref().map(PlannedRecord::from),
             approval: run.approval.as_ref().map(|approval| ApprovalRecord {
                 by: approval.by.clone(),
@@ -334,13 +387,14 @@ impl From<RunRecord> for Run {
                 },
                 queued_at: record.queued_at.into(),
                 retry_of: record.retry_of.map(|run| run.0),
-                given: record.given,
+                given: record.given.into_iter().map(Given::from).collect(),
             },
             state: record.state,
             updated_at: record.updated_at.into(),
             entered_at: record.entered_at.unwrap_or(record.updated_at).into(),
             plan: record.plan.into(),
             apply: record.apply.into(),
+            site: record.site.map(Site::from),
             planned: record.planned.map(Planned::from),
             approval: record.approval.map(|approval| Approval {
                 by: approval.by,
@@ -513,6 +567,7 @@ impl From<PlannedRecord> for Planned {
 #[cfg(test)]
 mod tests {
     use latchkey_domain::policy::PlanRule;
+    use latchkey_domain::run::Category;
 
     use super::*;
     use crate::store::record::encode;
@@ -539,7 +594,9 @@ mod tests {
                 queued_by: Actor::User { id: UserId::from_bytes(id(4)), name: "ada".into() },
                 queued_at: at,
                 retry_of: Some(RunId::from_bytes(id(7))),
-                given: vec!["size".into()],
+                given: [None, Some(Category::Terraform), Some(Category::Environment)]
+                    .map(|category| Given { name: "size".into(), category })
+                    .into(),
             },
         );
         let authentication = AuthenticationId::from_bytes(id(6));
@@ -569,6 +626,7 @@ mod tests {
             log_length: Some(1234),
             holders: vec![(Epoch::new(7), RunnerId::from_bytes(id(5)))],
         };
+        run.site = Some(Site { region: "eu-west-1".into(), working_directory: "x/y".into() });
         run.planned = Some(Planned {
             digests: PlanDigests {
                 plan: digest,

@@ -1,9 +1,11 @@
 //! Variables as they are stored: every value sealed, sensitive or not.
 
 use latchkey_domain::id::Digest;
+use latchkey_domain::run;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::environment::is_default;
 use super::{Millis, SealedBytes, Text};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -11,6 +13,24 @@ use super::{Millis, SealedBytes, Text};
 pub enum Category {
     Terraform,
     Environment,
+}
+
+impl From<run::Category> for Category {
+    fn from(category: run::Category) -> Self {
+        match category {
+            run::Category::Terraform => Category::Terraform,
+            run::Category::Environment => Category::Environment,
+        }
+    }
+}
+
+impl From<Category> for run::Category {
+    fn from(category: Category) -> Self {
+        match category {
+            Category::Terraform => run::Category::Terraform,
+            Category::Environment => run::Category::Environment,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,6 +45,10 @@ pub struct Variable {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored: Option<StoredValue>,
     pub updated_at: Millis,
+    /// Of a run: whether it is the organization's or the environment's, kept as its plan had it,
+    /// rather than given or personal.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub of_plan: bool,
 }
 
 /// A value in a blob: behind the bytes of its id, so that the blob's name tells nothing of it.

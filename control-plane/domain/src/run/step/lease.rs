@@ -9,7 +9,7 @@ use super::{
 };
 use crate::environment::Change;
 use crate::id::{Epoch, RunnerId};
-use crate::lease::{Engine, Lease, Released};
+use crate::lease::{Engine, Lease, Released, Site};
 use crate::policy::{Demands, Denial, Evidence, Phase, Release, judge};
 use crate::run::{Run, RunState};
 use crate::time::Timestamp;
@@ -24,7 +24,7 @@ pub(super) fn granted(
     run: &Run,
     (phase, runner): (Phase, RunnerId),
     log_base: u64,
-    (state, engine): (Option<u64>, Engine),
+    (state, engine, site): (Option<u64>, Engine, Site),
     floor: Duration,
     now: Timestamp,
 ) -> Step {
@@ -38,6 +38,10 @@ pub(super) fn granted(
         return withdrawn(run, phase, denial, now);
     }
     let mut next = moved(run, running(phase), now);
+    match phase {
+        Phase::Plan => next.site = Some(site),
+        Phase::Apply => {}
+    }
     let job = next.job_mut(phase);
     let lease = Lease { engine, ..Lease::after(job.epoch, runner, log_base, state, now) };
     job.epoch = lease.epoch;
@@ -104,7 +108,7 @@ pub(super) fn starting(
     if phase == Phase::Apply && !is_approved(run) {
         return Step::Refused(Refusal::PlanChanged);
     }
-    if phase == Phase::Apply && !is_approved_by_another(run, current) {
+    if phase == Phase::Apply && !run.is_approved_by_another(current) {
         return denied(run, (phase, epoch), Denial::SecondPersonRequired, current, now);
     }
     let release = Release {
@@ -143,8 +147,9 @@ fn withdrawn(run: &Run, phase: Phase, denial: Denial, now: Timestamp) -> Step {
 }
 
 /// Puts another session in place of the one that a running phase has. Who approved it stays who
-/// did.
-pub(super) fn topped_up(run: &Run, evidence: Evidence, now: Timestamp) -> Step {
+/// did; but an apply goes on under the name of whoever tops it up, so that has to be somebody who
+/// could have approved it.
+pub(super) fn topped_up(run: &Run, evidence: Evidence, current: &Demands, now: Timestamp) -> Step {
     let phase = evidence.phase;
     if run.running_phase() != Some(phase) {
         return Step::Refused(Refusal::WrongState);
@@ -154,6 +159,14 @@ pub(super) fn topped_up(run: &Run, evidence: Evidence, now: Timestamp) -> Step {
     }
     let lease = run.job(phase).lease.as_ref().filter(|lease| lease.released.is_some());
     let Some(lease) = lease else { return Step::Refused(Refusal::WrongState) };
+    if phase == Phase::Apply && !run.may_be_approved_by(&evidence.user, current) {
+        return Step::Refused(Refusal::SecondPersonRequired);
+    }
+    let in_use = run.job(phase).evidence.as_ref().map(|evidence| evidence.expires_at);
+    if in_use.is_some_and(|expires_at| evidence.expires_at < expires_at) {
+        // One that was verified late: a later one was faster.
+        return Step::Refused(Refusal::ExpiresSooner);
+    }
     let renew = Effect::Renew(run.job_id(phase), lease.epoch);
     let mut next = moved(run, run.state, now);
     let job = next.job_mut(phase);
@@ -184,11 +197,6 @@ fn is_approved(run: &Run) -> bool {
         (Some(approval), Some(planned)) => approval.digest == planned.digest,
         (None, _) | (_, None) => false,
     }
-}
-
-/// Tells whether the approval is of a second person, where one is demanded.
-fn is_approved_by_another(run: &Run, current: &Demands) -> bool {
-    run.approval.as_ref().is_some_and(|approval| run.may_be_approved_by(&approval.by, current))
 }
 
 /// Sends the run back to wait for a person, who is mostly to give a code. A plan gives its turn up: a person may take long. An
