@@ -1,6 +1,8 @@
-//! What phases are given, through the real terraform and its S3 backend: the phase's role by a code
-//! and without one, long-term keys where owners ask for them, another code in the middle of an
-//! apply, and the doctor. That of the session a code buys is told in `provider.rs`.
+//! What phases are given: the phase's role by a code and without one, and long-term keys where
+//! owners ask for them, through the real terraform and its S3 backend; what a job sees of another
+//! code in the middle of its apply; what is said of roles before they are assumed. That of the
+//! session a code buys is told in `provider.rs`, of terraform's own part in a top-up in
+//! `top_up.rs`, of the doctor and what follows in `doctor.rs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,23 +12,7 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::{CheckOutcome, CodeCredentials, MfaPolicy, PlainCredentials, RunState};
 
 use crate::gated::{wait_for_file, with_s3, with_s3_as_given};
-use crate::support::stage;
-
-fn settings(policy: MfaPolicy) -> v1::EnvironmentSettings {
-    v1::EnvironmentSettings {
-        mfa_policy: policy.into(),
-        pool: Stage::POOL.to_owned(),
-        ..Default::default()
-    }
-}
-
-fn roles(plan: &str, apply: &str) -> Option<v1::Roles> {
-    let role = |name: &str| {
-        let arn = format!("arn:aws:iam::123456789012:role/{name}");
-        Some(v1::RoleSettings { arn, ..Default::default() })
-    };
-    Some(v1::Roles { plan: role(plan), apply: role(apply) })
-}
+use crate::support::{roles, settings, stage};
 
 #[tokio::test]
 async fn codes_assume_the_phases_roles_and_terraform_works_in_them() {

@@ -43,6 +43,10 @@ mod secrets;
 #[cfg(test)]
 mod support;
 #[cfg(test)]
+mod terminal;
+#[cfg(test)]
+mod top_up;
+#[cfg(test)]
 mod variables;
 #[cfg(test)]
 mod workstation;
