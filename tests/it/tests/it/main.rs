@@ -27,6 +27,8 @@ mod main_story;
 #[cfg(test)]
 mod people;
 #[cfg(test)]
+mod plan_rules;
+#[cfg(test)]
 mod processes;
 #[cfg(test)]
 mod provider;
