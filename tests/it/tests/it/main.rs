@@ -15,6 +15,8 @@ mod credentials;
 #[cfg(test)]
 mod demo;
 #[cfg(test)]
+mod doctor;
+#[cfg(test)]
 mod gated;
 #[cfg(test)]
 mod hooks;
