@@ -5,14 +5,16 @@
 //! `top_up.rs`, of the doctor and what follows in `doctor.rs`.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use latchkey_harness::{Configuration, Person, Stage, is_ended};
+use latchkey_harness::{Configuration, Person, Stage, StageOptions, is_ended};
 use latchkey_proto::v1;
 use latchkey_proto::v1::{CheckOutcome, CodeCredentials, MfaPolicy, PlainCredentials, RunState};
 
-use crate::gated::{wait_for_file, with_s3, with_s3_as_given};
-use crate::support::{roles, settings, stage};
+use crate::gated::{SMALL, wait_for_file, with_s3, with_s3_as_given};
+use crate::support::{options, roles, settings, stage};
+use crate::terminal::Terminal;
 
 #[tokio::test]
 async fn codes_assume_the_phases_roles_and_terraform_works_in_them() {
@@ -220,4 +222,43 @@ async fn the_doctor_tries_both_roles_with_one_code() {
     assert_eq!(calls.iter().filter(|call| call.had_code).count(), 1);
     assert_eq!(stage.aws.requests_with_code(&code).await.unwrap(), 1);
     assert!(ada.verify_audit().await.unwrap().intact);
+}
+
+/// A terraform whose plans are configured with a provider that cannot be had here: `show -json`
+/// tells of it as terraform does.
+fn with_far_provider(stage: &Stage) -> PathBuf {
+    let path = stage.shared().join("terraform");
+    let provider = r#""aws.far":{"name":"aws","full_name":"registry.terraform.io/hashicorp/aws","alias":"far","expressions":{"assume_role":[{"duration":{"constant_value":"2h"},"role_arn":{"constant_value":"arn"}}]}}"#;
+    let real = stage.terraform.display();
+    let script = format!(
+        "#!/bin/sh\ncase \"$1 $2\" in\n  'show -json') '{real}' \"$@\" | sed \
+         's|\"provider_config\":{{|&{provider},|' ;;\n  *) exec '{real}' \"$@\" \
+         ;;\nesac\n"
+    );
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn a_role_that_would_be_chained_too_long_is_explained_before_the_code() {
+    let options = StageOptions { runners: vec![], ..options() };
+    let mut stage = Stage::start(options).await.unwrap();
+    let terraform = with_far_provider(&stage);
+    stage.add_runner_with("far", |options| options.terraform = Some(terraform)).await.unwrap();
+    let ada = &stage.owner;
+    ada.create_environment("web", MfaPolicy::AppliesOnly).await.unwrap();
+    let run = ada.queue("web", &Configuration::of(&[("main.tf", SMALL)])).await.unwrap();
+    let run = ada.wait_for_state(&run.run_id, RunState::AwaitingApplyMfa).await.unwrap();
+    let why = "provider aws.far assumes a role for 2 h, and AWS allows 1 h to a role";
+    assert!(run.warnings.iter().any(|warning| warning.starts_with(why)), "{:?}", run.warnings);
+    let terminal = Terminal::of_owner(&stage).await;
+    let shown = terminal.done(&format!("run show {}", run.run_id), "").await;
+    let (warned, next) = (shown.find(&format!("WARNING: {why}")), shown.find("next: latchkey"));
+    assert!(warned.is_some() && warned < next, "{shown}");
+
+    // What it is about is over once the apply has begun.
+    ada.authenticate(&run.run_id, &stage.aws.unused_code().await.unwrap()).await.unwrap();
+    let run = ada.wait_for_state(&run.run_id, RunState::Applied).await.unwrap();
+    assert!(run.warnings.is_empty(), "{:?}", run.warnings);
 }
