@@ -262,3 +262,24 @@ async fn a_role_that_would_be_chained_too_long_is_explained_before_the_code() {
     let run = ada.wait_for_state(&run.run_id, RunState::Applied).await.unwrap();
     assert!(run.warnings.is_empty(), "{:?}", run.warnings);
 }
+
+#[tokio::test]
+async fn bounds_of_a_session_are_told_on_the_command_line() {
+    let stage = Stage::start(StageOptions { runners: vec![], ..options() }).await.unwrap();
+    let terminal = Terminal::of_owner(&stage).await;
+    let of_roles = "--code-credentials role --plan-role arn:aws:iam::123456789012:role/read \
+                    --apply-role arn:aws:iam::123456789012:role/deploy";
+    let create = format!("env create web --session-duration 20h {of_roles}");
+    let told = terminal.done(&create, "").await;
+    assert!(told.contains("live 12 h at most") && told.contains("not 20 h"), "{told}");
+    for duration in ["14m", "37h"] {
+        let set = format!("env set web --session-duration {duration}");
+        let (code, _, err) = terminal.run(&set, "").await;
+        assert_eq!(code, 1, "{err}");
+        for part in ["FIELD_INVALID", "session_duration", "15 minutes to 36 hours", "1h"] {
+            assert!(err.contains(part), "{part}: {err}");
+        }
+    }
+    let kept = terminal.json("env show web").await;
+    assert_eq!(kept["session_duration_seconds"], 20 * 3600, "{kept}");
+}
