@@ -279,3 +279,24 @@ async fn who_sets_more_than_a_role_may_live_is_told_what_it_will() {
     fixture.settings(shorter).await;
     assert_eq!(told().await, "");
 }
+
+#[tokio::test]
+async fn that_an_external_id_was_made_is_recorded_once() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let organization = fixture.organization().await;
+    // Made when it was first looked at, and the same ever after.
+    let made = fixture.app.external_id(organization).await.unwrap();
+    assert_eq!(fixture.app.external_id(organization).await.unwrap(), made);
+    let page = PageRequest { size: 200, ..PageRequest::default() };
+    let filter = AuditFilter::default();
+    let page = fixture.app.list_audit(&fixture.owner, ORGANIZATION, filter, page).await.unwrap();
+    let records: Vec<_> = page
+        .items
+        .iter()
+        .map(|record| &record.draft)
+        .filter(|draft| draft.action == "make_external_id")
+        .collect();
+    let [record] = records.as_slice() else { panic!("{records:?}") };
+    assert_eq!(record.actor, "system");
+    assert!(format!("{record:?}").contains(&made), "{record:?}");
+}
