@@ -81,7 +81,7 @@ pub(crate) struct Settings {
     /// Which phases start only after a token code; owners only
     #[arg(long, value_enum, value_name = "POLICY")]
     mfa_policy: Option<Policy>,
-    /// Apply without a confirmation where no code is required
+    /// Apply without a confirmation where no code is required; owners only
     #[arg(long, value_name = "true|false")]
     auto_apply: Option<bool>,
     /// Directory of the root module inside the uploaded one
@@ -90,10 +90,11 @@ pub(crate) struct Settings {
     /// Pool whose runners execute the jobs
     #[arg(long, value_name = "NAME")]
     pool: Option<String>,
-    /// Life of the sessions that codes buy, such as 1h; 15 minutes to 36 hours
+    /// Life of the sessions that phases get, such as 1h; 15 minutes to 36 hours, and 12 hours at
+    /// most for roles
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     session_duration: Option<prost_types::Duration>,
-    /// What terraform gets when no code is required
+    /// What terraform gets when no code is required; owners only
     #[arg(long, value_enum)]
     plain_credentials: Option<Plain>,
     /// AWS region

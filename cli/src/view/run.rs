@@ -705,6 +705,35 @@ next: latchkey authenticate 0199-run, or latchkey discard 0199-run
     }
 
     #[test]
+    fn what_an_apply_may_run_into_is_shown_before_the_next_step() {
+        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        let run = v1::Run {
+            apply_forecast: Some(v1::ApplyForecast {
+                duration: seconds(4000),
+                samples: 12,
+                session: seconds(3600),
+                warning: "it may outlive it".into(),
+            }),
+            warnings: vec!["provider aws.far assumes a role for 2 h".into()],
+            ..sample()
+        };
+        let text = show(&run);
+        let found = |line: &str| text.find(line).unwrap_or_else(|| panic!("{line}\n{text}"));
+        let places = [
+            "forecast: applies here took up to 1h 6m 40s (95th percentile of 12); the session lives \
+             1h\n",
+            "WARNING: it may outlive it\n",
+            "WARNING: provider aws.far assumes a role for 2 h\n",
+            "next: latchkey authenticate 0199-run",
+        ]
+        .map(found);
+        assert!(places.is_sorted(), "{text}");
+        let json = serde_json::to_value(RunView::new(&run)).unwrap();
+        assert_eq!(json["apply_forecast"]["warning"], "it may outlive it");
+        assert_eq!(json["warnings"][0], "provider aws.far assumes a role for 2 h");
+    }
+
+    #[test]
     fn programs_get_stable_names() {
         let json = serde_json::to_value(RunView::new(&sample())).unwrap();
         assert_eq!(json["state"], "awaiting_apply_mfa");

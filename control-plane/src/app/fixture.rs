@@ -42,6 +42,7 @@ use crate::seal::{IfMissing, MasterKey};
 use crate::store::keys::VariableScope;
 use crate::store::memory::Memory;
 use crate::store::record::authentication::Purpose;
+use crate::store::record::environment::RoleSettings;
 use crate::store::record::people::{Access, Bearer, Organization, Role, Token};
 use crate::store::record::runner::Runner;
 use crate::store::record::variable::{Category, stored_name};
@@ -529,6 +530,17 @@ impl Fixture {
         let scope = VariableScope::Organization(self.organization().await);
         let key = keys::variable(scope, &stored_name(Category::Environment, name));
         self.store.commit(Batch::new().delete(key, Expect::Anything)).await.unwrap();
+    }
+}
+
+/// The simulated role `read` with a session policy of so many characters.
+pub(crate) fn narrowed_by(characters: usize) -> RoleSettings {
+    let frame = r#"{"Version":"2012-10-17","Statement":[],"Id":""}"#;
+    let filling = "x".repeat(characters - frame.len());
+    RoleSettings {
+        arn: "arn:aws:iam::123456789012:role/read".into(),
+        policy: frame.replace(r#""Id":"""#, &format!(r#""Id":"{filling}""#)),
+        ..RoleSettings::default()
     }
 }
 

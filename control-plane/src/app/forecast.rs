@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use super::App;
 use super::credentials::{PACKED_WARNING, life};
+use super::settings::LONGEST_FLOOR;
 use super::transition::{Advance, Decision, Guard};
 use crate::auth::RunnerIdentity;
 use crate::error::Result;
@@ -66,7 +67,7 @@ pub struct TopUp {
     pub expires_at: Timestamp,
 }
 
-/// How long the apply may take, and how long what it gets would live.
+/// How long the apply may take, and how long what it gets would live and must live at least.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forecast {
     /// 95th percentile; absent without any.
@@ -147,7 +148,8 @@ impl App {
                 self.environment(run.request.organization, environment).await?.value.settings;
             let by_code = run.requires_code(Phase::Apply, &settings.demands());
             let durations = self.apply_durations(environment).await?;
-            let forecast = forecast(&durations.seconds, life(&settings, by_code), by_code);
+            let life = life(&settings, by_code);
+            let forecast = forecast(&durations.seconds, life, self.floor(&settings), by_code);
             facts.forecast = Some(forecast);
         }
         Ok(facts)
@@ -208,7 +210,12 @@ fn chained(provider: &str, asked: Duration) -> String {
     )
 }
 
-fn forecast(seconds: &[u64], session: Option<Duration>, by_code: bool) -> Forecast {
+fn forecast(
+    seconds: &[u64],
+    session: Option<Duration>,
+    floor: Duration,
+    by_code: bool,
+) -> Forecast {
     let duration = percentile_95(seconds).map(Duration::from_secs);
     let samples = seconds.len();
     let warning = match (duration, session) {
@@ -232,9 +239,31 @@ fn forecast(seconds: &[u64], session: Option<Duration>, by_code: bool) -> Foreca
                 in_words(session)
             ))
         }
+        // Only what a code buys may have waited, and have no more than the floor left.
+        (Some(duration), Some(session)) if by_code && floor < duration.min(LONGEST_FLOOR) => {
+            Some(format!(
+                "applies of this environment have taken up to {} (95th percentile of {samples}), and \
+                 one may start when no more than {} is left of its session: if it has to wait, it \
+                 may outlive it. Have another code asked for then with `latchkey env set \
+                 --session-floor {}`",
+                in_words(duration),
+                in_words(floor),
+                flag(duration.min(LONGEST_FLOOR), session)
+            ))
+        }
         (_, _) => None,
     };
     Forecast { duration, samples, session, warning }
+}
+
+/// Writes a floor as the command line takes it: in whole minutes, where the session has as many.
+fn flag(floor: Duration, session: Duration) -> String {
+    let minutes = floor.as_secs().div_ceil(60);
+    if minutes * 60 <= session.as_secs() {
+        format!("{minutes}m")
+    } else {
+        format!("{}s", floor.as_secs())
+    }
 }
 
 /// The smallest value that 95 of 100 do not exceed.
@@ -246,49 +275,4 @@ fn percentile_95(seconds: &[u64]) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HOUR: Duration = Duration::from_secs(3600);
-
-    #[test]
-    fn the_percentile_is_a_value_that_was_seen() {
-        assert_eq!(percentile_95(&[]), None);
-        assert_eq!(percentile_95(&[7]), Some(7));
-        let hundred: Vec<u64> = (1..=100).rev().collect();
-        assert_eq!(percentile_95(&hundred), Some(95));
-        let fifty: Vec<u64> = (1..=50).collect();
-        assert_eq!(percentile_95(&fifty), Some(48));
-    }
-
-    #[test]
-    fn a_session_that_may_be_too_short_is_told_with_what_to_do() {
-        let warned = forecast(&[4000], Some(HOUR), true).warning.unwrap();
-        assert!(warned.contains("1 h 6 min") && warned.contains("latchkey top-up"), "{warned}");
-        let plain = forecast(&[4000], Some(HOUR), false).warning.unwrap();
-        assert!(!plain.contains("top-up"), "{plain}");
-        assert_eq!(forecast(&[3000], Some(HOUR), true).warning, None);
-        assert_eq!(forecast(&[4000], None, false).warning, None);
-        assert_eq!(forecast(&[], Some(HOUR), true).samples, 0);
-    }
-
-    #[test]
-    fn only_what_is_over_an_hour_is_read_as_too_long() {
-        let changes = serde_json::json!({"assumed_roles": [
-            {"provider": "aws", "seconds": 3600},
-            {"provider": "aws.far", "seconds": 7200},
-            {"provider": 5, "seconds": 7200},
-        ]});
-        assert_eq!(long_roles(&changes), [("aws.far".to_owned(), 2 * HOUR)]);
-        assert!(long_roles(&serde_json::json!({})).is_empty());
-        assert!(chained("aws.far", 2 * HOUR).contains("2 h"));
-    }
-
-    #[test]
-    fn long_term_keys_chain_nothing() {
-        let settings = |plain| Settings { plain_credentials: plain, ..Settings::default() };
-        assert!(is_temporary(&settings(PlainCredentials::Session), false));
-        assert!(!is_temporary(&settings(PlainCredentials::Static), false));
-        assert!(is_temporary(&settings(PlainCredentials::Static), true));
-    }
-}
+mod tests;

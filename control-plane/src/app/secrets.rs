@@ -205,7 +205,8 @@ pub(super) fn check_partition(serial: &str, which: &str, region: &str) -> Result
         Some(partition) => {
             let message = format!(
                 "{SERIAL} in {which} belongs to the partition {partition}, but the environment's \
-                 region {region} is in {expected}"
+                 region {region} is in {expected}; set the environment's region with `latchkey env \
+                 set --region`, or the serial of a device there with `latchkey var set {SERIAL}`"
             );
             Err(Error::refused(Reason::SerialUnusable, message))
         }

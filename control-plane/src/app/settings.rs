@@ -17,13 +17,14 @@ use crate::store::record::environment::{
     CodeCredentials, Limits, PlainCredentials, PlanRuleRecord, RoleSettings, Roles, Settings,
 };
 use crate::sts::errors::in_words;
-use crate::sts::{partition_of, partition_of_region};
+use crate::sts::{LONGEST_ROLE_SESSION, partition_of, partition_of_region};
 
 /// How many labels an environment may demand.
 const MOST_LABELS: usize = 16;
 const SHORTEST_SESSION: Duration = Duration::from_secs(15 * 60);
 const LONGEST_SESSION: Duration = Duration::from_secs(36 * 3600);
-const LONGEST_FLOOR: Duration = Duration::from_secs(12 * 3600);
+/// Of an environment's floor.
+pub(super) const LONGEST_FLOOR: Duration = Duration::from_secs(12 * 3600);
 /// How much longer than the floor a session lives, so that it can wait for a runner.
 const TIME_TO_START: Duration = Duration::from_secs(5 * 60);
 const MOST_RESOURCE_TYPES: usize = 64;
@@ -131,7 +132,8 @@ impl App {
         }
         if let Some(duration) = session_duration {
             if !(SHORTEST_SESSION..=LONGEST_SESSION).contains(&duration) {
-                let message = "a session lasts 15 minutes to 36 hours";
+                let message = "a session lasts 15 minutes to 36 hours; give one between, such as \
+                               `--session-duration 1h`";
                 return Err(Error::field("session_duration", message));
             }
             settings.session_duration = duration;
@@ -392,11 +394,23 @@ pub fn warnings(settings: &Settings) -> Vec<String> {
     let mut warnings = vec![];
     let ungated = |phase| !settings.policy.requires_code(phase);
     let phases = match (ungated(Phase::Plan), ungated(Phase::Apply)) {
-        (true, true) => "plans and applies",
-        (true, false) | (false, true) => "plans",
-        (false, false) => return warnings,
+        (true, true) => Some("plans and applies"),
+        (true, false) | (false, true) => Some("plans"),
+        (false, false) => None,
     };
-    if settings.plain_credentials == PlainCredentials::Static {
+    let role = settings.code_credentials == CodeCredentials::Role
+        || phases.is_some() && settings.plain_credentials == PlainCredentials::Role;
+    if role && settings.session_duration > LONGEST_ROLE_SESSION {
+        warnings.push(format!(
+            "AWS lets the session of a role live {} at most, so those of this environment's roles \
+             live that long and not {}",
+            in_words(LONGEST_ROLE_SESSION),
+            in_words(settings.session_duration)
+        ));
+    }
+    if let Some(phases) = phases
+        && settings.plain_credentials == PlainCredentials::Static
+    {
         warnings.push(format!(
             "{phases} get the organization's long-term AWS keys themselves: they leave the control \
              plane, do not expire, and whatever runs there can keep them. Prefer `role` or `session`"

@@ -11,7 +11,7 @@ use secrecy::ExposeSecret;
 use crate::app::PageRequest;
 use crate::app::audit_trail::AuditFilter;
 use crate::app::fixture::{ENVIRONMENT, Fixture, ORGANIZATION};
-use crate::app::settings::SettingsChange;
+use crate::app::settings::{SettingsChange, warnings};
 use crate::app::start_job::Start;
 use crate::store::record::encode;
 use crate::store::record::environment::{
@@ -264,4 +264,86 @@ async fn a_code_whose_session_would_be_below_the_floor_is_not_spent() {
     let refused = fixture.submit(&run, &code, "one").await.unwrap_err();
     assert_eq!(refused.reason(), Reason::ExchangeRefused, "{refused}");
     assert_eq!(fixture.aws.requests_with_code(&code), 0);
+}
+
+#[tokio::test]
+async fn a_sessions_duration_has_bounds_and_a_refusal_names_them() {
+    let fixture = Fixture::new(MfaPolicy::PlansAndApplies).await;
+    let duration = |seconds| SettingsChange {
+        session_duration: Some(Duration::from_secs(seconds)),
+        ..SettingsChange::default()
+    };
+    for seconds in [899, 36 * 3600 + 1] {
+        let error = fixture.try_settings(duration(seconds), None).await.unwrap_err();
+        let said = (error.reason(), error.field_name());
+        assert_eq!(said, (Reason::FieldInvalid, Some("session_duration")), "{seconds}");
+        for part in ["15 minutes to 36 hours", "--session-duration 1h"] {
+            assert!(error.message().contains(part), "{part}: {error}");
+        }
+    }
+    for seconds in [36 * 3600, 900] {
+        fixture.settings(duration(seconds)).await;
+        let settings = fixture.environment().await.environment.settings;
+        assert_eq!(settings.session_duration, Duration::from_secs(seconds));
+    }
+}
+
+#[tokio::test]
+async fn who_sets_more_than_a_role_may_live_is_told_what_it_will() {
+    let day = Duration::from_secs(24 * 3600);
+    let fixture = with(
+        MfaPolicy::PlansAndApplies,
+        SettingsChange { session_duration: Some(day), ..SettingsChange::default() },
+    )
+    .await;
+    let told = async || warnings(&fixture.environment().await.environment.settings).join("\n");
+    assert_eq!(told().await, "", "a session may live a day");
+    let change = SettingsChange {
+        code_credentials: Some(CodeCredentials::Role),
+        roles: Some(Roles { plan: role("read"), apply: role("long") }),
+        ..SettingsChange::default()
+    };
+    fixture.settings(change).await;
+    let warned = told().await;
+    for part in ["12 h", "24 h", "role"] {
+        assert!(warned.contains(part), "{part}: {warned}");
+    }
+    // And so it is.
+    fixture.aws.change_world(|world| {
+        let mut role = Role::new("read", MfaCondition::Demanded);
+        role.max_session_seconds = 43_200;
+        world.put_role("123456789012", role).unwrap();
+    });
+    let run = fixture.queue("one").await;
+    fixture.submit(&run, &fixture.code(), "plan").await.unwrap();
+    let calls = fixture.aws.calls();
+    let asked = calls.iter().find(|call| call.action == "AssumeRole").unwrap();
+    assert_eq!(asked.members["DurationSeconds"], "43200");
+    let shorter = SettingsChange {
+        session_duration: Some(Duration::from_secs(12 * 3600)),
+        ..SettingsChange::default()
+    };
+    fixture.settings(shorter).await;
+    assert_eq!(told().await, "");
+}
+
+#[tokio::test]
+async fn that_an_external_id_was_made_is_recorded_once() {
+    let fixture = Fixture::new(MfaPolicy::Never).await;
+    let organization = fixture.organization().await;
+    // Made when it was first looked at, and the same ever after.
+    let made = fixture.app.external_id(organization).await.unwrap();
+    assert_eq!(fixture.app.external_id(organization).await.unwrap(), made);
+    let page = PageRequest { size: 200, ..PageRequest::default() };
+    let filter = AuditFilter::default();
+    let page = fixture.app.list_audit(&fixture.owner, ORGANIZATION, filter, page).await.unwrap();
+    let records: Vec<_> = page
+        .items
+        .iter()
+        .map(|record| &record.draft)
+        .filter(|draft| draft.action == "make_external_id")
+        .collect();
+    let [record] = records.as_slice() else { panic!("{records:?}") };
+    assert_eq!(record.actor, "system");
+    assert!(format!("{record:?}").contains(&made), "{record:?}");
 }

@@ -126,3 +126,34 @@ async fn who_queued_tops_nothing_up_where_a_second_person_is_demanded() {
     let (topped, _) = fixture.app.top_up(&bob, run.id, code.into(), "bobs".into()).await.unwrap();
     assert_eq!(topped.apply.evidence.unwrap().user, "bob");
 }
+
+#[tokio::test]
+async fn a_role_is_replaced_by_the_same_role_of_another_code() {
+    let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
+    let role = RoleSettings {
+        arn: "arn:aws:iam::123456789012:role/deploy".into(),
+        ..RoleSettings::default()
+    };
+    fixture
+        .settings(SettingsChange {
+            code_credentials: Some(CodeCredentials::Role),
+            roles: Some(Roles { plan: role.clone(), apply: role }),
+            ..SettingsChange::default()
+        })
+        .await;
+    let run = fixture.queue("one").await;
+    let run = fixture.plan(&run).await;
+    let run = fixture.submit(&run, &fixture.code(), "apply").await.unwrap();
+    let (runner, lease, start) = fixture.start(&run, Phase::Apply).await;
+    let Start::Go(go) = start else { panic!("{start:?}") };
+    let first = go.session.unwrap().access_key_id;
+    let run = top_up(&fixture, &run, &fixture.code(), "two").await.unwrap();
+    let Start::Go(go) = fixture.app.start_again(&runner, lease).await.unwrap() else { panic!() };
+    assert_ne!(go.session.unwrap().access_key_id, first);
+    let view = fixture.app.show_run(&fixture.owner, run.id).await.unwrap();
+    let apply = &view.credentials.apply;
+    assert!(apply.role.as_ref().is_some_and(|role| role.ends_with("role/deploy")), "{apply:?}");
+    assert_eq!(apply.top_ups.len(), 1);
+    let with_code = fixture.aws.calls().into_iter().filter(|call| call.had_code);
+    assert!(with_code.map(|call| call.action).eq(["AssumeRole", "AssumeRole"]));
+}

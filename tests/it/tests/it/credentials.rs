@@ -1,32 +1,20 @@
-//! What phases are given, through the real terraform and its S3 backend: the phase's role by a code
-//! and without one, long-term keys where owners ask for them, another code in the middle of an
-//! apply, and the doctor. That of the session a code buys is told in `provider.rs`.
+//! What phases are given: the phase's role by a code and without one, and long-term keys where
+//! owners ask for them, through the real terraform and its S3 backend; what a job sees of another
+//! code in the middle of its apply; what is said of roles before they are assumed. That of the
+//! session a code buys is told in `provider.rs`, of terraform's own part in a top-up in
+//! `top_up.rs`, of the doctor and what follows in `doctor.rs`.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use latchkey_harness::{Configuration, Person, Stage, is_ended, reason};
+use latchkey_harness::{Configuration, Person, Stage, StageOptions, is_ended, reason};
 use latchkey_proto::v1;
 use latchkey_proto::v1::{CheckOutcome, CodeCredentials, MfaPolicy, PlainCredentials, RunState};
 
-use crate::gated::{wait_for_file, with_s3, with_s3_as_given};
-use crate::support::stage;
-
-fn settings(policy: MfaPolicy) -> v1::EnvironmentSettings {
-    v1::EnvironmentSettings {
-        mfa_policy: policy.into(),
-        pool: Stage::POOL.to_owned(),
-        ..Default::default()
-    }
-}
-
-fn roles(plan: &str, apply: &str) -> Option<v1::Roles> {
-    let role = |name: &str| {
-        let arn = format!("arn:aws:iam::123456789012:role/{name}");
-        Some(v1::RoleSettings { arn, ..Default::default() })
-    };
-    Some(v1::Roles { plan: role(plan), apply: role(apply) })
-}
+use crate::gated::{SMALL, wait_for_file, with_s3, with_s3_as_given};
+use crate::support::{options, roles, settings, stage};
+use crate::terminal::Terminal;
 
 #[tokio::test]
 async fn codes_assume_the_phases_roles_and_terraform_works_in_them() {
@@ -239,4 +227,64 @@ async fn the_doctor_tries_both_roles_with_one_code() {
     assert_eq!(calls.iter().filter(|call| call.had_code).count(), 1);
     assert_eq!(stage.aws.requests_with_code(&code).await.unwrap(), 1);
     assert!(ada.verify_audit().await.unwrap().intact);
+}
+
+/// A terraform whose plans are configured with a provider that cannot be had here: `show -json`
+/// tells of it as terraform does.
+fn with_far_provider(stage: &Stage) -> PathBuf {
+    let path = stage.shared().join("terraform");
+    let provider = r#""aws.far":{"name":"aws","full_name":"registry.terraform.io/hashicorp/aws","alias":"far","expressions":{"assume_role":[{"duration":{"constant_value":"2h"},"role_arn":{"constant_value":"arn"}}]}}"#;
+    let real = stage.terraform.display();
+    let script = format!(
+        "#!/bin/sh\ncase \"$1 $2\" in\n  'show -json') '{real}' \"$@\" | sed \
+         's|\"provider_config\":{{|&{provider},|' ;;\n  *) exec '{real}' \"$@\" \
+         ;;\nesac\n"
+    );
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn a_role_that_would_be_chained_too_long_is_explained_before_the_code() {
+    let options = StageOptions { runners: vec![], ..options() };
+    let mut stage = Stage::start(options).await.unwrap();
+    let terraform = with_far_provider(&stage);
+    stage.add_runner_with("far", |options| options.terraform = Some(terraform)).await.unwrap();
+    let ada = &stage.owner;
+    ada.create_environment("web", MfaPolicy::AppliesOnly).await.unwrap();
+    let run = ada.queue("web", &Configuration::of(&[("main.tf", SMALL)])).await.unwrap();
+    let run = ada.wait_for_state(&run.run_id, RunState::AwaitingApplyMfa).await.unwrap();
+    let why = "provider aws.far assumes a role for 2 h, and AWS allows 1 h to a role";
+    assert!(run.warnings.iter().any(|warning| warning.starts_with(why)), "{:?}", run.warnings);
+    let terminal = Terminal::of_owner(&stage).await;
+    let shown = terminal.done(&format!("run show {}", run.run_id), "").await;
+    let (warned, next) = (shown.find(&format!("WARNING: {why}")), shown.find("next: latchkey"));
+    assert!(warned.is_some() && warned < next, "{shown}");
+
+    // What it is about is over once the apply has begun.
+    ada.authenticate(&run.run_id, &stage.aws.unused_code().await.unwrap()).await.unwrap();
+    let run = ada.wait_for_state(&run.run_id, RunState::Applied).await.unwrap();
+    assert!(run.warnings.is_empty(), "{:?}", run.warnings);
+}
+
+#[tokio::test]
+async fn bounds_of_a_session_are_told_on_the_command_line() {
+    let stage = Stage::start(StageOptions { runners: vec![], ..options() }).await.unwrap();
+    let terminal = Terminal::of_owner(&stage).await;
+    let of_roles = "--code-credentials role --plan-role arn:aws:iam::123456789012:role/read \
+                    --apply-role arn:aws:iam::123456789012:role/deploy";
+    let create = format!("env create web --session-duration 20h {of_roles}");
+    let told = terminal.done(&create, "").await;
+    assert!(told.contains("live 12 h at most") && told.contains("not 20 h"), "{told}");
+    for duration in ["14m", "37h"] {
+        let set = format!("env set web --session-duration {duration}");
+        let (code, _, err) = terminal.run(&set, "").await;
+        assert_eq!(code, 1, "{err}");
+        for part in ["FIELD_INVALID", "session_duration", "15 minutes to 36 hours", "1h"] {
+            assert!(err.contains(part), "{part}: {err}");
+        }
+    }
+    let kept = terminal.json("env show web").await;
+    assert_eq!(kept["session_duration_seconds"], 20 * 3600, "{kept}");
 }

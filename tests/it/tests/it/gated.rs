@@ -33,6 +33,21 @@ impl Gated {
         Configuration::of(&[("main.tf", &gated_apply(&self.started, &self.gate))])
     }
 
+    /// The same with its state in the simulated S3, behind `role`; see [`with_s3`].
+    pub(crate) fn with_s3(&self, stage: &Stage, role: &str) -> Configuration {
+        self.kept_by(&s3_backend(stage, &assumed(role)))
+    }
+
+    /// The same with the credentials as they are given.
+    pub(crate) fn with_s3_as_given(&self, stage: &Stage) -> Configuration {
+        self.kept_by(&s3_backend(stage, ""))
+    }
+
+    fn kept_by(&self, backend: &str) -> Configuration {
+        let main = gated_apply(&self.started, &self.gate);
+        Configuration::of(&[("main.tf", &main), ("backend.tf", backend)])
+    }
+
     /// Queues, confirms, and returns the run's id when its apply has begun.
     pub(crate) async fn begin(&self, stage: &Stage, environment: &str) -> anyhow::Result<String> {
         let ada = &stage.owner;
@@ -87,18 +102,30 @@ resource "terraform_data" "gated" {{
 /// Keeps its state in the simulated S3, behind a role that demands MFA or, as `read`, none. Its
 /// plan takes as long as AWS takes to answer, which is the test's to script.
 pub(crate) fn with_s3(stage: &Stage, role: &str) -> Configuration {
-    let arn = format!("arn:aws:iam::123456789012:role/{role}");
-    s3(stage, &format!("assume_role    = {{ role_arn = \"{arn}\" }}"))
+    kept_in_s3(&s3_backend(stage, &assumed(role)))
 }
 
 /// The same with the credentials as they are given, for sessions of a role.
 pub(crate) fn with_s3_as_given(stage: &Stage) -> Configuration {
-    s3(stage, "")
+    kept_in_s3(&s3_backend(stage, ""))
 }
 
-fn s3(stage: &Stage, assume_role: &str) -> Configuration {
+fn kept_in_s3(backend: &str) -> Configuration {
+    let main = r#"
+resource "terraform_data" "one" {
+  input = "kept in the bucket"
+}
+"#;
+    Configuration::of(&[("main.tf", main), ("backend.tf", backend)])
+}
+
+fn assumed(role: &str) -> String {
+    format!("assume_role    = {{ role_arn = \"arn:aws:iam::123456789012:role/{role}\" }}")
+}
+
+fn s3_backend(stage: &Stage, assume_role: &str) -> String {
     let url = &stage.aws.facts().url;
-    let main = format!(
+    format!(
         r#"
 terraform {{
   backend "s3" {{
@@ -111,11 +138,6 @@ terraform {{
     {assume_role}
   }}
 }}
-
-resource "terraform_data" "one" {{
-  input = "kept in the bucket"
-}}
 "#
-    );
-    Configuration::of(&[("main.tf", &main)])
+    )
 }

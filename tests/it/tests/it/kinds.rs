@@ -2,7 +2,7 @@
 
 use latchkey_harness::{Configuration, Person, Stage, StageOptions, reason};
 use latchkey_proto::v1::{
-    MfaPolicy, QueueRunRequest, RetryRunRequest, Run, RunKind, RunState, RunVariable,
+    MfaPolicy, Plan, QueueRunRequest, RetryRunRequest, Run, RunKind, RunState, RunVariable,
     VariableCategory,
 };
 
@@ -175,5 +175,65 @@ async fn plans_go_side_by_side_while_a_run_has_the_environment_and_the_line_move
     ada.wait_for_state(&waiting[1], RunState::AwaitingConfirmation).await?;
     let last = ada.run(&waiting[2]).await?;
     assert_eq!((last.state(), last.queue_position), (RunState::Pending, 1));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_is_counted_and_a_refresh_writes_down_what_the_world_has_become()
+-> anyhow::Result<()> {
+    let stage = stage().await?;
+    let ada = &stage.owner;
+    ada.create_environment("web", MfaPolicy::Never).await?;
+    let world = stage.shared().join("world");
+    let main = format!(
+        r#"
+variable "release" {{
+  type = string
+}}
+
+import {{
+  to = terraform_data.old
+  id = "kept-from-before"
+}}
+
+resource "terraform_data" "old" {{}}
+
+resource "terraform_data" "new" {{
+  triggers_replace = var.release
+}}
+
+output "world" {{
+  value = file("{}")
+}}
+"#,
+        world.display()
+    );
+    let configuration = Configuration::of(&[("main.tf", &main)]);
+    let played = async |of: &str, kind: RunKind| {
+        let variables = release(of);
+        let request = QueueRunRequest { variables, kind: kind.into(), ..Default::default() };
+        let run = ada.queue_with("web", &configuration, request).await?;
+        let run = ada.wait_for_state(&run.run_id, RunState::AwaitingConfirmation).await?;
+        let plan = run.plan_result.unwrap();
+        ada.confirm(&run.run_id).await?;
+        let run = ada.wait_for_state(&run.run_id, RunState::Applied).await?;
+        anyhow::Ok((plan, run))
+    };
+    let counts = |plan: &Plan| {
+        (plan.add, plan.change, plan.destroy, plan.replace, plan.import, plan.applyable)
+    };
+
+    std::fs::write(&world, "one")?;
+    let (plan, run) = played("1", RunKind::PlanAndApply).await?;
+    assert_eq!(counts(&plan), (1, 0, 0, 0, 1, true), "{plan:?}");
+    assert!(run.outputs_json.contains("\"one\""), "{}", run.outputs_json);
+    let (plan, _) = played("2", RunKind::PlanAndApply).await?;
+    assert_eq!(counts(&plan), (1, 0, 1, 1, 0, true), "{plan:?}");
+
+    // The world moves on by itself; another release is none of a refresh's business.
+    std::fs::write(&world, "two")?;
+    let (plan, run) = played("3", RunKind::RefreshOnly).await?;
+    assert_eq!(counts(&plan), (0, 0, 0, 0, 0, true), "{plan:?}");
+    assert!(run.outputs_json.contains("\"two\""), "{}", run.outputs_json);
     Ok(())
 }

@@ -17,6 +17,8 @@ mod credentials;
 #[cfg(test)]
 mod demo;
 #[cfg(test)]
+mod doctor;
+#[cfg(test)]
 mod gated;
 #[cfg(test)]
 mod hooks;
@@ -30,6 +32,8 @@ mod main_story;
 mod notices;
 #[cfg(test)]
 mod people;
+#[cfg(test)]
+mod plan_rules;
 #[cfg(test)]
 mod processes;
 #[cfg(test)]
@@ -47,7 +51,11 @@ mod secrets;
 #[cfg(test)]
 mod support;
 #[cfg(test)]
+mod terminal;
+#[cfg(test)]
 mod told;
+#[cfg(test)]
+mod top_up;
 #[cfg(test)]
 mod variables;
 #[cfg(test)]

@@ -1,16 +1,13 @@
 //! People: signing in, what a member may do, and how everything ends for who is revoked or removed.
 
-use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::Duration;
 
-use latchkey_harness::{LIMIT, Person, Stage, StageOptions, reason};
+use latchkey_harness::{Person, Stage, StageOptions, reason};
 use latchkey_proto::v1::{self, Access, MfaPolicy, Phase, RunState};
-use serde_json::Value;
-use tokio::io::AsyncWriteExt;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{options, small};
+use crate::terminal::Terminal;
 
 const PASSWORD: &str = "four words are enough";
 
@@ -191,47 +188,6 @@ async fn a_revoked_service_token_ends_with_its_streams() {
     stage.owner.accounts().revoke_service_token(request).await.unwrap();
     assert_eq!(end_of(watched).await.code(), Code::Unauthenticated);
     assert_eq!(ci.run(&run.run_id).await.unwrap_err().code(), Code::Unauthenticated);
-}
-
-/// Somebody at a terminal of their own: their credentials file, and what they type.
-struct Terminal<'a> {
-    stage: &'a Stage,
-    config: PathBuf,
-}
-
-impl<'a> Terminal<'a> {
-    fn of(stage: &'a Stage, who: &str) -> Self {
-        Self { stage, config: stage.directory().join(format!("{who}.json")) }
-    }
-
-    /// Runs `latchkey` and returns its exit code and both its outputs.
-    async fn run(&self, arguments: &str, typed: &str) -> (i32, String, String) {
-        let mut command = self.stage.programs().cli().command();
-        command.arg("--config").arg(&self.config).args(arguments.split(' '));
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        child.stdin.take().unwrap().write_all(typed.as_bytes()).await.unwrap();
-        let ended = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
-        let ended = ended.expect("it does not end").unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (ended.status.code().unwrap_or(-1), text(&ended.stdout), text(&ended.stderr))
-    }
-
-    /// Runs what must go well and returns what it wrote.
-    async fn done(&self, arguments: &str, typed: &str) -> String {
-        let (code, out, err) = self.run(arguments, typed).await;
-        assert_eq!(code, 0, "{arguments}: {err}");
-        out
-    }
-
-    async fn json(&self, arguments: &str) -> Value {
-        serde_json::from_str(&self.done(&format!("{arguments} -o json"), "").await).unwrap()
-    }
-
-    fn login(&self, more: &str) -> String {
-        let (url, ca) = (self.stage.plane.people_url(), self.stage.plane.ca_file().display());
-        format!("login {url} --ca-file {ca}{more}")
-    }
 }
 
 #[tokio::test]
