@@ -1,6 +1,6 @@
 //! Who loses the right while AWS answers approves nothing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use latchkey_domain::policy::{MfaPolicy, Phase};
 use latchkey_domain::run::{Run, RunState};
@@ -84,4 +84,28 @@ async fn a_code_approves_nothing_once_its_giver_may_only_read() {
         .await;
     let done = submit(&late, &bob, &run, fixture.code()).await;
     check_refused(&fixture, &run, done).await;
+}
+
+#[tokio::test]
+async fn no_run_is_moved_by_a_code_after_its_giver_was_removed() {
+    // More requests than a submission makes of the store.
+    for nth in 1..200 {
+        let (fixture, run, bob) = waiting().await;
+        let (app, owner, id) = (fixture.app.clone(), fixture.owner.clone(), run.id);
+        let at_the_end: Arc<Mutex<Option<RunState>>> = Arc::default();
+        let noted = Arc::clone(&at_the_end);
+        let (between, store) = fixture
+            .with_between(nth, async move {
+                app.remove_member(&owner, ORGANIZATION, "bob").await.unwrap();
+                *noted.lock().unwrap() = Some(app.run(id).await.unwrap().value.state);
+            })
+            .await;
+        let _ = submit(&between, &bob, &run, fixture.code()).await;
+        if !store.is_done() {
+            return;
+        }
+        let state = fixture.run(&run).await.state;
+        assert_eq!(*at_the_end.lock().unwrap(), Some(state), "before request {nth}");
+    }
+    panic!("a submission makes more requests than were tried");
 }
