@@ -24,7 +24,7 @@ use crate::machine::Lease;
 const LIFECYCLE: &str = include_str!("../../../control-plane/domain/LIFECYCLE.md");
 
 /// Moves that depend on policy and kind, of which that table shows one example each.
-const MORE_MOVES: [(RunState, RunState); 8] = [
+const MORE_MOVES: [(RunState, RunState); 11] = [
     // A plan that ended well: by policy, by `auto_apply`, without changes or of a kind that ends.
     (RunState::Planning, RunState::AwaitingConfirmation),
     (RunState::Planning, RunState::ApplyQueued),
@@ -32,6 +32,11 @@ const MORE_MOVES: [(RunState, RunState); 8] = [
     // A release that is denied: for want of a code, or of life left in its session.
     (RunState::Planning, RunState::AwaitingPlanMfa),
     (RunState::Applying, RunState::AwaitingApplyMfa),
+    // The same for want of a second person.
+    (RunState::Applying, RunState::AwaitingConfirmation),
+    // A grant that finds too little life left.
+    (RunState::PlanQueued, RunState::AwaitingPlanMfa),
+    (RunState::ApplyQueued, RunState::AwaitingApplyMfa),
     // A code where the policy has become stricter than it was when the plan ended.
     (RunState::AwaitingConfirmation, RunState::ApplyQueued),
     // An apply that stopped because it was asked to.
