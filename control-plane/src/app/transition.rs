@@ -10,7 +10,10 @@ use std::sync::Arc;
 use latchkey_domain::environment::Change;
 use latchkey_domain::id::{PoolId, RunId, RunnerId};
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
+use latchkey_domain::run::{
+    Decision as Decided, Effect, Event, Refusal, Run, RunState, Step, step,
+};
+use latchkey_proto::v1::Reason;
 
 use serde_json::Value;
 use tracing::Instrument;
@@ -18,7 +21,7 @@ use tracing::Instrument;
 use super::App;
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Place, Stop, Wanted};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, rfc3339};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, encode};
@@ -148,10 +151,7 @@ impl App {
                 Step::Unchanged => {
                     return Ok(Advance::Unchanged(Box::new(subject.run.value)));
                 }
-                Step::Refused(refusal) => {
-                    let error = Error::from(refusal);
-                    return Err(error.with("state", run.state.as_str()));
-                }
+                Step::Refused(refusal) => return Err(refused(refusal, run)),
                 Step::Moved { next, environment, effects } => (*next, environment, effects),
             };
             let moved = self.with_turn(&subject, (next, environment, effects));
@@ -331,6 +331,42 @@ pub(super) type Moved = (Run, Change, Vec<Effect>);
 fn has_session(run: &Run, phase: Phase) -> bool {
     let job = run.job(phase);
     job.evidence.is_some() || job.lease.is_some()
+}
+
+/// Refuses what the state of a run does not admit, with what somebody decided before: who comes
+/// second is told what happened.
+pub(super) fn refused(refusal: Refusal, run: &Run) -> Error {
+    let decided = |but: &str| {
+        let Decided { what, by, at } = run.decision.as_ref()?;
+        let (verb, at) = (what.verb(), rfc3339(*at));
+        Some(format!("{by} {verb} at {at}; the run is {}{but}", run.state))
+    };
+    let error = match refusal {
+        Refusal::WrongState | Refusal::AlreadyEnded => {
+            decided("").map(|message| Error::refused(Reason::WrongState, message))
+        }
+        Refusal::NotAwaitingCode => decided(" and waits for no token code")
+            .map(|message| Error::refused(Reason::NotAwaitingCode, message)),
+        Refusal::OtherPhase
+        | Refusal::MfaRequired
+        | Refusal::SecondPersonRequired
+        | Refusal::PlanChanged
+        | Refusal::LeaseLost
+        | Refusal::NotCanceled
+        | Refusal::CancelGrace { .. }
+        | Refusal::Forced => None,
+    };
+    with_decision(error.unwrap_or_else(|| refusal.into()), run)
+}
+
+/// Adds where a run stands, and by whose decision, for programs.
+pub(super) fn with_decision(error: Error, run: &Run) -> Error {
+    let error = error.with("state", run.state.as_str());
+    let Some(Decided { what, by, at }) = &run.decision else { return error };
+    error
+        .with("decision", what.as_str())
+        .with("decided_by", by.as_str())
+        .with("decide_time", rfc3339(*at))
 }
 
 fn reason(run: &Run) -> String {
