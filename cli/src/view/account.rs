@@ -7,7 +7,7 @@ use latchkey_proto::v1;
 
 use crate::audit_export::Checked;
 use crate::output::{fields, table};
-use crate::words::{Word, time};
+use crate::words::{Word, human_time, time};
 
 #[derive(Debug, Serialize)]
 pub(crate) struct CallerView {
@@ -17,6 +17,19 @@ pub(crate) struct CallerView {
     /// What commands use when none is named.
     default_organization: Option<String>,
     memberships: Vec<MembershipView>,
+    /// What the caller, an owner, has not acknowledged.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    broken_glass: Vec<BrokenGlassView>,
+}
+
+#[derive(Debug, Serialize)]
+struct BrokenGlassView {
+    organization: String,
+    time: Option<String>,
+    what: String,
+    reason: String,
+    #[serde(skip)]
+    human_time: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -45,6 +58,17 @@ impl CallerView {
                     role: membership.role().snake(),
                 })
                 .collect(),
+            broken_glass: caller
+                .broken_glass
+                .iter()
+                .map(|glass| BrokenGlassView {
+                    organization: glass.organization.clone(),
+                    time: time(glass.time.as_ref()),
+                    what: glass.what.clone(),
+                    reason: glass.reason.clone(),
+                    human_time: human_time(glass.time.as_ref()),
+                })
+                .collect(),
         }
     }
 
@@ -65,6 +89,16 @@ impl CallerView {
             ("roles", roles.join(", ")),
             ("organization", self.default_organization.clone().unwrap_or_default()),
         ]));
+        for glass in &self.broken_glass {
+            let BrokenGlassView { organization, what, reason, human_time, .. } = glass;
+            text.push_str(&crate::log_view::clean(&format!(
+                "BREAK-GLASS in {organization} at {human_time}: {what} ({reason})\n"
+            )));
+        }
+        if !self.broken_glass.is_empty() {
+            text.push_str("Somebody did this on the control plane's host, without a code.\n");
+            text.push_str("`latchkey whoami --acknowledge` ends this message for you.\n");
+        }
         text
     }
 }

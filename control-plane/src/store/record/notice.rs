@@ -53,12 +53,13 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// What belongs to no environment is told to those who chose some, too.
+    /// What belongs to no environment is told to those who chose some, too; and a broken glass to
+    /// all, whatever they chose.
     pub fn wants(&self, event: Event, environment: Option<EnvironmentId>) -> bool {
         let here = environment.is_none_or(|environment| {
             self.environments.is_empty() || self.environments.contains(&Text(environment))
         });
-        here && self.events.contains(&event)
+        event == Event::BreakGlass || here && self.events.contains(&event)
     }
 }
 
