@@ -42,6 +42,8 @@ pub mod reset_user;
 pub mod restore;
 pub mod retry_run;
 pub mod run_output;
+#[cfg(test)]
+mod rights_tests;
 pub mod runners;
 mod secrets;
 pub mod service_tokens;
@@ -55,6 +57,8 @@ pub mod states;
 pub mod top_up;
 mod transition;
 mod turns;
+#[cfg(test)]
+mod two_at_once_tests;
 pub mod uploads;
 pub mod variables;
 pub mod view_runs;
