@@ -119,7 +119,12 @@ impl App {
             let mut next = found.value;
             let random: [u8; 16] = crate::seal::random();
             next.external_id = format!("latchkey-{:032x}", u128::from_be_bytes(random));
+            let subject = format!("organization {}", next.name);
+            let draft = self
+                .draft(organization, "system", "make_external_id", subject)
+                .with("external_id", next.external_id.as_str());
             let batch = Batch::new().put(found.key, Expect::At(found.version), encode(&next));
+            let batch = batch.audit(draft);
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(next.external_id),
                 // Another was faster.

@@ -5,9 +5,9 @@
 //! What cannot be told apart from what does not exist is not reached: people are answered
 //! NOT_FOUND, a runner as one that holds no such lease.
 
-mod filling;
+pub(in crate::grpc) mod filling;
 mod raw;
-mod tenants;
+pub(in crate::grpc) mod tenants;
 
 use std::collections::BTreeSet;
 

@@ -11,19 +11,19 @@ use uuid::Uuid;
 
 /// What requests are to reach: by the word for each thing, what one names it by.
 #[derive(Clone, Debug)]
-pub(super) struct Aim(BTreeMap<&'static str, String>);
+pub(in crate::grpc) struct Aim(BTreeMap<&'static str, String>);
 
 impl Aim {
-    pub(super) fn of<const N: usize>(things: [(&'static str, String); N]) -> Self {
+    pub(in crate::grpc) fn of<const N: usize>(things: [(&'static str, String); N]) -> Self {
         Self(things.into())
     }
 
-    pub(super) fn get(&self, thing: &str) -> &str {
+    pub(in crate::grpc) fn get(&self, thing: &str) -> &str {
         self.0.get(thing).unwrap_or_else(|| panic!("the aim names no {thing}"))
     }
 
     /// The same with some things of another aim.
-    pub(super) fn with(&self, things: &[&'static str], other: &Aim) -> Self {
+    pub(in crate::grpc) fn with(&self, things: &[&'static str], other: &Aim) -> Self {
         let mut aim = self.clone();
         for thing in things {
             aim.0.insert(thing, other.get(thing).to_owned());
@@ -31,13 +31,13 @@ impl Aim {
         aim
     }
 
-    pub(super) fn words(&self) -> impl Iterator<Item = &str> {
+    pub(in crate::grpc) fn words(&self) -> impl Iterator<Item = &str> {
         self.0.values().map(String::as_str)
     }
 }
 
 /// Every rpc; those that make names last: what they make must not be found before.
-pub(super) fn methods() -> Vec<MethodDescriptor> {
+pub(in crate::grpc) fn methods() -> Vec<MethodDescriptor> {
     let pool = DescriptorPool::decode(latchkey_proto::DESCRIPTOR_SET).unwrap();
     let mut methods: Vec<_> = pool
         .services()
@@ -49,19 +49,19 @@ pub(super) fn methods() -> Vec<MethodDescriptor> {
     methods
 }
 
-pub(super) fn name(method: &MethodDescriptor) -> String {
+pub(in crate::grpc) fn name(method: &MethodDescriptor) -> String {
     format!("{}/{}", method.parent_service().name(), method.name())
 }
 
-pub(super) fn is_of_runners(method: &MethodDescriptor) -> bool {
+pub(in crate::grpc) fn is_of_runners(method: &MethodDescriptor) -> bool {
     method.parent_service().name() == "RunnerService"
 }
 
 /// A request, and which things of the aim it names.
 #[derive(Clone, Debug)]
-pub(super) struct Aimed {
-    pub(super) request: DynamicMessage,
-    pub(super) names: BTreeSet<&'static str>,
+pub(in crate::grpc) struct Aimed {
+    pub(in crate::grpc) request: DynamicMessage,
+    pub(in crate::grpc) names: BTreeSet<&'static str>,
 }
 
 /// As many arms as a oneof has at most, and as many kinds as an enum of the runners'.
@@ -69,7 +69,7 @@ const MOST_ARMS: usize = 9;
 
 /// One request for each arm of the oneofs in it, and for runners each kind and phase; only those
 /// that name something.
-pub(super) fn requests(method: &MethodDescriptor, aim: &Aim) -> Vec<Aimed> {
+pub(in crate::grpc) fn requests(method: &MethodDescriptor, aim: &Aim) -> Vec<Aimed> {
     let choices = if is_of_runners(method) { 2 * MOST_ARMS } else { 1 };
     let mut requests: Vec<Aimed> = vec![];
     let mut shapes = BTreeSet::new();

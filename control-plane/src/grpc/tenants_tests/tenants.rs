@@ -52,37 +52,37 @@ use crate::store::record::variable::Category;
 use crate::store::{Batch, Expect, Version, keys};
 
 /// The organization of those who try.
-pub(super) const OWN: &str = "umbra";
+pub(in crate::grpc) const OWN: &str = "umbra";
 
 /// In all that is the other organization's to know.
-pub(super) const CANARY: &str = "canary";
+pub(in crate::grpc) const CANARY: &str = "canary";
 
 /// Stands in the tests for what a handshake has proved.
 const CERTIFICATE: &str = "x-certificate";
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-pub(super) struct Tenants {
-    pub(super) fixture: Fixture,
+pub(in crate::grpc) struct Tenants {
+    pub(in crate::grpc) fixture: Fixture,
     /// All that the other organization has.
-    pub(super) theirs: Aim,
+    pub(in crate::grpc) theirs: Aim,
     /// The same of the own.
-    pub(super) own: Aim,
-    pub(super) owner: SecretString,
-    pub(super) member: SecretString,
-    pub(super) program: SecretString,
+    pub(in crate::grpc) own: Aim,
+    pub(in crate::grpc) owner: SecretString,
+    pub(in crate::grpc) member: SecretString,
+    pub(in crate::grpc) program: SecretString,
     /// A runner of the own organization.
-    pub(super) runner: Host,
+    pub(in crate::grpc) runner: Host,
     /// One of the other.
-    pub(super) their_runner: Host,
+    pub(in crate::grpc) their_runner: Host,
     people: Channel,
     runners: Channel,
 }
 
 /// A build host: its key, and what it bought for it.
-pub(super) struct Host {
-    pub(super) request: Vec<u8>,
-    pub(super) certificate: CertificateDer<'static>,
+pub(in crate::grpc) struct Host {
+    pub(in crate::grpc) request: Vec<u8>,
+    pub(in crate::grpc) certificate: CertificateDer<'static>,
 }
 
 struct Filled {
@@ -93,7 +93,7 @@ struct Filled {
 }
 
 impl Tenants {
-    pub(super) async fn new() -> Self {
+    pub(in crate::grpc) async fn new() -> Self {
         let fixture = Fixture::new(MfaPolicy::Never).await;
         let app = &fixture.app;
         // As at a first start.
@@ -149,7 +149,7 @@ impl Tenants {
     }
 
     /// Calls any rpc of people, of whichever kind, with one message; answers all that came.
-    pub(super) async fn call(
+    pub(in crate::grpc) async fn call(
         &self,
         method: &MethodDescriptor,
         token: &SecretString,
@@ -163,7 +163,7 @@ impl Tenants {
     }
 
     /// The same of a runner, with as many messages as it takes.
-    pub(super) async fn call_as(
+    pub(in crate::grpc) async fn call_as(
         &self,
         method: &MethodDescriptor,
         host: Option<&Host>,
@@ -178,7 +178,7 @@ impl Tenants {
 
     /// Says hello as a runner that holds a lease, then one frame more. Answers what it is told:
     /// all frames that come before the answer to a heartbeat, and a revocation where one is due.
-    pub(super) async fn lease(
+    pub(in crate::grpc) async fn lease(
         &self,
         host: &Host,
         held: v1::LeaseRef,
@@ -210,7 +210,7 @@ impl Tenants {
     }
 
     /// Every record with its version.
-    pub(super) async fn records(&self) -> BTreeMap<Vec<u8>, Version> {
+    pub(in crate::grpc) async fn records(&self) -> BTreeMap<Vec<u8>, Version> {
         let mut records = BTreeMap::new();
         for kind in keys::Kind::ALL {
             for (key, found) in self.fixture.app.list(keys::all(*kind)).await.unwrap() {
@@ -221,7 +221,7 @@ impl Tenants {
     }
 
     /// What nobody else may be told, beyond the words that a request used itself.
-    pub(super) fn assert_untold(&self, what: &str, told: &[u8], asked: &Aim) {
+    pub(in crate::grpc) fn assert_untold(&self, what: &str, told: &[u8], asked: &Aim) {
         let mut secrets = vec![CANARY];
         for thing in ["run", "runner", "quarantined", "glass", "subscriber", "delivery"] {
             secrets.push(self.theirs.get(thing));
@@ -237,7 +237,7 @@ impl Tenants {
 }
 
 /// A configuration that the other organization alone has.
-pub(super) fn only_theirs() -> Digest {
+pub(in crate::grpc) fn only_theirs() -> Digest {
     Digest::from_bytes([2; 32])
 }
 
