@@ -85,6 +85,8 @@ struct Callers {
 impl Callers {
     async fn new() -> Self {
         let fixture = Fixture::new(MfaPolicy::Never).await;
+        // Without a whole triple no change takes a code.
+        fixture.unset("AWS_MFA_SERIAL_NUMBER").await;
         fixture.app.create_pool(&fixture.owner, ORGANIZATION, "build", "pool").await.unwrap();
         Self {
             reader: fixture.member("reader", Access::Read).await,
