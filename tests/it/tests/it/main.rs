@@ -9,6 +9,8 @@ mod bad_input;
 #[cfg(test)]
 mod cancel;
 #[cfg(test)]
+mod commands;
+#[cfg(test)]
 mod crashes;
 #[cfg(test)]
 mod credentials;

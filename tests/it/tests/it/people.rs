@@ -165,18 +165,18 @@ async fn a_revoked_service_token_ends_with_its_streams() {
 }
 
 /// Somebody at a terminal of their own: their credentials file, and what they type.
-struct Terminal<'a> {
+pub(crate) struct Terminal<'a> {
     stage: &'a Stage,
     config: PathBuf,
 }
 
 impl<'a> Terminal<'a> {
-    fn of(stage: &'a Stage, who: &str) -> Self {
+    pub(crate) fn of(stage: &'a Stage, who: &str) -> Self {
         Self { stage, config: stage.directory().join(format!("{who}.json")) }
     }
 
     /// Runs `latchkey` and returns its exit code and both its outputs.
-    async fn run(&self, arguments: &str, typed: &str) -> (i32, String, String) {
+    pub(crate) async fn run(&self, arguments: &str, typed: &str) -> (i32, String, String) {
         let mut command = self.stage.programs().cli().command();
         command.arg("--config").arg(&self.config).args(arguments.split(' '));
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -189,17 +189,17 @@ impl<'a> Terminal<'a> {
     }
 
     /// Runs what must go well and returns what it wrote.
-    async fn done(&self, arguments: &str, typed: &str) -> String {
+    pub(crate) async fn done(&self, arguments: &str, typed: &str) -> String {
         let (code, out, err) = self.run(arguments, typed).await;
         assert_eq!(code, 0, "{arguments}: {err}");
         out
     }
 
-    async fn json(&self, arguments: &str) -> Value {
+    pub(crate) async fn json(&self, arguments: &str) -> Value {
         serde_json::from_str(&self.done(&format!("{arguments} -o json"), "").await).unwrap()
     }
 
-    fn login(&self, more: &str) -> String {
+    pub(crate) fn login(&self, more: &str) -> String {
         let (url, ca) = (self.stage.plane.people_url(), self.stage.plane.ca_file().display());
         format!("login {url} --ca-file {ca}{more}")
     }
