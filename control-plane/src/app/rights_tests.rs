@@ -19,9 +19,11 @@ use crate::store::record::environment::{CodeCredentials, PlainCredentials, Roles
 use crate::store::record::people::Access;
 use crate::store::record::variable::Category;
 
+type Named = (&'static str, SettingsChange);
+
 /// Every setting, by the name of its field: the owners' and the others. A field that is added to
 /// [`SettingsChange`] does not compile until it stands in one of them.
-fn settings() -> (Vec<(&'static str, SettingsChange)>, Vec<(&'static str, SettingsChange)>) {
+fn settings() -> (Vec<Named>, Vec<Named>) {
     let SettingsChange {
         policy: _,
         auto_apply: _,
