@@ -292,3 +292,35 @@ pub(crate) struct TokenView {
     pub(crate) token: String,
     pub(crate) expire_time: Option<String>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_is_told_of_a_broken_glass_and_how_to_acknowledge_it() {
+        let glass = v1::BrokenGlass {
+            organization: "acme".into(),
+            what: "environment web: the policy was set to never".into(),
+            reason: "lost it\u{1b}[2J".into(),
+            ..Default::default()
+        };
+        let caller = v1::WhoAmIResponse {
+            user: "ada".into(),
+            broken_glass: vec![glass],
+            ..Default::default()
+        };
+        let view = CallerView::new("https://example.org", Some("acme"), &caller);
+        let text = view.human();
+        assert!(text.contains("BREAK-GLASS in acme"), "{text}");
+        assert!(text.contains("the policy was set to never (lost it"), "{text}");
+        assert!(text.contains("latchkey whoami --acknowledge"), "{text}");
+        assert!(!text.contains('\u{1b}'), "{text}");
+        let json = serde_json::to_value(&view).unwrap();
+        assert_eq!(json["broken_glass"][0]["organization"], "acme");
+
+        let told = v1::WhoAmIResponse { broken_glass: vec![], ..caller };
+        let view = CallerView::new("https://example.org", Some("acme"), &told);
+        assert!(!view.human().contains("BREAK-GLASS"));
+    }
+}
