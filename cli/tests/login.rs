@@ -49,6 +49,13 @@ impl AccountService for Accounts {
         }))
     }
 
+    async fn acknowledge_break_glass(
+        &self,
+        _: Request<v1::AcknowledgeBreakGlassRequest>,
+    ) -> Result<Response<v1::AcknowledgeBreakGlassResponse>, Status> {
+        Ok(Response::new(v1::AcknowledgeBreakGlassResponse {}))
+    }
+
     async fn create_user(
         &self,
         _: Request<v1::CreateUserRequest>,

@@ -22,6 +22,7 @@ use latchkey_proto::v1::quarantine_service_server::{QuarantineService, Quarantin
 #[derive(Clone, Default)]
 struct Fake {
     accepted: Arc<Mutex<Vec<v1::AcceptStateRequest>>>,
+    settled: Arc<Mutex<Vec<v1::SettleQuarantineRequest>>>,
 }
 
 #[tonic::async_trait]
@@ -104,6 +105,21 @@ impl QuarantineService for Fake {
         _: Request<v1::DropQuarantinedRequest>,
     ) -> Result<Response<v1::DropQuarantinedResponse>, Status> {
         Ok(Response::new(v1::DropQuarantinedResponse {}))
+    }
+
+    async fn settle_quarantine(
+        &self,
+        request: Request<v1::SettleQuarantineRequest>,
+    ) -> Result<Response<v1::SettleQuarantineResponse>, Status> {
+        let request = request.into_inner();
+        let accepts = request.settlement() == v1::Settlement::Accept;
+        self.settled.lock().unwrap().push(request);
+        Ok(Response::new(v1::SettleQuarantineResponse {
+            state_lineage: if accepts { "l".into() } else { String::new() },
+            state_serial: if accepts { 7 } else { 0 },
+            dropped: 2,
+            unfrozen: accepts,
+        }))
     }
 }
 
@@ -218,7 +234,7 @@ async fn a_state_is_accepted_by_the_name_that_was_typed() {
     let (exit, out, err) = plane.run(&["accept", "q-1", "--older"], "prod\n").await;
     assert_eq!(exit, Exit::Ok, "{err}");
     assert!(err.contains("serial 7 continues the current 6"), "{err}");
-    assert!(err.contains("latchkey env unfreeze prod --run run-1"), "{err}");
+    assert!(err.contains("if prod is frozen: `latchkey quarantine accept --run run-1`"), "{err}");
     assert_eq!(out, "The environment's state is now serial 7 of l\n");
     let accepted = plane.fake.accepted.lock().unwrap().clone();
     let expect = v1::AcceptStateRequest {
@@ -232,6 +248,36 @@ async fn a_state_is_accepted_by_the_name_that_was_typed() {
     assert_eq!(plane.run(&["accept", "q-1"], "").await.0, Exit::WaitsForPerson);
     assert_eq!(plane.run(&["accept", "q-9"], "prod\n").await.0, Exit::Refused);
     assert_eq!(plane.fake.accepted.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn all_that_a_run_left_is_settled_by_one_command() {
+    let plane = Plane::start().await;
+    let (exit, out, err) = plane.run(&["accept", "--run", "run-1"], "prod\n").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    assert!(err.contains("q-1") && err.contains("q-2"), "{err}");
+    let expect = "The environment's state is now serial 7 of l\nDropped: 2\n\
+                  The environment is no longer frozen\n";
+    assert_eq!(out, expect);
+    let (exit, out, err) = plane.run(&["drop", "--run", "run-1"], "prod\n").await;
+    assert_eq!(exit, Exit::Ok, "{err}");
+    assert_eq!(out, "Dropped: 2\nNo freeze was lifted\n");
+    assert!(err.contains("latchkey env show prod"), "{err}");
+    let settled = plane.fake.settled.lock().unwrap().clone();
+    let request = |settlement: v1::Settlement| v1::SettleQuarantineRequest {
+        organization: "acme".into(),
+        run_id: "run-1".into(),
+        environment_confirmation: "prod".into(),
+        settlement: settlement.into(),
+        older: false,
+    };
+    assert_eq!(settled, [request(v1::Settlement::Accept), request(v1::Settlement::Drop)]);
+
+    // Nothing without the name, and one thing or a run, never both.
+    assert_eq!(plane.run(&["drop", "--run", "run-1"], "").await.0, Exit::WaitsForPerson);
+    assert_eq!(plane.run(&["drop"], "prod\n").await.0, Exit::Usage);
+    assert_eq!(plane.run(&["accept", "q-1", "--run", "run-1"], "prod\n").await.0, Exit::Usage);
+    assert_eq!(plane.fake.settled.lock().unwrap().len(), 2);
 }
 
 #[tokio::test]

@@ -41,6 +41,8 @@ pub mod queue_run;
 pub mod reset_user;
 pub mod restore;
 pub mod retry_run;
+#[cfg(test)]
+mod rights_tests;
 pub mod run_output;
 pub mod runners;
 mod secrets;
@@ -55,6 +57,8 @@ pub mod states;
 pub mod top_up;
 mod transition;
 mod turns;
+#[cfg(test)]
+mod two_at_once_tests;
 pub mod uploads;
 pub mod variables;
 pub mod view_runs;

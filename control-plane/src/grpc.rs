@@ -6,6 +6,8 @@
 
 mod account;
 mod audit;
+#[cfg(test)]
+mod audited_tests;
 mod convert;
 mod enrolling;
 mod environment;

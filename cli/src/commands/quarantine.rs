@@ -18,7 +18,9 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Refusal};
 use crate::input::Question;
 use crate::log_view::{Colour, LogView};
-use crate::view::quarantine::{AcceptedView, Content, QuarantinedListView, QuarantinedView};
+use crate::view::quarantine::{
+    AcceptedView, Content, QuarantinedListView, QuarantinedView, SettledView,
+};
 use crate::view::state::StateDiffView;
 
 /// How much of a log's end is shown.
@@ -45,17 +47,31 @@ pub(crate) enum Quarantine {
         file: PathBuf,
     },
     /// Makes a state the environment's newest; asks for the environment's name. Owners only
+    ///
+    /// With --run all that a run left is settled in one go: the newest state that was kept is
+    /// accepted, the rest is dropped, and the freeze of the environment is lifted.
     Accept {
         /// Its id, as `quarantine list` names it
-        id: String,
+        #[arg(required_unless_present = "run")]
+        id: Option<String>,
+        /// Settle all that this run left
+        #[arg(long, conflicts_with = "id")]
+        run: Option<String>,
         /// Take it although its serial is not above the current one, under the next serial
         #[arg(long)]
         older: bool,
     },
     /// Removes one for good; owners only
+    ///
+    /// With --run all that a run left is dropped in one go, and the freeze of the environment is
+    /// lifted; asks for the environment's name.
     Drop {
         /// Its id, as `quarantine list` names it
-        id: String,
+        #[arg(required_unless_present = "run")]
+        id: Option<String>,
+        /// Settle all that this run left
+        #[arg(long, conflicts_with = "id")]
+        run: Option<String>,
     },
 }
 
@@ -96,7 +112,29 @@ impl Quarantine {
                 download::to_new_file(client, parts, |part| part.data, &file).await?;
                 context.output.note(&format!("Wrote {}", file.display()));
             }
-            Quarantine::Accept { id, older } => {
+            Quarantine::Accept { run: Some(run_id), older, .. } => {
+                let settlement = v1::Settlement::Accept.into();
+                let request = v1::SettleQuarantineRequest {
+                    organization,
+                    run_id,
+                    settlement,
+                    older,
+                    ..Default::default()
+                };
+                settle(context, request).await?;
+            }
+            Quarantine::Drop { run: Some(run_id), .. } => {
+                let settlement = v1::Settlement::Drop.into();
+                let request = v1::SettleQuarantineRequest {
+                    organization,
+                    run_id,
+                    settlement,
+                    ..Default::default()
+                };
+                settle(context, request).await?;
+            }
+            Quarantine::Accept { id, run: None, older } => {
+                let id = id.unwrap_or_default();
                 let found = find(client, organization.clone(), &id).await?;
                 context.output.note(&QuarantinedView::new(&found).human());
                 let question = "Environment's name, to make this its state: ".to_owned();
@@ -116,11 +154,13 @@ impl Quarantine {
                 let environment = request.environment_confirmation;
                 context.output.data(&AcceptedView::new(&answer), AcceptedView::human)?;
                 context.output.hint(&format!(
-                    "if it is frozen: `latchkey env unfreeze {environment} --run {}`",
+                    "if {environment} is frozen: `latchkey quarantine accept --run {}` drops the \
+                     rest and lifts the freeze",
                     found.run_id
                 ));
             }
-            Quarantine::Drop { id } => {
+            Quarantine::Drop { id, run: None } => {
+                let id = id.unwrap_or_default();
                 let request = v1::DropQuarantinedRequest { organization, quarantined_id: id };
                 client
                     .call(|| {
@@ -133,6 +173,44 @@ impl Quarantine {
         }
         Ok(Exit::Ok)
     }
+}
+
+/// Shows all that a run left, asks for its environment's name, and settles it.
+async fn settle(
+    context: &mut Context,
+    mut request: v1::SettleQuarantineRequest,
+) -> Result<(), Failure> {
+    let session = context.session()?;
+    let client = &session.client;
+    let mut quarantined = Vec::new();
+    each(client, request.organization.clone(), request.run_id.clone(), |found| {
+        quarantined.push(QuarantinedView::new(found));
+        Search::GoOn
+    })
+    .await?;
+    context.output.note(&QuarantinedListView { quarantined }.human());
+    let what = match request.settlement() {
+        v1::Settlement::Accept => "to accept the newest state and drop the rest",
+        v1::Settlement::Drop | v1::Settlement::Unspecified => "to drop all of it",
+    };
+    let question = format!("Environment's name, {what}: ");
+    let typed = context.input.answer(Question::Visible(question)).await?;
+    request.environment_confirmation = typed.expose_secret().trim().to_owned();
+    let answer = client
+        .call(|| {
+            let (mut service, request) = (client.quarantine(), request.clone());
+            async move { service.settle_quarantine(request).await }
+        })
+        .await?;
+    context.output.data(&SettledView::new(&answer), SettledView::human)?;
+    if !answer.unfrozen {
+        let environment = request.environment_confirmation;
+        context.output.hint(&format!(
+            "this run does not freeze {environment}, or brought more meanwhile: `latchkey env show \
+             {environment}` tells"
+        ));
+    }
+    Ok(())
 }
 
 /// Whether a walk has seen enough.

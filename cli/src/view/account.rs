@@ -7,7 +7,7 @@ use latchkey_proto::v1;
 
 use crate::audit_export::Checked;
 use crate::output::{fields, table};
-use crate::words::{Word, time};
+use crate::words::{Word, human_time, time};
 
 #[derive(Debug, Serialize)]
 pub(crate) struct CallerView {
@@ -17,6 +17,19 @@ pub(crate) struct CallerView {
     /// What commands use when none is named.
     default_organization: Option<String>,
     memberships: Vec<MembershipView>,
+    /// What the caller, an owner, has not acknowledged.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    broken_glass: Vec<BrokenGlassView>,
+}
+
+#[derive(Debug, Serialize)]
+struct BrokenGlassView {
+    organization: String,
+    time: Option<String>,
+    what: String,
+    reason: String,
+    #[serde(skip)]
+    human_time: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -45,6 +58,17 @@ impl CallerView {
                     role: membership.role().snake(),
                 })
                 .collect(),
+            broken_glass: caller
+                .broken_glass
+                .iter()
+                .map(|glass| BrokenGlassView {
+                    organization: glass.organization.clone(),
+                    time: time(glass.time.as_ref()),
+                    what: glass.what.clone(),
+                    reason: glass.reason.clone(),
+                    human_time: human_time(glass.time.as_ref()),
+                })
+                .collect(),
         }
     }
 
@@ -65,6 +89,16 @@ impl CallerView {
             ("roles", roles.join(", ")),
             ("organization", self.default_organization.clone().unwrap_or_default()),
         ]));
+        for glass in &self.broken_glass {
+            let BrokenGlassView { organization, what, reason, human_time, .. } = glass;
+            text.push_str(&crate::log_view::clean(&format!(
+                "BREAK-GLASS in {organization} at {human_time}: {what} ({reason})\n"
+            )));
+        }
+        if !self.broken_glass.is_empty() {
+            text.push_str("Somebody did this on the control plane's host, without a code.\n");
+            text.push_str("`latchkey whoami --acknowledge` ends this message for you.\n");
+        }
         text
     }
 }
@@ -262,4 +296,36 @@ pub(crate) struct TokenView {
     pub(crate) name: String,
     pub(crate) token: String,
     pub(crate) expire_time: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_is_told_of_a_broken_glass_and_how_to_acknowledge_it() {
+        let glass = v1::BrokenGlass {
+            organization: "acme".into(),
+            what: "environment web: the policy was set to never".into(),
+            reason: "lost it\u{1b}[2J".into(),
+            ..Default::default()
+        };
+        let caller = v1::WhoAmIResponse {
+            user: "ada".into(),
+            broken_glass: vec![glass],
+            ..Default::default()
+        };
+        let view = CallerView::new("https://example.org", Some("acme"), &caller);
+        let text = view.human();
+        assert!(text.contains("BREAK-GLASS in acme"), "{text}");
+        assert!(text.contains("the policy was set to never (lost it"), "{text}");
+        assert!(text.contains("latchkey whoami --acknowledge"), "{text}");
+        assert!(!text.contains('\u{1b}'), "{text}");
+        let json = serde_json::to_value(&view).unwrap();
+        assert_eq!(json["broken_glass"][0]["organization"], "acme");
+
+        let told = v1::WhoAmIResponse { broken_glass: vec![], ..caller };
+        let view = CallerView::new("https://example.org", Some("acme"), &told);
+        assert!(!view.human().contains("BREAK-GLASS"));
+    }
 }

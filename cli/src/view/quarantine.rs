@@ -137,3 +137,35 @@ impl AcceptedView {
         clean(&format!("The environment's state is now serial {state_serial} of {state_lineage}\n"))
     }
 }
+
+#[derive(Debug, Serialize)]
+pub(crate) struct SettledView {
+    /// What was made current; absent where nothing was.
+    state: Option<AcceptedView>,
+    dropped: u32,
+    unfrozen: bool,
+}
+
+impl SettledView {
+    pub(crate) fn new(settled: &v1::SettleQuarantineResponse) -> SettledView {
+        let state = AcceptedView {
+            state_lineage: settled.state_lineage.clone(),
+            state_serial: settled.state_serial,
+        };
+        SettledView {
+            state: Some(state).filter(|state| !state.state_lineage.is_empty()),
+            dropped: settled.dropped,
+            unfrozen: settled.unfrozen,
+        }
+    }
+
+    pub(crate) fn human(&self) -> String {
+        let mut text = self.state.as_ref().map(AcceptedView::human).unwrap_or_default();
+        text.push_str(&format!("Dropped: {}\n", self.dropped));
+        text.push_str(match self.unfrozen {
+            true => "The environment is no longer frozen\n",
+            false => "No freeze was lifted\n",
+        });
+        text
+    }
+}

@@ -443,10 +443,9 @@ pub(crate) fn next_step(run: &v1::Run) -> Option<String> {
         }
         RunState::Errored => Some(format!("latchkey logs {id}")),
         RunState::Lost if runner_was_revoked(run) => Some(format!(
-            "its runner was revoked and brings nothing more: find out what the apply did, accept a \
-             state that it left, if there is one (latchkey quarantine list --run {id}), then \
-             latchkey discard {id} to give it up, and latchkey env unfreeze {} --run {id}",
-            run.environment
+            "its runner was revoked and brings nothing more: find out what the apply did (latchkey \
+             quarantine list --run {id}), then latchkey discard {id} to give it up, and latchkey \
+             quarantine accept --run {id} to take the state that it left, or drop --run {id}",
         )),
         RunState::Lost => Some(format!(
             "wait for its runner, or latchkey quarantine list --run {id} and accept a state, or \
@@ -698,7 +697,7 @@ next: latchkey authenticate 0199-run, or latchkey discard 0199-run
             "its runner was revoked",
             "latchkey quarantine list --run 0199-run",
             "latchkey discard 0199-run",
-            "latchkey env unfreeze prod --run 0199-run",
+            "latchkey quarantine accept --run 0199-run",
         ] {
             assert!(next.contains(step), "{step}\n{next}");
         }

@@ -70,6 +70,8 @@ ids! {
     SubscriberId
     /// A notice on its way to one subscriber; version 7, as run ids are.
     DeliveryId
+    /// Something that was done by break-glass; version 7, as run ids are.
+    GlassId
     /// Something a runner brought that is kept for a person; version 7, as run ids are.
     QuarantinedId
 }

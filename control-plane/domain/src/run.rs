@@ -17,6 +17,7 @@
 mod approval_tests;
 #[cfg(test)]
 mod credentials_tests;
+mod decision;
 mod limits;
 mod step;
 #[cfg(test)]
@@ -34,6 +35,7 @@ use crate::lease::{Lease, Site};
 use crate::policy::{Demands, Evidence, Match, MfaPolicy, Phase, PlanFacts, PlanRule};
 use crate::time::Timestamp;
 
+pub use self::decision::{Decided, Decision};
 pub use self::limits::{Limits, deadline};
 pub use self::step::{
     ApplyOutcome, Effect, Event, Failure, FailureKind, PlanOutcome, Refusal, Step, step,
@@ -233,6 +235,8 @@ pub struct Run {
     pub refused_code: Option<RefusedCode>,
     /// Why a plan rule demanded a code for the apply; stays when one was submitted.
     pub code_reason: Option<String>,
+    /// What somebody decided last: whoever comes second is told.
+    pub decision: Option<Decision>,
     /// One sentence: why the run waits or how it ended.
     pub reason: Option<String>,
 }
@@ -366,6 +370,7 @@ impl Run {
             forced_by: None,
             refused_code: None,
             code_reason: None,
+            decision: None,
             reason: None,
         }
     }

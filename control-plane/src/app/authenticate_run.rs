@@ -28,13 +28,13 @@ use std::time::Duration;
 use latchkey_domain::device::{self, Device};
 use latchkey_domain::id::{AuthenticationId, Digest, OrganizationId, RunId, UserId};
 use latchkey_domain::policy::{Evidence, Phase};
-use latchkey_domain::run::{Event, RefusedCode, Run};
+use latchkey_domain::run::{Event, Refusal, RefusedCode, Run};
 use latchkey_domain::time::Timestamp;
 use latchkey_domain::token_code;
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::transition::{Decision, Details, Guard, Subject, of_phase};
+use super::transition::{Decision, Details, Guard, Subject, of_phase, refused, with_decision};
 use super::{App, check_request_id};
 use crate::auth::{Caller, Right};
 use crate::error::{Error, Result};
@@ -644,6 +644,9 @@ impl App {
                     .unwrap_or(Reason::ExchangeRefused);
                 let mut error =
                     Error::refused(reason, message).with("authentication_id", id.to_string());
+                if is_refusal(reason) {
+                    error = with_decision(error, &self.run(run).await?.value);
+                }
                 if let Some(request_id) = aws_request_id {
                     error = error.with("aws_request_id", request_id);
                 }
@@ -721,17 +724,15 @@ fn check_waiting(subject: &Subject, submission: &Submission, name: &str) -> Resu
     let current = subject.environment.value.settings.demands();
     let awaited = run.awaits_code(&current);
     if awaited != Some(submission.phase) {
-        let message = match awaited {
-            Some(phase) => format!("the run waits for a token code for its {phase}"),
-            None => format!("the run waits for no token code; it is in {}", run.state),
+        let Some(phase) = awaited else {
+            return Err(refused(Refusal::NotAwaitingCode, run));
         };
-        return Err(
-            Error::refused(Reason::NotAwaitingCode, message).with("state", run.state.as_str())
-        );
+        let message = format!("the run waits for a token code for its {phase}");
+        return Err(with_decision(Error::refused(Reason::NotAwaitingCode, message), run));
     }
     if submission.phase == Phase::Apply {
         if !run.may_be_approved_by(name, &current) {
-            return Err(latchkey_domain::run::Refusal::SecondPersonRequired.into());
+            return Err(Refusal::SecondPersonRequired.into());
         }
         let planned = run.planned.as_ref().map(|planned| planned.digest);
         if submission.seen.is_none() {
@@ -739,7 +740,7 @@ fn check_waiting(subject: &Subject, submission: &Submission, name: &str) -> Resu
             return Err(Error::field("plan_digest", message));
         }
         if submission.seen != planned {
-            return Err(latchkey_domain::run::Refusal::PlanChanged.into());
+            return Err(Refusal::PlanChanged.into());
         }
     }
     Ok(())

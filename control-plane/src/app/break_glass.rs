@@ -2,7 +2,10 @@
 //!
 //! It takes no code, since there is none to be had. So it is loud: audited in the organization's
 //! chain as the actor `host`, told to every webhook and recipient of mail, and shown with every
-//! environment it touched until a change that a code backs sets the policy again.
+//! environment it touched until a change that a code backs sets the policy again; and told to each
+//! owner, by [`owners`], until they have acknowledged it.
+
+mod owners;
 
 use std::sync::Arc;
 
@@ -142,10 +145,12 @@ impl App {
                     },
                 )
                 .await?;
+            let told = format!("environment {}: {what}", next.name);
+            let batch = self.tell_owners(batch, next.organization, &told, reason);
             match self.store.commit(batch).await {
                 Ok(_) => {
                     tracing::warn!(environment = next.name, reason, "break-glass: {what}");
-                    return Ok(Some(format!("environment {}: {what}", next.name)));
+                    return Ok(Some(told));
                 }
                 Err(CommitError::Conflict { .. }) => {}
                 Err(error @ CommitError::Store(_)) => return Err(error.into()),
@@ -193,6 +198,7 @@ impl App {
         let news =
             News { event: Event::BreakGlass, run: None, environment: None, reason: Some(reason) };
         let batch = self.announce(batch.audit(draft), organization, news).await?;
+        let batch = self.tell_owners(batch, organization, &what, reason);
         self.store.commit(batch).await?;
         tracing::warn!(reason, "break-glass: {what}");
         Ok(vec![what])

@@ -133,8 +133,8 @@ impl App {
             let draft = self
                 .draft(organization, "system", "make_external_id", subject)
                 .with("external_id", next.external_id.as_str());
-            let batch =
-                Batch::new().put(found.key, Expect::At(found.version), encode(&next)).audit(draft);
+            let batch = Batch::new().put(found.key, Expect::At(found.version), encode(&next));
+            let batch = batch.audit(draft);
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(next.external_id),
                 // Another was faster.

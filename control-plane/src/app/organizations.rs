@@ -183,4 +183,15 @@ mod tests {
         assert_eq!(refused("new", FirstOwner::New("ada".into())).await, Reason::NameTaken);
         assert_eq!(refused("No", existing()).await, Reason::FieldInvalid);
     }
+
+    #[tokio::test]
+    async fn an_external_id_is_made_once_and_recorded() {
+        let fixture = Fixture::new(MfaPolicy::Never).await;
+        for _ in 0..2 {
+            fixture.app.show_organization(&fixture.owner, ORGANIZATION).await.unwrap();
+        }
+        let made = ("make_external_id".to_owned(), "system".to_owned());
+        let audited = fixture.audited().await;
+        assert_eq!(audited.iter().filter(|record| **record == made).count(), 1);
+    }
 }

@@ -16,6 +16,7 @@ use super::members::with_member;
 use super::{App, check_name, check_request_id};
 use crate::auth::{Caller, NewToken, Standing, token_digest};
 use crate::error::{Error, Result};
+use crate::store::record::glass::BrokenGlass;
 use crate::store::record::people::{
     Access, Bearer, Bootstrap, HandedOver, Membership, Organization, Role, Token, User,
 };
@@ -33,6 +34,8 @@ pub(super) const HANDED_OVER_FOR: Duration = Duration::from_secs(7 * 86_400);
 pub struct Who {
     pub caller: Caller,
     pub memberships: Vec<(String, Role)>,
+    /// With the organization's name; what an owner has not acknowledged.
+    pub broken_glass: Vec<(String, BrokenGlass)>,
 }
 
 impl App {
@@ -275,7 +278,7 @@ impl App {
     }
 
     pub async fn who_am_i(self: &Arc<Self>, caller: &Caller) -> Result<Who> {
-        let mut memberships = vec![];
+        let (mut memberships, mut broken_glass) = (vec![], vec![]);
         match caller {
             Caller::User { id, .. } => {
                 for (key, found) in self.list(keys::memberships_by_user(*id)).await? {
@@ -284,6 +287,10 @@ impl App {
                     };
                     let membership: Membership = crate::store::record::decode(&key, &found)?;
                     let name = self.organization(organization).await?.value.name;
+                    if membership.role == Role::Owner {
+                        let unseen = self.unseen_glass(organization, *id).await?.into_iter();
+                        broken_glass.extend(unseen.map(|glass| (name.clone(), glass)));
+                    }
                     memberships.push((name, membership.role));
                 }
             }
@@ -292,7 +299,7 @@ impl App {
                 memberships.push((name, Role::Member));
             }
         }
-        Ok(Who { caller: caller.clone(), memberships })
+        Ok(Who { caller: caller.clone(), memberships, broken_glass })
     }
 }
 

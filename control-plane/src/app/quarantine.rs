@@ -15,6 +15,7 @@ mod bounds;
 mod review;
 mod room;
 mod serial;
+mod settle;
 
 use latchkey_domain::id::{EnvironmentId, Generation, QuarantinedId};
 use latchkey_domain::policy::Phase;
@@ -38,6 +39,7 @@ use crate::store::{Batch, CommitError, Expect, Version, keys};
 
 pub use self::review::{QuarantinedView, next_steps};
 pub(super) use self::room::Full;
+pub use self::settle::Settlement;
 
 const ATTEMPTS: usize = 16;
 

@@ -11,7 +11,10 @@ use latchkey_domain::environment::Change;
 use latchkey_domain::id::{PoolId, RunId, RunnerId, UserId};
 use latchkey_domain::lease::Site;
 use latchkey_domain::policy::Phase;
-use latchkey_domain::run::{Effect, Event, Run, RunState, Step, step};
+use latchkey_domain::run::{
+    Decision as Decided, Effect, Event, Refusal, Run, RunState, Step, step,
+};
+use latchkey_proto::v1::Reason;
 
 use serde_json::Value;
 use tracing::Instrument;
@@ -19,7 +22,7 @@ use tracing::Instrument;
 use super::App;
 use crate::auth::RunnerIdentity;
 use crate::dispatch::{Place, Stop, Wanted};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, rfc3339};
 use crate::store::record::environment::{Environment, EnvironmentRecord, Settings};
 use crate::store::record::run::RunRecord;
 use crate::store::record::{Loaded, encode};
@@ -150,10 +153,7 @@ impl App {
                 Step::Unchanged => {
                     return Ok(Advance::Unchanged(Box::new(subject.run.value)));
                 }
-                Step::Refused(refusal) => {
-                    let error = Error::from(refusal);
-                    return Err(error.with("state", run.state.as_str()));
-                }
+                Step::Refused(refusal) => return Err(refused(refusal, run)),
                 Step::Moved { next, environment, effects } => (*next, environment, effects),
             };
             // What was put together for a release is not kept, nor told, where it is denied.
@@ -377,6 +377,43 @@ fn release_of(event: &Event) -> Option<Phase> {
 
 fn is_released(run: &Run, phase: Phase) -> bool {
     run.job(phase).lease.as_ref().is_some_and(|lease| lease.released.is_some())
+}
+
+/// Refuses what the state of a run does not admit, with what somebody decided before: who comes
+/// second is told what happened.
+pub(super) fn refused(refusal: Refusal, run: &Run) -> Error {
+    let decided = |but: &str| {
+        let Decided { what, by, at } = run.decision.as_ref()?;
+        let (verb, at) = (what.verb(), rfc3339(*at));
+        Some(format!("{by} {verb} at {at}; the run is {}{but}", run.state))
+    };
+    let error = match refusal {
+        Refusal::WrongState | Refusal::AlreadyEnded => {
+            decided("").map(|message| Error::refused(Reason::WrongState, message))
+        }
+        Refusal::NotAwaitingCode => decided(" and waits for no token code")
+            .map(|message| Error::refused(Reason::NotAwaitingCode, message)),
+        Refusal::OtherPhase
+        | Refusal::MfaRequired
+        | Refusal::SecondPersonRequired
+        | Refusal::PlanChanged
+        | Refusal::LeaseLost
+        | Refusal::ExpiresSooner
+        | Refusal::NotCanceled
+        | Refusal::CancelGrace { .. }
+        | Refusal::Forced => None,
+    };
+    with_decision(error.unwrap_or_else(|| refusal.into()), run)
+}
+
+/// Adds where a run stands, and by whose decision, for programs.
+pub(super) fn with_decision(error: Error, run: &Run) -> Error {
+    let error = error.with("state", run.state.as_str());
+    let Some(Decided { what, by, at }) = &run.decision else { return error };
+    error
+        .with("decision", what.as_str())
+        .with("decided_by", by.as_str())
+        .with("decide_time", rfc3339(*at))
 }
 
 fn reason(run: &Run) -> String {

@@ -28,6 +28,7 @@ const fn within(right: Right) -> Rule {
 pub const RULES: &[(&str, &str, Rule)] = &[
     ("AccountService", "Bootstrap", Rule::SecretInRequest),
     ("AccountService", "WhoAmI", Rule::Anyone),
+    ("AccountService", "AcknowledgeBreakGlass", within(Right::Own)),
     ("AccountService", "CreateUser", within(Right::Own)),
     ("AccountService", "CreateServiceToken", within(Right::Own)),
     ("AccountService", "ResetUser", within(Right::Own)),
@@ -81,6 +82,7 @@ pub const RULES: &[(&str, &str, Rule)] = &[
     ("QuarantineService", "CompareQuarantined", within(Right::Own)),
     ("QuarantineService", "AcceptState", within(Right::Own)),
     ("QuarantineService", "DropQuarantined", within(Right::Own)),
+    ("QuarantineService", "SettleQuarantine", within(Right::Own)),
     ("StateService", "ListStateVersions", within(Right::Read)),
     ("StateService", "GetStateVersion", within(Right::Read)),
     ("StateService", "ReadStateVersion", within(Right::Administer)),

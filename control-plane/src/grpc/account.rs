@@ -1,5 +1,6 @@
 //! `AccountService`.
 
+use latchkey_domain::id::GlassId;
 use latchkey_proto::v1;
 use latchkey_proto::v1::account_service_server::AccountService;
 use secrecy::ExposeSecret;
@@ -38,7 +39,30 @@ impl AccountService for Service {
             .into_iter()
             .map(|(organization, role)| v1::Membership { organization, role: role_out(role) })
             .collect();
-        Ok(Response::new(v1::WhoAmIResponse { user, service_token, memberships }))
+        let broken_glass = who
+            .broken_glass
+            .into_iter()
+            .map(|(organization, glass)| v1::BrokenGlass {
+                glass_id: glass.id.0.to_string(),
+                organization,
+                time: Some(convert::timestamp(glass.at.into())),
+                what: glass.what,
+                reason: glass.reason,
+            })
+            .collect();
+        Ok(Response::new(v1::WhoAmIResponse { user, service_token, memberships, broken_glass }))
+    }
+
+    async fn acknowledge_break_glass(
+        &self,
+        request: Request<v1::AcknowledgeBreakGlassRequest>,
+    ) -> Result<Response<v1::AcknowledgeBreakGlassResponse>, Status> {
+        let caller = caller(&request)?;
+        let v1::AcknowledgeBreakGlassRequest { organization, glass_id } = request.into_inner();
+        let glass: Result<GlassId, Error> =
+            glass_id.parse().map_err(|_| Error::field("glass_id", "it is not an id (a UUID)"));
+        self.app.acknowledge_glass(&caller, &organization, glass?).await?;
+        Ok(Response::new(v1::AcknowledgeBreakGlassResponse {}))
     }
 
     async fn create_user(

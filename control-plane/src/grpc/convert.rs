@@ -320,10 +320,11 @@ fn resource_change(change: &Value) -> v1::ResourceChange {
 
 pub(super) fn environment(view: EnvironmentView) -> v1::Environment {
     let EnvironmentView { environment, organization_name, pool_name } = view;
-    let frozen = environment.hold.frozen.as_ref().map(|frozen| v1::Frozen {
-        run_id: frozen.run.to_string(),
-        reason: next_steps(&environment.name, frozen),
-    });
+    let frozen = environment
+        .hold
+        .frozen
+        .as_ref()
+        .map(|frozen| v1::Frozen { run_id: frozen.run.to_string(), reason: next_steps(frozen) });
     let warnings = warnings(&environment.settings);
     v1::Environment {
         warnings,

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::{Answers, Service, caller, convert, proof, state};
 use crate::app::open_streams::Ground;
 use crate::app::parse_run_id;
-use crate::app::quarantine::QuarantinedView;
+use crate::app::quarantine::{QuarantinedView, Settlement};
 use crate::error::Error;
 use crate::store::record::quarantine::Kind;
 
@@ -87,6 +87,35 @@ impl QuarantineService for Service {
         let id = parse_id(&quarantined_id)?;
         self.app.drop_quarantined(&caller, &organization, id).await?;
         Ok(Response::new(v1::DropQuarantinedResponse {}))
+    }
+
+    async fn settle_quarantine(
+        &self,
+        request: Request<v1::SettleQuarantineRequest>,
+    ) -> Result<Response<v1::SettleQuarantineResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let settlement = match request.settlement() {
+            v1::Settlement::Accept => Settlement::Accept { older: request.older },
+            v1::Settlement::Drop => Settlement::Drop,
+            v1::Settlement::Unspecified => {
+                let message = "say whether a state is accepted or all is dropped";
+                return Err(Error::field("settlement", message).into());
+            }
+        };
+        let run = parse_run_id(&request.run_id)?;
+        let confirmation = &request.environment_confirmation;
+        let settled = self
+            .app
+            .settle_quarantine(&caller, &request.organization, run, confirmation, settlement)
+            .await?;
+        let state = settled.state.unwrap_or_default();
+        Ok(Response::new(v1::SettleQuarantineResponse {
+            state_lineage: state.lineage,
+            state_serial: state.serial,
+            dropped: settled.dropped,
+            unfrozen: settled.unfrozen,
+        }))
     }
 }
 

@@ -11,8 +11,9 @@
 use std::fmt;
 
 use latchkey_domain::id::{
-    AuthenticationId, DeliveryId, Digest, EnvironmentId, Epoch, Generation, OrganizationId, PoolId,
-    QuarantinedId, RunId, RunnerId, ServiceTokenId, SignInId, SubscriberId, UserId,
+    AuthenticationId, DeliveryId, Digest, EnvironmentId, Epoch, Generation, GlassId,
+    OrganizationId, PoolId, QuarantinedId, RunId, RunnerId, ServiceTokenId, SignInId, SubscriberId,
+    UserId,
 };
 use latchkey_domain::policy::Phase;
 use uuid::Uuid;
@@ -102,6 +103,9 @@ kinds! {
     Subscriptions = 0x70
     Outbox = 0x71
     Delivered = 0x72
+    BrokenGlass = 0x73
+    /// Up to which of them an owner has acknowledged.
+    GlassSeen = 0x74
 }
 
 /// Whose variable it is.
@@ -189,7 +193,9 @@ impl Key {
             | Kind::AuditHead
             | Kind::Subscriptions
             | Kind::Outbox
-            | Kind::Delivered => return None,
+            | Kind::Delivered
+            | Kind::BrokenGlass
+            | Kind::GlassSeen => return None,
         };
         std::str::from_utf8(self.0.get(1 + fixed..)?).ok()
     }
@@ -584,6 +590,18 @@ pub fn delivered(
 
 pub fn delivered_of(organization: OrganizationId, subscriber: SubscriberId) -> Prefix {
     prefix(Kind::Delivered, &[organization.as_bytes(), subscriber.as_bytes()])
+}
+
+pub fn broken_glass(organization: OrganizationId, glass: GlassId) -> Key {
+    key(Kind::BrokenGlass, &[organization.as_bytes(), glass.as_bytes()])
+}
+
+pub fn broken_glass_of(organization: OrganizationId) -> Prefix {
+    prefix(Kind::BrokenGlass, &[organization.as_bytes()])
+}
+
+pub fn glass_seen(organization: OrganizationId, user: UserId) -> Key {
+    key(Kind::GlassSeen, &[organization.as_bytes(), user.as_bytes()])
 }
 
 // Quarantine

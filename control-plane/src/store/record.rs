@@ -7,6 +7,7 @@
 pub mod authentication;
 pub mod check;
 pub mod environment;
+pub mod glass;
 pub mod notice;
 pub mod people;
 pub mod quarantine;

@@ -435,12 +435,13 @@ fn against(facts: &StateFacts, digest: Digest, head: Option<&StateHead>) -> Stri
 }
 
 /// Says what a person does about a frozen environment.
-pub fn next_steps(environment: &str, frozen: &Frozen) -> String {
+pub fn next_steps(frozen: &Frozen) -> String {
     let Frozen { run, reason } = frozen;
     format!(
         "{reason}. Next: `latchkey run show {run}` and `latchkey quarantine list --run {run}` tell \
-         what is known; accept or drop what is there; if the run is lost and its runner will not \
-         be back, end it with `latchkey discard {run}`; then `latchkey env unfreeze {environment} \
-         --run {run}`"
+         what is known; if the run is lost and its runner will not be back, end it with `latchkey \
+         discard {run}`; then `latchkey quarantine accept --run {run}` takes the newest state that \
+         was kept, `latchkey quarantine drop --run {run}` none: both drop the rest and lift the \
+         freeze"
     )
 }

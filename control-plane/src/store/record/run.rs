@@ -10,8 +10,8 @@ use latchkey_domain::policy::{
     DestroyedBy, Destroys, Evidence, MfaPolicy, Permit, Phase, PlanFacts,
 };
 use latchkey_domain::run::{
-    Actor, Approval, Authenticated, Counts, Given, Job, PlanDigests, Planned, RefusedCode, Request,
-    Run, RunKind, RunState,
+    Actor, Approval, Authenticated, Counts, Decided, Decision, Given, Job, PlanDigests, Planned,
+    RefusedCode, Request, Run, RunKind, RunState,
 };
 use serde::{Deserialize, Serialize};
 
@@ -116,6 +116,8 @@ pub struct RunRecord {
     refused_code: Option<RefusedCodeRecord>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     code_reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    decision: Option<DecisionRecord>,
     reason: Option<String>,
 }
 
@@ -147,6 +149,27 @@ impl From<GivenRecord> for Given {
             GivenRecord::Name(name) => Given { name, category: None },
         }
     }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DecisionRecord {
+    #[serde(with = "DecidedRecord")]
+    what: Decided,
+    by: String,
+    at: Millis,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Decided", rename_all = "snake_case")]
+enum DecidedRecord {
+    AuthenticatedPlan,
+    AuthenticatedApply,
+    ApprovedApply,
+    Discarded,
+    GaveUp,
+    Canceled,
+    AskedToStop,
+    AskedToKill,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -360,6 +383,11 @@ impl From<&Run> for RunRecord {
                 aws_request_id: refused.aws_request_id.clone(),
             }),
             code_reason: run.code_reason.clone(),
+            decision: run.decision.as_ref().map(|decision| DecisionRecord {
+                what: decision.what,
+                by: decision.by.clone(),
+                at: decision.at.into(),
+            }),
             reason: run.reason.clone(),
         }
     }
@@ -413,6 +441,11 @@ impl From<RunRecord> for Run {
                 aws_request_id: refused.aws_request_id,
             }),
             code_reason: record.code_reason,
+            decision: record.decision.map(|decision| Decision {
+                what: decision.what,
+                by: decision.by,
+                at: decision.at.into(),
+            }),
             reason: record.reason,
         }
     }

@@ -11,6 +11,8 @@ mod break_glass;
 #[cfg(test)]
 mod cancel;
 #[cfg(test)]
+mod commands;
+#[cfg(test)]
 mod crashes;
 #[cfg(test)]
 mod credentials;

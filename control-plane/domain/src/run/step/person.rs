@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Effect, Refusal, Step, approve, done, ended, lost_reason, moved, stopping};
 use crate::id::Digest;
 use crate::policy::{Demands, Evidence, Phase};
-use crate::run::{Authenticated, Job, Limits, Run, RunState};
+use crate::run::{Authenticated, Decided, Job, Limits, Run, RunState};
 use crate::time::Timestamp;
 
 pub(super) fn code_accepted(
@@ -31,6 +31,7 @@ pub(super) fn code_accepted(
     let mut next = moved(run, state, now);
     next.refused_code = None;
     next.reason = None;
+    next.decide(Decided::authenticated(phase), &evidence.user, now);
     let effect = match phase {
         Phase::Plan => Effect::GiveTurn,
         Phase::Apply => {
@@ -73,6 +74,7 @@ pub(super) fn confirmed(
                 return Step::Refused(Refusal::PlanChanged);
             };
             let mut next = moved(run, RunState::ApplyQueued, now);
+            next.decide(Decided::ApprovedApply, &approval.by, now);
             next.approval = Some(approval);
             next.reason = None;
             next.apply.queued_at = Some(now);
@@ -103,7 +105,8 @@ pub(super) fn confirmed(
 pub(super) fn discarded(run: &Run, by: String, now: Timestamp) -> Step {
     match run.state {
         RunState::AwaitingConfirmation | RunState::AwaitingApplyMfa => {
-            let next = moved(run, run.state, now);
+            let mut next = moved(run, run.state, now);
+            next.decide(Decided::Discarded, &by, now);
             ended(next, RunState::Discarded, Some(format!("discarded by {by}")), vec![])
         }
         RunState::Lost => give_up(run, by, now),
@@ -128,7 +131,9 @@ fn give_up(run: &Run, by: String, now: Timestamp) -> Step {
         "lost, and given up by {by}: what the apply did is not known; the environment stays frozen \
          until an owner unfreezes it"
     );
-    ended(moved(run, run.state, now), RunState::Errored, Some(reason), vec![])
+    let mut next = moved(run, run.state, now);
+    next.decide(Decided::GaveUp, &by, now);
+    ended(next, RunState::Errored, Some(reason), vec![])
 }
 
 pub(super) fn cancel_requested(run: &Run, by: String, now: Timestamp) -> Step {
@@ -154,12 +159,9 @@ pub(super) fn cancel_requested(run: &Run, by: String, now: Timestamp) -> Step {
 }
 
 fn cancel_at_once(run: &Run, by: String, effects: Vec<Effect>, now: Timestamp) -> Step {
-    ended(
-        moved(run, run.state, now),
-        RunState::Canceled,
-        Some(format!("canceled by {by}")),
-        effects,
-    )
+    let mut next = moved(run, run.state, now);
+    next.decide(Decided::Canceled, &by, now);
+    ended(next, RunState::Canceled, Some(format!("canceled by {by}")), effects)
 }
 
 fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {
@@ -174,6 +176,7 @@ fn cancel_running(run: &Run, phase: Phase, by: String, now: Timestamp) -> Step {
         return Step::Unchanged;
     }
     let mut next = moved(run, run.state, now);
+    next.decide(Decided::AskedToStop, &by, now);
     next.cancel_requested_by = Some(by);
     next.cancel_requested_at = Some(now);
     next.reason = stopping(&next);
@@ -221,6 +224,7 @@ fn cancel_lost(run: &Run, by: String, now: Timestamp) -> Step {
         return Step::Unchanged;
     }
     let mut next = moved(run, run.state, now);
+    next.decide(Decided::AskedToStop, &by, now);
     next.cancel_requested_by = Some(by);
     next.cancel_requested_at = Some(now);
     next.reason = Some(lost_reason(&next));
@@ -254,6 +258,7 @@ pub(super) fn force_requested(run: &Run, by: String, grace: Duration, now: Times
         return Step::Refused(Refusal::CancelGrace { until });
     }
     let mut next = moved(run, run.state, now);
+    next.decide(Decided::AskedToKill, &by, now);
     next.forced_by = Some(by);
     next.reason =
         if run.state == RunState::Lost { Some(lost_reason(&next)) } else { stopping(&next) };
