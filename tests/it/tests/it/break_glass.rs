@@ -13,7 +13,8 @@ use latchkey_proto::v1::variable_scope::Scope;
 use latchkey_proto::v1::{MfaPolicy, RunState};
 
 use crate::support::{options, small};
-use crate::told::{Cli, Told, check_signature};
+use crate::terminal::Cli;
+use crate::told::{Told, check_signature};
 
 const CLEAR: [&str; 5] = ["break-glass", "acme", "--clear-triple", "--reason", "the phone is lost"];
 const LOWER: [&str; 7] =

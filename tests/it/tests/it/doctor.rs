@@ -64,7 +64,9 @@ async fn a_role_that_the_doctor_cannot_assume_stops_the_apply_until_it_is_mended
         roles: roles("read", "ship"),
         ..settings(MfaPolicy::AppliesOnly)
     };
-    ada.create_environment_with("web", settings).await.unwrap();
+    // Not to have the organization's whole session without a code, but a role of it, takes one.
+    let code = stage.aws.unused_code().await.unwrap();
+    ada.create_environment_by("web", settings, &code).await.unwrap();
     // Its trust names another external id than this organization's.
     let trust = |external_id: &str| {
         let mut role = Role::new("ship", MfaCondition::Demanded);

@@ -8,6 +8,7 @@ use latchkey_proto::v1::{
 
 use crate::gated::{Gated, SMALL};
 use crate::support::{options, stage};
+use crate::terminal::Cli;
 
 fn release(value: &str) -> Vec<RunVariable> {
     vec![RunVariable {
@@ -134,6 +135,43 @@ async fn each_kind_and_option_does_what_it_says() -> anyhow::Result<()> {
     // What was asked for beyond the settings was for that run: this one is confirmed.
     let again = ada.wait_for_state(&again.run_id, RunState::AwaitingConfirmation).await?;
     assert_eq!(changes(&again), [("create", a), ("create", b)]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn how_far_an_apply_came_is_shown_resource_by_resource() -> anyhow::Result<()> {
+    let stage = stage().await?;
+    let ada = &stage.owner;
+    ada.create_environment("web", MfaPolicy::Never).await?;
+    let main = r#"
+resource "terraform_data" "good" {}
+
+resource "terraform_data" "bad" {
+  provisioner "local-exec" {
+    command = "exit 1"
+  }
+  depends_on = [terraform_data.good]
+}
+
+resource "terraform_data" "never" {
+  depends_on = [terraform_data.bad]
+}
+"#;
+    let request = QueueRunRequest { auto_apply: Some(true), ..Default::default() };
+    let run = ada.queue_with("web", &Configuration::of(&[("main.tf", main)]), request).await?;
+    ada.wait_for_state(&run.run_id, RunState::Errored).await?;
+    let cli = Cli::of(&stage, ada)?;
+    let progress = cli.json(&["run", "progress", &run.run_id]).await?;
+    let stands = |name: &str| {
+        let address = format!("terraform_data.{name}");
+        let all = progress["resources"].as_array().into_iter().flatten();
+        let one = all.filter(|one| one["address"] == *address).collect::<Vec<_>>();
+        assert_eq!(one.len(), 1, "{progress}");
+        one[0]["state"].as_str().unwrap_or_default().to_owned()
+    };
+    assert_eq!([stands("good"), stands("bad"), stands("never")], ["done", "failed", "waiting"]);
+    let shown = cli.text(&["run", "progress", &run.run_id]).await?;
+    assert!(shown.ends_with("1 done, 1 failed, 0 under way, 1 waiting\n"), "{shown}");
     Ok(())
 }
 

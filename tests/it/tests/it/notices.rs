@@ -13,7 +13,8 @@ use latchkey_proto::v1::{self, MfaPolicy, RunState};
 
 use crate::gated::Gated;
 use crate::support::{options, small};
-use crate::told::{Cli, PASSWORD, Told, USER, check_signature};
+use crate::terminal::Cli;
+use crate::told::{PASSWORD, Told, USER, check_signature};
 
 /// Waits until an attempt that was refused is written down.
 async fn refused(ada: &Person, webhook: &str, delivery: &str, status: u32) -> anyhow::Result<()> {

@@ -1,15 +1,12 @@
 //! Who hears of things in the stories about notices: a webhook and a mail server, certified by an
-//! authority that the control plane was given; and the command line that sets them up.
+//! authority that the control plane was given.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-use std::process::Output;
 
 use anyhow::Context;
 use aws_lc_rs::hmac;
-use latchkey_harness::{Hook, Hooks, Mail, MailServer, Offer, Person, Stage, TestAuthority};
-use serde_json::Value;
+use latchkey_harness::{Hook, Hooks, Mail, MailServer, Offer, TestAuthority};
 
 /// Whom `--smtp-credentials-file` names.
 pub(crate) const USER: &str = "postman";
@@ -84,47 +81,4 @@ pub(crate) fn check_signature(hook: &Hook, secret: &str) -> anyhow::Result<()> {
     let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
     let verified = hmac::verify(&key, &signed, &hex::decode(tag)?);
     verified.map_err(|_| anyhow::anyhow!("the signature is wrong: {}", hook.head))
-}
-
-/// The command line, signed in.
-pub(crate) struct Cli<'a> {
-    stage: &'a Stage,
-    config: PathBuf,
-}
-
-impl<'a> Cli<'a> {
-    pub(crate) fn of(stage: &'a Stage, person: &Person) -> anyhow::Result<Self> {
-        let config = stage.directory().join(format!("cli-{}.json", person.name));
-        let content = serde_json::json!({
-            "address": stage.plane.people_url(),
-            "ca_pem": stage.plane.ca_pem()?,
-            "token": person.token(),
-            "organization": person.organization,
-        });
-        fs::write(&config, content.to_string())?;
-        fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
-        Ok(Self { stage, config })
-    }
-
-    /// Somebody who is not signed in.
-    pub(crate) fn stranger(stage: &'a Stage) -> Self {
-        Self { stage, config: stage.directory().join("nobody.json") }
-    }
-
-    pub(crate) async fn run(&self, arguments: &[&str]) -> anyhow::Result<Output> {
-        let mut command = self.stage.programs().cli().command();
-        Ok(command.arg("--config").arg(&self.config).args(arguments).output().await?)
-    }
-
-    /// Returns what a command that must end well printed.
-    pub(crate) async fn text(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = self.run(arguments).await?;
-        anyhow::ensure!(output.status.success(), "{arguments:?}: {output:?}");
-        Ok(String::from_utf8(output.stdout)?)
-    }
-
-    pub(crate) async fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
-        let text = self.text(&[arguments, &["-o", "json"]].concat()).await?;
-        Ok(serde_json::from_str(&text)?)
-    }
 }
