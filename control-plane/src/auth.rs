@@ -183,7 +183,7 @@ fn person_required() -> Error {
 
 /// How an organization is answered to who has no part in it.
 pub fn hidden() -> Error {
-    Error::not_found("organization, or you are not a member of it")
+    Error::not_found("organization")
 }
 
 /// Decides whether a caller in this position has a right, on an environment where the right is

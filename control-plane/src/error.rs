@@ -36,7 +36,8 @@ impl Error {
     }
 
     pub fn not_found(what: &str) -> Self {
-        Self::refused(Reason::NotFound, format!("no such {what}"))
+        let message = format!("no such {what}, or none that you may see; check its name or id");
+        Self::refused(Reason::NotFound, message)
     }
 
     /// Fails for a reason that is no caller's business.

@@ -244,7 +244,9 @@ impl App {
     /// Ends the session that the caller came with.
     pub async fn sign_out(&self, proof: &Proof) -> Result<()> {
         let id = proof.sign_in.ok_or_else(|| {
-            Error::not_found("session: this token was not made by a sign-in and stays good")
+            let message = "no such session: this token was not made by a sign-in, and stays good \
+                           until `latchkey password` or its end";
+            Error::refused(Reason::NotFound, message)
         })?;
         self.end_session(proof, id, "sign_out").await
     }

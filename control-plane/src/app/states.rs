@@ -181,7 +181,10 @@ impl App {
         environment: &Environment,
         number: u64,
     ) -> Result<StateVersionView> {
-        let none = || Error::not_found("state version; the environment has none of this number");
+        let none = || {
+            let message = "no such state version; `latchkey state list` shows those there are";
+            Error::refused(Reason::NotFound, message)
+        };
         let number = match (number, &environment.state) {
             (0, Some(head)) => head.number,
             (0, None) => return Err(none()),

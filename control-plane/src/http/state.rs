@@ -193,7 +193,10 @@ async fn take(
 }
 
 fn place(path: &str) -> Result<Place> {
-    let none = || Error::not_found("state; the path is /state/ORGANIZATION/ENVIRONMENT");
+    let none = || {
+        let message = "no such state; the path is /state/ORGANIZATION/ENVIRONMENT";
+        Error::refused(Reason::NotFound, message)
+    };
     let rest = path.strip_prefix(PREFIX).ok_or_else(none)?;
     let (organization, environment) = rest.split_once('/').ok_or_else(none)?;
     if environment.contains('/') {

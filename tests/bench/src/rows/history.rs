@@ -31,7 +31,7 @@ const BATCH: u64 = 50;
 /// Batches under way.
 const AT_ONCE: usize = 8;
 /// Filling ends here, with what there is by then.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(900);
 
 async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
     let wanted = context.pick(20_000, 1_000_000) as u64;
