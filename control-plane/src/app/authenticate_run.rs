@@ -644,7 +644,8 @@ impl App {
                     .unwrap_or(Reason::ExchangeRefused);
                 let mut error =
                     Error::refused(reason, message).with("authentication_id", id.to_string());
-                if is_refusal(reason) {
+                // Who may no longer see the run is told nothing of it.
+                if is_refusal(reason) && reason != Reason::NotAllowed {
                     error = with_decision(error, &self.run(run).await?.value);
                 }
                 if let Some(request_id) = aws_request_id {

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::App;
 use super::credentials::{PACKED_WARNING, life};
-use super::settings::LONGEST_FLOOR;
+use super::settings::{LONGEST_FLOOR, TIME_TO_START};
 use super::transition::{Advance, Decision, Guard};
 use crate::auth::RunnerIdentity;
 use crate::error::Result;
@@ -240,7 +240,7 @@ fn forecast(
             ))
         }
         // Only what a code buys may have waited, and have no more than the floor left.
-        (Some(duration), Some(session)) if by_code && floor < duration.min(LONGEST_FLOOR) => {
+        (Some(duration), Some(session)) if by_code && floor < highest_floor(duration, session) => {
             Some(format!(
                 "applies of this environment have taken up to {} (95th percentile of {samples}), and \
                  one may start when no more than {} is left of its session: if it has to wait, it \
@@ -248,7 +248,7 @@ fn forecast(
                  --session-floor {}`",
                 in_words(duration),
                 in_words(floor),
-                flag(duration.min(LONGEST_FLOOR), session)
+                flag(highest_floor(duration, session), session.saturating_sub(TIME_TO_START))
             ))
         }
         (_, _) => None,
@@ -256,10 +256,15 @@ fn forecast(
     Forecast { duration, samples, session, warning }
 }
 
-/// Writes a floor as the command line takes it: in whole minutes, where the session has as many.
-fn flag(floor: Duration, session: Duration) -> String {
+/// The floor for applies that take so long, as far as settings admit one.
+fn highest_floor(duration: Duration, session: Duration) -> Duration {
+    duration.min(LONGEST_FLOOR).min(session.saturating_sub(TIME_TO_START))
+}
+
+/// Writes a floor as the command line takes it: in whole minutes, where the limit has as many.
+fn flag(floor: Duration, limit: Duration) -> String {
     let minutes = floor.as_secs().div_ceil(60);
-    if minutes * 60 <= session.as_secs() {
+    if minutes * 60 <= limit.as_secs() {
         format!("{minutes}m")
     } else {
         format!("{}s", floor.as_secs())

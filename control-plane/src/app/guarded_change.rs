@@ -241,7 +241,8 @@ impl App {
             }
             GuardedChange::SetVariable { stored, scope, variable } => {
                 let place = (*stored, scope);
-                let batch = self.set_batch(caller, *organization, place, variable).await?;
+                let by_code = backing == Backing::Code;
+                let batch = self.set_batch(caller, *organization, place, variable, by_code).await?;
                 let batch = self.with_guard(batch, *organization, *stored, &variable.name).await?;
                 Ok(match backing {
                     Backing::Code => self.without_old_secret(batch, *stored, variable).await?,

@@ -139,6 +139,10 @@ impl App {
             .put(found.key, Expect::At(found.version), encoded.clone())
             .put(keys::membership_by_user(id, organization), Expect::Anything, encoded)
             .audit(draft);
+        let batch = match before.role != Role::Owner && membership.role == Role::Owner {
+            true => self.with_new_owner(batch, organization, id).await?,
+            false => batch,
+        };
         let gives_up = before.role == Role::Owner && membership.role != Role::Owner;
         let batch = self.resting_on_an_owner(batch, &standing, id, gives_up).await?;
         self.store.commit(batch).await?;

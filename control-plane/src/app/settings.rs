@@ -26,7 +26,7 @@ const LONGEST_SESSION: Duration = Duration::from_secs(36 * 3600);
 /// Of an environment's floor.
 pub(super) const LONGEST_FLOOR: Duration = Duration::from_secs(12 * 3600);
 /// How much longer than the floor a session lives, so that it can wait for a runner.
-const TIME_TO_START: Duration = Duration::from_secs(5 * 60);
+pub(super) const TIME_TO_START: Duration = Duration::from_secs(5 * 60);
 const MOST_RESOURCE_TYPES: usize = 64;
 /// Of a session policy and the ARNs beside it, in characters (AWS STS, `AssumeRole`).
 const LARGEST_POLICY: usize = 2048;
@@ -124,6 +124,7 @@ impl App {
             limits,
         } = change;
         let size_before = size(&settings);
+        let lives_before = lives(&settings, self.floor(&settings));
         settings.policy = policy.unwrap_or(settings.policy);
         settings.auto_apply = auto_apply.unwrap_or(settings.auto_apply);
         settings.plain_credentials = plain_credentials.unwrap_or(settings.plain_credentials);
@@ -171,7 +172,10 @@ impl App {
         if let Some(limits) = limits {
             settings.limits = checked_limits(limits)?;
         }
-        check_floor(&settings, self.floor(&settings))?;
+        // What was saved before there was this bound does not stand in the way of other changes.
+        if lives(&settings, self.floor(&settings)) != lives_before {
+            check_floor(&settings, self.floor(&settings))?;
+        }
         if let Some(name) = pool {
             settings.pool = if name.is_empty() {
                 None
@@ -326,6 +330,11 @@ fn check_role(field: &'static str, role: &RoleSettings) -> Result<()> {
         return Err(Error::field(field, message));
     }
     Ok(())
+}
+
+/// What the floor is held against: itself, and the lives of what a phase may get.
+fn lives(settings: &Settings, floor: Duration) -> [Option<Duration>; 3] {
+    [Some(floor), life(settings, true), life(settings, false)]
 }
 
 /// Checks that whatever a phase may get is above the floor for long enough to be leased out: a code

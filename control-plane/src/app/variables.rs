@@ -16,7 +16,7 @@ mod value;
 
 use std::sync::Arc;
 
-use latchkey_domain::id::OrganizationId;
+use latchkey_domain::id::{OrganizationId, UserId};
 use latchkey_proto::v1::Reason;
 use secrecy::{ExposeSecret, SecretString};
 
@@ -117,7 +117,7 @@ impl App {
     ) -> Result<Variable> {
         for _ in 0..ATTEMPTS {
             let (batch, record) =
-                self.saving_batch(caller, organization, place, variable, prepared).await?;
+                self.saving_batch(caller, organization, place, variable, prepared, None).await?;
             match self.store.commit(batch).await {
                 Ok(_) => return Ok(record),
                 Err(CommitError::Conflict { .. }) => {}
@@ -134,6 +134,7 @@ impl App {
         (stored, scope): (VariableScope, &Scope),
         variable: &NewVariable,
         prepared: &Prepared,
+        by_code_of: Option<UserId>,
     ) -> Result<(Batch, Variable)> {
         let key = keys::variable(stored, &stored_name(variable.category, &variable.name));
         let stamp = keys::variable_stamp(stored);
@@ -146,8 +147,9 @@ impl App {
         let draft = self
             .variable_draft(caller, organization, scope, "set_variable", &variable.name)
             .with("sensitive", variable.sensitive);
+        let completes = completes_after(variable, stamped.as_ref(), by_code_of);
         let mut batch = Batch::new()
-            .put(stamp, expected(stamped.as_ref()), [])
+            .put(stamp, expected(stamped.as_ref()), completes)
             .put(key, expected(before.map(|(_, found)| found)), encode(&record))
             .audit(draft);
         if let Prepared::Stored { claim, value } = prepared {
@@ -173,14 +175,17 @@ impl App {
         organization: OrganizationId,
         place: (VariableScope, &Scope),
         variable: &NewVariable,
+        by_code: bool,
     ) -> Result<Batch> {
+        let by_code_of = if by_code { Some(caller.person()?.0) } else { None };
         let small = Prepared::Small;
-        let saving = self.saving_batch(caller, organization, place, variable, &small);
+        let saving = self.saving_batch(caller, organization, place, variable, &small, by_code_of);
         Ok(saving.await?.0)
     }
 
     /// Takes a stored secret key away where its access key is replaced: it belongs to no other.
-    /// The triple is incomplete then, and can be completed without a code of the old one.
+    /// The triple is incomplete then, and who replaced it completes it without a further code:
+    /// the scope's stamp says who.
     pub(super) async fn without_old_secret(
         &self,
         batch: Batch,
@@ -388,6 +393,24 @@ fn is_of_triple(category: Category, name: &str) -> bool {
 
 fn expected(found: Option<&Versioned>) -> Expect {
     found.map_or(Expect::Absent, |found| Expect::At(found.version))
+}
+
+/// What a scope's stamp says after a variable is set: who has replaced the triple's access key by
+/// a code and has yet to set what belongs to it. Nobody else's change of the key keeps that.
+fn completes_after(
+    variable: &NewVariable,
+    stamped: Option<&Versioned>,
+    by_code_of: Option<UserId>,
+) -> Vec<u8> {
+    let kept = || stamped.map(|found| found.value.to_vec()).unwrap_or_default();
+    if variable.category != Category::Environment {
+        return kept();
+    }
+    match variable.name.as_str() {
+        ACCESS_KEY => by_code_of.map(|user| user.as_bytes().to_vec()).unwrap_or_default(),
+        SECRET_KEY => Vec::new(),
+        _ => kept(),
+    }
 }
 
 fn too_fast() -> Error {

@@ -39,14 +39,14 @@ fn a_session_that_may_be_too_short_is_told_with_what_to_do() {
 fn a_floor_is_too_low_only_for_a_session_that_may_have_waited() {
     let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
     let warned = |floor, by_code| forecast(&[3590], Some(HOUR), minutes(floor), by_code).warning;
-    assert!(warned(5, true).unwrap().contains("--session-floor 60m"));
-    assert_eq!(warned(60, true), None);
+    assert!(warned(5, true).unwrap().contains("--session-floor 55m"));
+    assert_eq!(warned(55, true), None);
     assert_eq!(warned(5, false), None, "that of no code is issued when the apply starts");
     assert_eq!(forecast(&[299], Some(HOUR), minutes(5), true).warning, None);
-    // No floor may be longer than a session, nor than 12 h.
+    // No floor may come within 5 minutes of a session's life, nor be longer than 12 h.
     let session = Some(Duration::from_secs(3595));
     let warned = forecast(&[3590], session, minutes(5), true).warning.unwrap();
-    assert!(warned.contains("--session-floor 3590s"), "{warned}");
+    assert!(warned.contains("--session-floor 3295s"), "{warned}");
     let long = |floor| forecast(&[13 * 3600], Some(36 * HOUR), floor, true).warning;
     assert!(long(HOUR).unwrap().contains("--session-floor 720m"));
     assert_eq!(long(12 * HOUR), None);

@@ -6,7 +6,7 @@ use latchkey_proto::v1::Reason;
 use super::weakens::weakens;
 use super::{GuardedChange, Intent};
 use crate::app::App;
-use crate::app::secrets::TRIPLE;
+use crate::app::secrets::{SECRET_KEY, SERIAL, TRIPLE};
 use crate::app::variables::NewVariable;
 use crate::error::{Error, Result};
 use crate::store::keys::VariableScope;
@@ -106,6 +106,9 @@ impl App {
         }
         let found = self.organization(organization).await?;
         rests_on.push((found.key, Expect::At(found.version)));
+        if self.completes(intent, VariableScope::Organization(organization), user).await? {
+            return Ok(None);
+        }
         let is_set_up = match &intent.change {
             // Nobody could give a code: as after break-glass, somebody sets one.
             GuardedChange::SetVariable { .. } => !self.any_triple(organization, None).await?,
@@ -134,7 +137,7 @@ impl App {
         let organization = intent.organization;
         let personal = VariableScope::Personal(organization, user);
         let own = self.triple_in(personal, rests_on).await?;
-        if own.is_some() {
+        if own.is_some() || self.completes(intent, personal, user).await? {
             return Ok(own);
         }
         let makes_whole = match &intent.change {
@@ -150,6 +153,19 @@ impl App {
             return Ok(None);
         }
         self.triple_in(VariableScope::Organization(organization), rests_on).await
+    }
+
+    /// Tells whether a change goes on with a triple whose access key the caller has replaced by a
+    /// code. The scope's stamp says so, on which the change rests.
+    async fn completes(&self, intent: &Intent, scope: VariableScope, user: UserId) -> Result<bool> {
+        let GuardedChange::SetVariable { stored, variable, .. } = &intent.change else {
+            return Ok(false);
+        };
+        if *stored != scope || ![SECRET_KEY, SERIAL].contains(&variable.name.as_str()) {
+            return Ok(false);
+        }
+        let stamp = self.store.fetch(&keys::variable_stamp(scope)).await?;
+        Ok(stamp.is_some_and(|found| found.value[..] == user.as_bytes()[..]))
     }
 
     /// Finds a whole triple, and notes what says that there is none.

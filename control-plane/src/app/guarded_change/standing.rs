@@ -6,12 +6,13 @@
 //! a code of it backs, or that whoever has the host makes.
 
 use latchkey_domain::id::{OrganizationId, UserId};
+use latchkey_proto::v1::Reason;
 
 use crate::app::App;
 use crate::app::secrets::TRIPLE;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::keys::{Kind, VariableScope};
-use crate::store::record::people::{Organization, Role};
+use crate::store::record::people::{Membership, Organization, Role};
 use crate::store::record::{Loaded, decode, encode};
 use crate::store::{Batch, CommitError, Expect, keys};
 
@@ -27,6 +28,35 @@ impl App {
     ) -> Result<Batch> {
         if !self.makes_whole(stored, name).await? {
             return Ok(batch);
+        }
+        if let VariableScope::Personal(_, user) = stored
+            && !self.is_owner(organization, user).await?
+        {
+            // Nobody else changes what is guarded, and three made-up values must not lock owners.
+            return Ok(batch);
+        }
+        let found = self.organization(organization).await?;
+        let next = Organization { guarded: true, ..found.value };
+        Ok(batch.put(found.key, Expect::At(found.version), encode(&next)))
+    }
+
+    /// Lets somebody become an owner. One who has a device has not taken it by a code of the
+    /// organization's, as an owner would have; where the organization has none, theirs guards from
+    /// then on.
+    pub(in crate::app) async fn with_new_owner(
+        &self,
+        batch: Batch,
+        organization: OrganizationId,
+        user: UserId,
+    ) -> Result<Batch> {
+        if self.guarding_triple(VariableScope::Personal(organization, user)).await?.is_none() {
+            return Ok(batch);
+        }
+        if self.guarding_triple(VariableScope::Organization(organization)).await?.is_some() {
+            let message = "they have a triple of their own, which would guard in place of the \
+                           organization's and took no code of it; they delete it first, and set \
+                           it again as an owner";
+            return Err(Error::refused(Reason::WrongState, message));
         }
         let found = self.organization(organization).await?;
         let next = Organization { guarded: true, ..found.value };
@@ -60,14 +90,18 @@ impl App {
         Ok(true)
     }
 
-    /// Tells whether any triple of the organization or its members is whole, but for one.
+    /// Tells whether any triple of the organization or its owners is whole, but for one.
     pub(super) async fn any_triple(
         &self,
         organization: OrganizationId,
         but: Option<VariableScope>,
     ) -> Result<bool> {
         let mut scopes = vec![VariableScope::Organization(organization)];
-        for (key, _) in self.list(keys::memberships_of(organization)).await? {
+        for (key, found) in self.list(keys::memberships_of(organization)).await? {
+            let membership: Membership = decode(&key, &found)?;
+            if membership.role != Role::Owner {
+                continue;
+            }
             let user = key.last_id().map(UserId::from_bytes);
             scopes.extend(user.map(|user| VariableScope::Personal(organization, user)));
         }

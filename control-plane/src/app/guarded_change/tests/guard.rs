@@ -9,6 +9,7 @@ use crate::app::variables::Scope;
 use crate::auth::Caller;
 use crate::error::Result;
 use crate::store::record::people::Role;
+use crate::store::record::variable::Category;
 
 const TRIPLE: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_MFA_SERIAL_NUMBER"];
 
@@ -132,4 +133,56 @@ async fn an_owner_takes_a_device_of_their_own_by_a_code_of_the_organizations() {
     let bob = fixture.user("bob", Role::Member).await;
     own(&fixture, &bob, None).await.unwrap();
     assert!(set(&fixture, TRIPLE[2], "GAHT12345678", None).await.is_err());
+}
+
+#[tokio::test]
+async fn who_replaces_keys_by_a_code_completes_them_without_another() {
+    let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
+    let app = &fixture.app;
+    let other_key = "AKIAQNZGKIQY56JQ7WML";
+    let secret = "another/secret/key/of/forty/characters/0";
+    // The organization's, while somebody else has a device.
+    let eve = fixture.user("eve", Role::Owner).await;
+    own(&fixture, &eve, fixture.proof("eve")).await.unwrap();
+    set(&fixture, TRIPLE[0], other_key, fixture.proof("key")).await.unwrap();
+    let theirs = variable(TRIPLE[1], secret);
+    let mallory = fixture.user("mallory", Role::Owner).await;
+    let scope = Scope::Organization;
+    let refused = app.set_variable(&mallory, ORGANIZATION, &scope, theirs, None).await;
+    assert_eq!(refused.unwrap_err().reason(), Reason::TripleIncomplete);
+    set(&fixture, TRIPLE[2], "arn:aws:iam::123456789012:mfa/other", None).await.unwrap();
+    set(&fixture, TRIPLE[1], secret, None).await.unwrap();
+    assert!(set(&fixture, TRIPLE[1], secret, None).await.is_err(), "it is whole again");
+    // One's own, while the organization has one.
+    let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
+    let owner_of = &fixture.owner;
+    own(&fixture, owner_of, fixture.proof("own")).await.unwrap();
+    let (app, scope) = (&fixture.app, Scope::Personal);
+    let key = variable(TRIPLE[0], other_key);
+    app.set_variable(owner_of, ORGANIZATION, &scope, key, fixture.proof("key")).await.unwrap();
+    let own_secret = variable(TRIPLE[1], secret);
+    app.set_variable(owner_of, ORGANIZATION, &scope, own_secret, None).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_member_sets_for_themselves_guards_nothing_until_they_are_an_owner() {
+    let fixture = Fixture::new(MfaPolicy::AppliesOnly).await;
+    let bob = fixture.user("bob", Role::Member).await;
+    own(&fixture, &bob, None).await.unwrap();
+    let change =
+        || crate::app::members::MemberChange { role: Some(Role::Owner), ..Default::default() };
+    let (app, owner) = (&fixture.app, &fixture.owner);
+    let refused = app.update_member(owner, ORGANIZATION, "bob", change()).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::WrongState, "{refused}");
+    // Without one of the organization's, three values of a member lock no owner out.
+    let device = (Category::Environment, TRIPLE[2]);
+    let scope = Scope::Organization;
+    let by_code = fixture.proof("last");
+    app.delete_variable(owner, ORGANIZATION, &scope, device, by_code).await.unwrap();
+    never(&fixture, owner).await.unwrap();
+    fixture.settings(policy(MfaPolicy::AppliesOnly)).await;
+    // As an owner's they guard.
+    app.update_member(owner, ORGANIZATION, "bob", change()).await.unwrap();
+    let refused = never(&fixture, owner).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::TripleIncomplete, "{refused}");
 }
