@@ -179,9 +179,12 @@ async fn credentials_that_were_got_for_a_denied_release_are_not_kept() {
     fixture.aws.script(slow);
     let asked = fixture.aws.requests_for("GetSessionToken");
     let tightened = async {
-        while fixture.aws.requests_for("GetSessionToken") == asked {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let is_asked = async {
+            while fixture.aws.requests_for("GetSessionToken") == asked {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), is_asked).await.expect("AWS is asked");
         fixture.settings(two_persons()).await;
     };
     let (start, ()) = tokio::join!(fixture.app.start_job(&runner, lease), tightened);
