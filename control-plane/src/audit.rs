@@ -1,9 +1,10 @@
 //! The chained record of who did what.
 //!
-//! A use case hands over a [`Draft`] in the same batch as the change it tells of. The committer
-//! of the store, who alone knows the order of commits, stamps it: [`Record::stamp`] gives it the
-//! next sequence number of its organization and the digest of its predecessor. The head of each
-//! chain is kept as a record of its own. So an edited, dropped, moved or added record breaks the
+//! A use case hands over a [`Draft`] in the same batch as the change it tells of. There it is
+//! written as it will be stored ([`Unplaced`]). The committer of the store, who alone knows the
+//! order of commits, stamps it: [`Unplaced::stamp`] gives it the next sequence number of its
+//! organization and the digest of its predecessor. The head of each chain is kept as a record of
+//! its own. So an edited, dropped, moved or added record breaks the
 //! chain ([`Verifier::push`]), and one cut from the end misses the head ([`Verifier::finish`]).
 //!
 //! The chain doesn't stop someone who can rewrite all of it and the head; compare the head with
@@ -16,7 +17,7 @@ use std::fmt;
 
 use latchkey_domain::id::OrganizationId;
 use latchkey_domain::time::Timestamp;
-use latchkey_proto::audit::{Chain, DIGEST, Entry, MAGIC};
+use latchkey_proto::audit::{Chain, DIGEST, Entry, MAGIC, place};
 use serde_json::{Map, Value};
 
 use crate::store::{self, Scan, Store, StoreError, keys};
@@ -61,17 +62,54 @@ impl Draft {
         self
     }
 
-    /// Returns about how many bytes the record takes.
-    pub(crate) fn size(&self) -> usize {
-        let texts = self.actor.len() + self.action.len() + self.subject.len();
-        MAGIC.len() + 128 + texts + self.details_json().len()
-    }
-
     /// Writes the details as the digest covers them.
     pub fn details_json(&self) -> String {
         let mut details = String::new();
         encode_object(&self.details, &mut details);
         details
+    }
+}
+
+/// A draft as it will be stored, but for its place. Whoever hands it over writes it, since many
+/// do that at once, while there is one committer.
+#[derive(Clone)]
+pub struct Unplaced {
+    organization: OrganizationId,
+    canonical: Vec<u8>,
+}
+
+impl Unplaced {
+    pub fn organization(&self) -> OrganizationId {
+        self.organization
+    }
+
+    /// Returns how many bytes the record takes.
+    pub fn size(&self) -> usize {
+        self.canonical.len() + DIGEST
+    }
+
+    /// Gives the record its place behind the head; returns it as it is stored, and the new head.
+    pub fn stamp(self, head: Head) -> (Vec<u8>, Head) {
+        let mut bytes = self.canonical;
+        let sequence = head.sequence + 1;
+        let digest = place(&mut bytes, sequence, &head.digest);
+        bytes.extend_from_slice(&digest);
+        (bytes, Head { sequence, digest })
+    }
+}
+
+impl From<Draft> for Unplaced {
+    fn from(mut draft: Draft) -> Self {
+        draft.details.values_mut().for_each(settle);
+        let nowhere = Record { sequence: 0, previous: [0; DIGEST], digest: [0; DIGEST], draft };
+        let canonical = nowhere.entry(&nowhere.draft.details_json()).canonical();
+        Self { organization: nowhere.draft.organization, canonical }
+    }
+}
+
+impl fmt::Debug for Unplaced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Unplaced({} bytes)", self.size())
     }
 }
 
@@ -115,15 +153,6 @@ impl fmt::Debug for Head {
 }
 
 impl Record {
-    /// Gives a draft its place behind the head.
-    pub fn stamp(mut draft: Draft, head: Head) -> Self {
-        draft.details.values_mut().for_each(settle);
-        let sequence = head.sequence + 1;
-        let mut record = Self { sequence, previous: head.digest, digest: [0; DIGEST], draft };
-        record.digest = record.entry(&record.draft.details_json()).digest();
-        record
-    }
-
     fn entry<'a>(&'a self, details: &'a str) -> Entry<'a> {
         Entry {
             organization: *self.draft.organization.as_bytes(),
@@ -137,10 +166,7 @@ impl Record {
         }
     }
 
-    pub fn head(&self) -> Head {
-        Head { sequence: self.sequence, digest: self.digest }
-    }
-
+    /// Writes the record as it is stored.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = self.entry(&self.draft.details_json()).canonical();
         bytes.extend_from_slice(&self.digest);
@@ -377,9 +403,9 @@ mod tests {
         let mut head = Head::START;
         let mut stored = Vec::new();
         for draft in drafts {
-            let record = Record::stamp(draft, head);
-            head = record.head();
-            stored.push(record.encode());
+            let (record, next) = Unplaced::from(draft).stamp(head);
+            head = next;
+            stored.push(record);
         }
         (stored, head)
     }
@@ -391,8 +417,15 @@ mod tests {
     proptest! {
         #[test]
         fn a_record_survives_being_written_and_read(draft in draft()) {
-            let record = Record::stamp(draft, Head { sequence: 7, digest: [3; DIGEST] });
-            prop_assert_eq!(Record::decode(&record.encode()), Some(record));
+            let mut settled = draft.clone();
+            settled.details.values_mut().for_each(settle);
+            let head = Head { sequence: 7, digest: [3; DIGEST] };
+            let (stored, after) = Unplaced::from(draft).stamp(head);
+            let record = Record::decode(&stored).unwrap();
+            prop_assert_eq!(&record.encode(), &stored);
+            prop_assert_eq!((record.sequence, record.digest), (after.sequence, after.digest));
+            prop_assert_eq!((record.sequence, record.previous), (8, head.digest));
+            prop_assert_eq!(record.draft, settled);
         }
 
         #[test]
@@ -471,9 +504,9 @@ mod tests {
     #[test]
     fn a_record_of_another_tenant_is_refused() {
         let other = OrganizationId::from_bytes([2; 16]);
-        let record =
-            Record::stamp(Draft::new(other, Timestamp::from_millis(5), "a", "b", "c"), Head::START);
-        let broken = check(&[record.encode()], record.head()).unwrap_err();
+        let draft = Draft::new(other, Timestamp::from_millis(5), "a", "b", "c");
+        let (record, head) = Unplaced::from(draft).stamp(Head::START);
+        let broken = check(&[record], head).unwrap_err();
         assert_eq!(broken.what, Fault::Foreign);
     }
 
@@ -482,6 +515,7 @@ mod tests {
         let draft = Draft::new(organization(), Timestamp::from_millis(5), "a", "b", "c");
         let one = draft.clone().with("x", 1).with("a", "2");
         let two = draft.with("a", "2").with("x", 1);
-        assert_eq!(Record::stamp(one, Head::START).digest, Record::stamp(two, Head::START).digest);
+        let stamp = |draft| Unplaced::from(draft).stamp(Head::START);
+        assert_eq!(stamp(one), stamp(two));
     }
 }

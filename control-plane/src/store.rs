@@ -101,7 +101,7 @@ impl Expect {
 #[must_use = "a batch does nothing until it is committed"]
 pub struct Batch {
     operations: BTreeMap<Key, (Expect, Operation)>,
-    drafts: Vec<audit::Draft>,
+    told: Vec<audit::Unplaced>,
     /// The first rule that the batch broke while it was built; told by the commit.
     invalid: Option<&'static str>,
 }
@@ -165,8 +165,9 @@ impl Batch {
 
     /// Adds a record to its organization's audit chain.
     pub fn audit(mut self, draft: audit::Draft) -> Self {
-        let fits = draft.size() <= VALUE_LIMIT / 2;
-        self.drafts.push(draft);
+        let told = audit::Unplaced::from(draft);
+        let fits = told.size() <= VALUE_LIMIT / 2;
+        self.told.push(told);
         self.require(fits, "holds an audit record above the limit of 32 KiB")
     }
 
@@ -205,7 +206,7 @@ impl Batch {
                     }
             })
             .sum();
-        records + self.drafts.iter().map(audit::Draft::size).sum::<usize>()
+        records + self.told.iter().map(audit::Unplaced::size).sum::<usize>()
     }
 }
 

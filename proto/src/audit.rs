@@ -35,12 +35,16 @@ pub struct Entry<'a> {
 impl Entry<'_> {
     /// Writes the canonical form.
     pub fn canonical(&self) -> Vec<u8> {
-        let mut bytes = MAGIC.to_vec();
+        let parts = [self.actor, self.action, self.subject, self.details];
+        let texts: usize = parts.iter().map(|part| 4 + part.len()).sum();
+        // With room for the digest, which follows it wherever it is kept.
+        let mut bytes = Vec::with_capacity(PREVIOUS + DIGEST + texts + DIGEST);
+        bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&self.organization);
         bytes.extend_from_slice(&self.sequence.to_be_bytes());
         bytes.extend_from_slice(&self.time_ms.to_be_bytes());
         bytes.extend_from_slice(&self.previous);
-        for part in [self.actor, self.action, self.subject, self.details] {
+        for part in parts {
             let length = u32::try_from(part.len()).expect("a record is far below 4 GiB");
             bytes.extend_from_slice(&length.to_be_bytes());
             bytes.extend_from_slice(part.as_bytes());
@@ -50,9 +54,25 @@ impl Entry<'_> {
 
     /// Returns the digest that names the record and all before it.
     pub fn digest(&self) -> [u8; DIGEST] {
-        let digest = digest::digest(&digest::SHA256, &self.canonical());
-        digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
+        digest_of(&self.canonical())
     }
+}
+
+/// Where the canonical form has what only the committer knows.
+const SEQUENCE: usize = MAGIC.len() + 16;
+const PREVIOUS: usize = SEQUENCE + 8 + 8;
+
+/// Fills a record's place into its canonical form, which was written with any other, and returns
+/// the digest it has there.
+pub fn place(canonical: &mut [u8], sequence: u64, previous: &[u8; DIGEST]) -> [u8; DIGEST] {
+    canonical[SEQUENCE..SEQUENCE + 8].copy_from_slice(&sequence.to_be_bytes());
+    canonical[PREVIOUS..PREVIOUS + DIGEST].copy_from_slice(previous);
+    digest_of(canonical)
+}
+
+fn digest_of(canonical: &[u8]) -> [u8; DIGEST] {
+    let digest = digest::digest(&digest::SHA256, canonical);
+    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
 /// How a chain is broken.
@@ -174,6 +194,14 @@ mod tests {
             to_hex(&entry(1, [0; DIGEST]).digest()),
             "4a451608aaf8c2a704860e6bc1e737886deab78bc688d46d69f01a9d56a61146"
         );
+    }
+
+    #[test]
+    fn a_place_filled_in_later_is_the_place_written_at_once() {
+        let there = entry(7, [3; DIGEST]);
+        let mut bytes = entry(0, [0; DIGEST]).canonical();
+        assert_eq!(place(&mut bytes, 7, &[3; DIGEST]), there.digest());
+        assert_eq!(bytes, there.canonical());
     }
 
     #[test]

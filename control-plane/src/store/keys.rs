@@ -9,6 +9,7 @@
 //! adapters, for what they need to know about themselves.
 
 use std::fmt;
+use std::sync::Arc;
 
 use latchkey_domain::id::{
     AuthenticationId, DeliveryId, Digest, EnvironmentId, Epoch, Generation, GlassId,
@@ -18,9 +19,9 @@ use latchkey_domain::id::{
 use latchkey_domain::policy::Phase;
 use uuid::Uuid;
 
-/// The name of one record.
+/// The name of one record. Shared, since the writer tells it on.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key(Vec<u8>);
+pub struct Key(Arc<[u8]>);
 
 /// The common beginning of the keys that a scan or a watch is about.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -201,7 +202,7 @@ impl Key {
     }
 
     /// Takes a key as an adapter or a backup found it.
-    pub(crate) fn from_stored(bytes: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn from_stored(bytes: impl Into<Arc<[u8]>>) -> Self {
         Self(bytes.into())
     }
 }
@@ -245,7 +246,7 @@ impl Prefix {
 
 impl fmt::Debug for Prefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Prefix({})", Key(self.0.clone()))
+        write!(f, "Prefix({})", Key(self.0.as_slice().into()))
     }
 }
 
@@ -257,7 +258,7 @@ fn join(kind: Kind, parts: &[&[u8]]) -> Vec<u8> {
 }
 
 fn key(kind: Kind, parts: &[&[u8]]) -> Key {
-    Key(join(kind, parts))
+    Key(join(kind, parts).into())
 }
 
 fn prefix(kind: Kind, parts: &[&[u8]]) -> Prefix {
@@ -273,7 +274,7 @@ fn phase_byte(phase: Phase) -> [u8; 1] {
 
 /// Covers one record alone, where no other key begins with it.
 pub fn exactly(key: &Key) -> Prefix {
-    Prefix(key.0.clone())
+    Prefix(key.0.to_vec())
 }
 
 /// Covers all records of a kind.
@@ -400,7 +401,7 @@ pub fn state_versions_of(environment: EnvironmentId) -> Prefix {
 pub fn variable(scope: VariableScope, name: &str) -> Key {
     let mut bytes = variables_of(scope).0;
     bytes.extend_from_slice(name.as_bytes());
-    Key(bytes)
+    Key(bytes.into())
 }
 
 /// Variables that were fixed for runs, of all runs.
@@ -419,7 +420,7 @@ pub fn variables_of(scope: VariableScope) -> Prefix {
 
 /// What every change in a scope writes.
 pub fn variable_stamp(scope: VariableScope) -> Key {
-    Key(of_scope(Kind::VariableStamp, scope).0)
+    Key(of_scope(Kind::VariableStamp, scope).0.into())
 }
 
 fn of_scope(kind: Kind, scope: VariableScope) -> Prefix {

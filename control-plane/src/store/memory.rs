@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::feed::{Feed, Publisher};
-use super::plan::{changes, plan};
+use super::plan::{self, changes, plan};
 use super::{
     Batch, BoxFuture, CommitError, Key, Order, Prefix, SCAN_LIMIT, Scan, Snapshot, Store,
     StoreError, Version, Versioned,
@@ -24,6 +24,17 @@ struct Records {
     by_key: BTreeMap<Vec<u8>, Versioned>,
 }
 
+impl plan::Records for Records {
+    fn look<T>(
+        &self,
+        key: &Key,
+        at: impl FnOnce(Version, &[u8]) -> T,
+    ) -> Result<Option<T>, StoreError> {
+        let found = self.by_key.get(key.as_bytes());
+        Ok(found.map(|found| at(found.version, &found.value)))
+    }
+}
+
 impl Memory {
     pub fn new() -> Self {
         Self { records: Mutex::default(), publisher: Publisher::new() }
@@ -35,7 +46,7 @@ impl Memory {
 
     fn commit_now(&self, batch: Batch) -> Result<Version, CommitError> {
         let mut records = self.records();
-        let writes = plan(batch, |key| Ok(records.by_key.get(key.as_bytes()).cloned()))?;
+        let writes = plan(batch, &*records)?;
         records.last += 1;
         let version = Version(records.last);
         let changed = changes(&writes, version);

@@ -6,24 +6,31 @@ use std::collections::BTreeMap;
 use latchkey_domain::id::OrganizationId;
 
 use super::feed::{Change, What};
-use super::{Batch, CommitError, Expect, Key, Operation, StoreError, Version, Versioned, keys};
+use super::{Batch, CommitError, Expect, Key, Operation, StoreError, Version, keys};
 use crate::audit;
 
 /// The records to write (`None` deletes), in the order of their keys.
 pub(super) type Writes = BTreeMap<Key, Option<Vec<u8>>>;
 
+/// The records as they are, with all that was judged before.
+pub(super) trait Records {
+    /// Looks at a record where it lies: most are asked for their version alone.
+    fn look<T>(
+        &self,
+        key: &Key,
+        at: impl FnOnce(Version, &[u8]) -> T,
+    ) -> Result<Option<T>, StoreError>;
+}
+
 /// Judges a batch against the records as they are.
-pub(super) fn plan(
-    batch: Batch,
-    read: impl Fn(&Key) -> Result<Option<Versioned>, StoreError>,
-) -> Result<Writes, CommitError> {
+pub(super) fn plan(batch: Batch, records: &impl Records) -> Result<Writes, CommitError> {
     if let Some(what) = batch.invalid {
         return Err(StoreError::Invalid { what }.into());
     }
     let mut writes = Writes::new();
     for (key, (expect, operation)) in batch.operations {
         if expect != Expect::Anything || matches!(operation, Operation::Delete) {
-            let found = read(&key)?.map(|found| found.version);
+            let found = records.look(&key, |version, _| version)?;
             if !expect.holds(found) {
                 return Err(CommitError::Conflict { key });
             }
@@ -41,33 +48,31 @@ pub(super) fn plan(
             }
         }
     }
-    stamp(batch.drafts, &mut writes, read)?;
+    stamp(batch.told, &mut writes, records)?;
     Ok(writes)
 }
 
 fn stamp(
-    drafts: Vec<audit::Draft>,
+    told: Vec<audit::Unplaced>,
     writes: &mut Writes,
-    read: impl Fn(&Key) -> Result<Option<Versioned>, StoreError>,
+    records: &impl Records,
 ) -> Result<(), StoreError> {
     let mut heads: BTreeMap<OrganizationId, audit::Head> = BTreeMap::new();
-    for draft in drafts {
-        let organization = draft.organization;
+    for record in told {
+        let organization = record.organization();
         let head = match heads.get(&organization) {
             Some(head) => *head,
             None => {
                 let key = keys::audit_head(organization);
-                match read(&key)? {
-                    Some(found) => {
-                        audit::Head::decode(&found.value).ok_or(StoreError::Damaged { key })?
-                    }
+                match records.look(&key, |_, value| audit::Head::decode(value))? {
+                    Some(head) => head.ok_or(StoreError::Damaged { key })?,
                     None => audit::Head::START,
                 }
             }
         };
-        let record = audit::Record::stamp(draft, head);
-        writes.insert(keys::audit(organization, record.sequence), Some(record.encode()));
-        heads.insert(organization, record.head());
+        let (record, head) = record.stamp(head);
+        writes.insert(keys::audit(organization, head.sequence), Some(record));
+        heads.insert(organization, head);
     }
     for (organization, head) in heads {
         writes.insert(keys::audit_head(organization), Some(head.encode()));

@@ -210,8 +210,11 @@ impl Shared {
     }
 
     fn fetch_applied(&self, key: &Key) -> Result<Option<Versioned>, StoreError> {
-        let found = self.database.get(key.as_bytes()).map_err(|error| self.broken(&error))?;
-        found.map(|stored| split(key, &stored)).transpose()
+        self.stored(key)?.map(|stored| split(key, &stored)).transpose()
+    }
+
+    fn stored(&self, key: &Key) -> Result<Option<::sled::IVec>, StoreError> {
+        self.database.get(key.as_bytes()).map_err(|error| self.broken(&error))
     }
 
     fn scan_applied(&self, scan: &Scan) -> Result<Vec<(Key, Versioned)>, StoreError> {
@@ -302,15 +305,22 @@ impl Store for Sled {
     }
 }
 
-/// Puts the version before the value, as it is stored.
-fn join(version: u64, value: &[u8]) -> Vec<u8> {
-    [&version.to_be_bytes()[..], value].concat()
+/// Puts the version before the value, as it is stored, in place of what `stored` held.
+fn join(version: u64, value: &[u8], stored: &mut Vec<u8>) {
+    stored.clear();
+    stored.extend_from_slice(&version.to_be_bytes());
+    stored.extend_from_slice(value);
+}
+
+fn parts<'a>(key: &Key, stored: &'a [u8]) -> Result<(Version, &'a [u8]), StoreError> {
+    let (version, value) =
+        stored.split_first_chunk().ok_or_else(|| StoreError::Damaged { key: key.clone() })?;
+    Ok((Version(u64::from_be_bytes(*version)), value))
 }
 
 fn split(key: &Key, stored: &[u8]) -> Result<Versioned, StoreError> {
-    let (version, value) =
-        stored.split_first_chunk().ok_or_else(|| StoreError::Damaged { key: key.clone() })?;
-    Ok(Versioned { version: Version(u64::from_be_bytes(*version)), value: value.to_vec() })
+    let (version, value) = parts(key, stored)?;
+    Ok(Versioned { version, value: value.to_vec() })
 }
 
 #[cfg(test)]

@@ -40,12 +40,13 @@ pub fn load<E: std::error::Error>(
     let mut disk = RealDisk::open(directory).map_err(failed)?;
     let mut batch = ::sled::Batch::default();
     let (mut count, mut bytes) = (0, 0);
+    let mut stored = Vec::new();
     for record in records {
         let (key, record) = record.map_err(LoadError::Records)?;
-        let value = join(record.version.get(), &record.value);
-        bytes += value.len();
+        join(record.version.get(), &record.value, &mut stored);
+        bytes += stored.len();
         count += 1;
-        batch.insert(key.as_bytes(), value);
+        batch.insert(key.as_bytes(), stored.as_slice());
         if count == GROUP || bytes >= GROUP_BYTES {
             opened.database.apply_batch(std::mem::take(&mut batch)).map_err(LoadError::Write)?;
             (count, bytes) = (0, 0);

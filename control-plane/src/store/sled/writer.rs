@@ -22,10 +22,10 @@ use std::sync::PoisonError;
 use tokio::sync::{mpsc, oneshot};
 
 use super::super::feed::Change;
-use super::super::plan::{changes, plan};
+use super::super::plan::{Records, changes, plan};
 use super::super::{Batch, CommitError, Key, StoreError, Version, Versioned};
 use super::open::{self, LAST, note};
-use super::{Applied, Shared, join};
+use super::{Applied, Shared, join, parts};
 use crate::durable;
 
 /// Bounds of one group: enough to share a sync among all callers, little enough to answer soon.
@@ -178,11 +178,8 @@ impl Group {
 
     fn judge(&mut self, shared: &Shared, job: Job) -> Result<(), String> {
         self.bytes += job.batch.size();
-        let read = |key: &Key| match self.pending.get(key) {
-            Some(pending) => Ok(pending.clone()),
-            None => shared.fetch_applied(key),
-        };
-        let outcome = match plan(job.batch, read) {
+        let records = Judged { pending: &self.pending, shared };
+        let outcome = match plan(job.batch, &records) {
             Err(CommitError::Store(StoreError::Failed { reason })) => {
                 return Err(reason.to_string());
             }
@@ -208,10 +205,12 @@ impl Group {
         }
         let mut batch = ::sled::Batch::default();
         let mut removed = BTreeSet::new();
+        let mut stored = Vec::new();
         for (key, record) in &self.pending {
             match record {
                 Some(record) => {
-                    batch.insert(key.as_bytes(), join(record.version.0, &record.value));
+                    join(record.version.0, &record.value, &mut stored);
+                    batch.insert(key.as_bytes(), stored.as_slice());
                 }
                 None => {
                     batch.remove(key.as_bytes());
@@ -252,6 +251,27 @@ impl Group {
         for (to, outcome) in self.outcomes {
             answer(to, outcome);
         }
+    }
+}
+
+/// What the next batch is judged by.
+struct Judged<'a> {
+    pending: &'a BTreeMap<Key, Option<Versioned>>,
+    shared: &'a Shared,
+}
+
+impl Records for Judged<'_> {
+    fn look<T>(
+        &self,
+        key: &Key,
+        at: impl FnOnce(Version, &[u8]) -> T,
+    ) -> Result<Option<T>, StoreError> {
+        if let Some(pending) = self.pending.get(key) {
+            return Ok(pending.as_ref().map(|found| at(found.version, &found.value)));
+        }
+        let Some(stored) = self.shared.stored(key)? else { return Ok(None) };
+        let (version, value) = parts(key, &stored)?;
+        Ok(Some(at(version, value)))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use latchkey_control_plane::audit::{Draft, Head, Record};
+use latchkey_control_plane::audit::{Draft, Head, Unplaced};
 use latchkey_control_plane::store::record::encode;
 use latchkey_control_plane::store::record::environment::EnvironmentRecord;
 use latchkey_control_plane::store::record::run::RunRecord;
@@ -90,7 +90,7 @@ impl Transition {
 
     /// What reaches the disk at the least.
     fn bytes(&self) -> Vec<u8> {
-        let record = Record::stamp(self.draft.clone(), Head::START).encode();
+        let (record, _) = Unplaced::from(self.draft.clone()).stamp(Head::START);
         [self.run.as_bytes(), &self.value, &record].concat()
     }
 }
