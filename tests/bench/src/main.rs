@@ -7,6 +7,7 @@
 
 mod bare;
 mod bed;
+mod before;
 mod clock;
 mod observed;
 mod physics;
@@ -19,11 +20,13 @@ mod stub;
 mod table;
 mod timed_runs;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 
+use crate::before::Before;
 use crate::row::{Context, Verdict};
 
 /// Measures the budgets.
@@ -42,6 +45,9 @@ struct Args {
     /// Print the page that the README links to
     #[arg(long)]
     markdown: bool,
+    /// For the page: the `--json` of an earlier run, to show beside this one's
+    #[arg(long, value_name = "FILE", requires = "markdown")]
+    before: Option<PathBuf>,
     /// List the rows and end
     #[arg(long)]
     list: bool,
@@ -76,6 +82,7 @@ async fn measure(args: &Args) -> anyhow::Result<Verdict> {
         }
         return Ok(Verdict::Kept);
     }
+    let before = args.before.as_deref().map(Before::read).transpose()?.unwrap_or_default();
     let context = Context::new(args.quick)?;
     let mut measured = Vec::new();
     for row in chosen {
@@ -85,7 +92,7 @@ async fn measure(args: &Args) -> anyhow::Result<Verdict> {
     if args.json {
         anstream::println!("{}", table::json(&measured)?);
     } else if args.markdown {
-        anstream::println!("{}", table::markdown(&measured));
+        anstream::println!("{}", table::markdown(&measured, &before));
     } else {
         anstream::println!("{}", table::human(&measured));
     }

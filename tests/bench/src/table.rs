@@ -2,6 +2,8 @@
 
 use comfy_table::{ContentArrangement, Table, presets};
 
+use crate::before::Before;
+use crate::observed::machine;
 use crate::row::{Budget, Row, Verdict};
 
 const HEADER: [&str; 6] = ["row", "figure", "limit measured beside it", "ratio", "budget", ""];
@@ -18,23 +20,25 @@ pub(crate) fn human(rows: &[Row]) -> String {
     table.to_string()
 }
 
-pub(crate) fn markdown(rows: &[Row]) -> String {
+pub(crate) fn markdown(rows: &[Row], before: &Before) -> String {
     let mut page = String::from(
         "# What Latchkey costs\n\nWritten by `cargo budget --markdown`; do not edit. Each figure \
          stands beside the limit that the same machine showed in the same run: judge the ratios, \
-         the absolute figures are the machine's. A budget that is missed says so.\n\n",
+         the absolute figures are the machine's. A budget that is missed says so. *Before* is \
+         what the row showed before it was worked on, and its ratio.\n\n",
     );
-    page.push_str(&format!(
-        "Machine: {} cores, Linux, client and servers together.\n\n",
-        std::thread::available_parallelism().map_or(0, usize::from)
-    ));
-    page.push_str(&format!("| {} |\n|{}\n", HEADER.join(" | "), "---|".repeat(HEADER.len())));
+    page.push_str(&format!("Machine, with clients and servers together: {}.\n\n", machine()));
+    let [row, rest @ ..] = HEADER;
+    page.push_str(&format!("| {row} | before | {} |\n", rest.join(" | ")));
+    page.push_str(&format!("|{}\n", "---|".repeat(HEADER.len() + 1)));
     for row in rows {
-        page.push_str(&format!("| {} |\n", cells(row).join(" | ")));
+        let [name, rest @ ..] = cells(row);
+        page.push_str(&format!("| {name} | {} | {} |\n", before.of(&name), rest.join(" | ")));
     }
     page.push_str("\n## How each was measured, and how it grows\n\n");
-    for row in rows {
-        page.push_str(&format!("- **{}**: {}\n", row.name, row.note));
+    for alike in rows.chunk_by(|one, other| one.note == other.note) {
+        let names: Vec<_> = alike.iter().map(|row| row.name.as_str()).collect();
+        page.push_str(&format!("- **{}**: {}\n", names.join("; "), alike[0].note));
     }
     page
 }

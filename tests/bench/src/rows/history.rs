@@ -70,7 +70,7 @@ async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
         figure,
         limit: None,
         budget,
-        note: format!("{how} {note}"),
+        note: note.to_owned(),
     };
     let per_run = |bytes: u64| Figure::kibibytes(bytes as f64 / runs as f64);
     Ok(vec![
@@ -78,10 +78,13 @@ async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
             "start",
             Figure::millis(start),
             Budget::FigureAtMost(3000.0),
-            "From exec to the ready file, looked for every 15 ms, after a proper stop. Sled reads \
-             its snapshot and the log behind it, so it grows with all records, audit most: 10 \
-             times the runs is about 10 times the time. Only runs that have not ended are read \
-             by the control plane itself.",
+            &format!(
+                "{how} From exec to the ready file, looked for every 15 ms, after a proper stop. \
+                 Sled reads its snapshot and the log behind it, so it grows with the records that \
+                 are in it: runs, index entries, requests and the newest audit records, not those \
+                 in segments. 10 times the runs is about 10 times the time. Only runs that have \
+                 not ended are read by the control plane itself."
+            ),
         ),
         row(
             "GetRun p99",
