@@ -11,6 +11,7 @@ use latchkey_proto::v1;
 use latchkey_proto::v1::lease_request::Frame as In;
 use latchkey_proto::v1::runner_service_server::RunnerService;
 use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -66,7 +67,8 @@ impl RunnerService for Service {
                 let _ = send_within(place.patience(), &sender, Err(status)).await;
             }
         });
-        Ok(Response::new(until_revoked(revocation, ReceiverStream::new(outgoing))))
+        let outgoing = ReceiverStream::new(outgoing).map(|answer| answer.map(|boxed| *boxed));
+        Ok(Response::new(until_revoked(revocation, outgoing)))
     }
 
     async fn fetch_artifact(

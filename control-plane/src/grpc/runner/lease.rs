@@ -3,6 +3,9 @@
 //! It has two halves. The runner's frames are read here one by one and answered, each by a task
 //! of its own; what dispatch has to say comes over a channel of its own, and both go out in one
 //! stream.
+//!
+//! An idle stream is a task that lives for days, and a heartbeat a task each: both are as large as
+//! the largest future they may await. So what is awaited seldom is boxed.
 
 use latchkey_proto::v1::lease_request::Frame as In;
 use latchkey_proto::v1::lease_response::Frame as Out;
@@ -48,7 +51,8 @@ impl Drop for Answering {
     }
 }
 
-type Outgoing = mpsc::Sender<Result<v1::LeaseResponse, Status>>;
+/// Boxed: a channel keeps room for dozens, in each of thousands of streams.
+type Outgoing = mpsc::Sender<Result<Box<v1::LeaseResponse>, Status>>;
 
 impl Service {
     /// Steps 1 and 2 of the protocol, then all others until the stream ends.
@@ -65,13 +69,13 @@ impl Service {
             return Err(Error::field("held", "a runner holds up to 256 jobs").into());
         }
         let said = introduction::said(&hello)?;
-        let standing = self.app.introduce(&runner, &said, budget).await?;
+        let standing = Box::pin(self.app.introduce(&runner, &said, budget)).await?;
         let held = hello.held.into_iter().map(|held| convert::lease(Some(held)));
         let held = held.collect::<Result<Vec<_>, _>>()?;
-        self.app.greet(&runner, hello.seen.map(mark).as_ref()).await?;
+        Box::pin(self.app.greet(&runner, hello.seen.map(mark).as_ref())).await?;
         let (mut keep, mut give_up) = (vec![], vec![]);
         for lease in held {
-            match self.app.take_up(&runner, lease).await {
+            match Box::pin(self.app.take_up(&runner, lease)).await {
                 Ok(Held::Keep | Held::KeepCanceled { .. }) => keep.push(lease),
                 Ok(Held::GiveUp) => give_up.push(lease),
                 Err(error) if error.reason() == Reason::LeaseLost => give_up.push(lease),
@@ -103,8 +107,8 @@ impl Service {
         };
         tracing::info!(runner_id = %runner.id, "a runner connected");
         let ended = unless_revoked(revocation, async {
-            self.app.confirm_standing(runner.id).await?;
-            self.app.confirm_held(&runner, &keep).await?;
+            Box::pin(self.app.confirm_standing(runner.id)).await?;
+            Box::pin(self.app.confirm_held(&runner, &keep)).await?;
             let speaker = Speaker { runner: runner.clone(), connection };
             self.converse(&speaker, &mut frames, &mut from_dispatch, &answers).await
         })
@@ -194,12 +198,14 @@ impl Service {
                 let lease = convert::lease(decline.lease)?;
                 let reason: String = decline.reason.chars().take(256).collect();
                 tracing::warn!(job = %lease.job, runner_id = %runner.id, reason, "declined");
-                self.decline(runner, lease, reason).await
+                Box::pin(self.decline(runner, lease, reason)).await
             }
-            In::NeverStarted(never) => self.hand_back(runner, convert::lease(never.lease)?).await,
+            In::NeverStarted(never) => {
+                Box::pin(self.hand_back(runner, convert::lease(never.lease)?)).await
+            }
             In::Starting(starting) => {
                 let lease = convert::lease(starting.lease)?;
-                match self.app.start_job(runner, lease).await {
+                match Box::pin(self.app.start_job(runner, lease)).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
                     Ok(Start::Forced) => send(answers, cancel_out(lease, Stop::ByForce)).await,
@@ -208,7 +214,7 @@ impl Service {
             }
             In::Again(again) => {
                 let lease = convert::lease(again.lease)?;
-                match self.app.start_again(runner, lease).await {
+                match Box::pin(self.app.start_again(runner, lease)).await {
                     Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
                     Ok(Start::Revoked { reason }) => revoke(answers, lease, reason).await,
                     Ok(Start::Forced) => send(answers, cancel_out(lease, Stop::ByForce)).await,
@@ -233,9 +239,8 @@ impl Service {
             In::Finished(finished) => {
                 let lease = convert::lease(finished.lease)?;
                 let result = job_result(finished.result)?;
-                let recorded =
-                    self.app.finish_job(runner, lease, finished.log_length, result).await;
-                match recorded {
+                let recorded = self.app.finish_job(runner, lease, finished.log_length, result);
+                match Box::pin(recorded).await {
                     Ok(()) => {
                         self.app.dispatch.released(lease.job, lease.epoch);
                         let lease = Some(convert::lease_out(lease));
@@ -254,7 +259,7 @@ impl Service {
         lease: LeaseRef,
         answers: &Outgoing,
     ) -> Result<(), Status> {
-        match self.app.start_again(runner, lease).await {
+        match Box::pin(self.app.start_again(runner, lease)).await {
             Ok(Start::Go(go)) => send(answers, go_out(lease, go, self.app.mark())).await,
             // What took them away told the runner itself.
             Ok(Start::Revoked { .. } | Start::Forced) => Ok(()),
@@ -295,7 +300,7 @@ impl Service {
 
 async fn send(answers: &Outgoing, frame: Out) -> Result<(), Status> {
     answers
-        .send(Ok(v1::LeaseResponse { frame: Some(frame) }))
+        .send(Ok(Box::new(v1::LeaseResponse { frame: Some(frame) })))
         .await
         .map_err(|_| Status::cancelled("the runner is gone"))
 }
