@@ -39,6 +39,22 @@ macro_rules! conformance {
                 super::$name(Arc::new(store)).await;
             })*
         }
+
+        /// Moves audit records away from the first on.
+        mod archiving_sled_store {
+            use std::num::NonZeroU32;
+            use std::sync::Arc;
+
+            use crate::store::sled::{Options, Sled};
+
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                let directory = tempfile::tempdir().unwrap();
+                let options = Options::new(directory.path().join("store"));
+                let options = Options { segment: NonZeroU32::MIN, ..options };
+                super::$name(Arc::new(Sled::open(&options).unwrap())).await;
+            })*
+        }
     };
 }
 

@@ -20,32 +20,44 @@
 //!   nothing. So every batch writes its version to one record, the last durable one is noted in
 //!   a file beside the database, and [`open`] refuses a database that ends before the note.
 //!
+//! - It keeps a table of all pages in memory and reads it at each start, so it is for few records.
+//!   So audit records, which have no end and never change, move to files ([`archive`]): through
+//!   this port nothing tells where one is.
+//!
 //! - It has no snapshots. So the writer keeps for a snapshot under way what it is about to change
 //!   ([`snapshot`]).
 //!
 //! Sled's `Mode` is left alone: 0.34.7 stores it and never reads it.
 
+mod archive;
+mod archiver;
+mod found;
 mod load;
 mod open;
+mod segments;
 mod snapshot;
 mod writer;
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use self::archive::{ARMED, Archive, SEGMENT};
+use self::archiver::{Archiver, Due, Hands};
+use self::found::{Found, Limit};
 pub use self::load::{LoadError, load};
 pub use self::open::{OpenError, exists};
 use self::snapshot::{Reading, Snapshots};
 use self::writer::{Disk, Job};
 use super::feed::{Feed, Publisher};
 use super::{
-    Batch, BoxFuture, CommitError, Key, Order, Prefix, Scan, Snapshot, Store, StoreError, Version,
+    Batch, BoxFuture, CommitError, Key, Prefix, Scan, Snapshot, Store, StoreError, Version,
     Versioned,
 };
 
@@ -59,11 +71,15 @@ pub struct Options {
     pub directory: PathBuf,
     /// Bytes of pages that sled keeps in memory.
     pub cache: u64,
+    /// Audit records of one file. Organizations that have one keep its size.
+    pub segment: NonZeroU32,
 }
 
 impl Options {
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Self { directory: directory.into(), cache: 64 * 1024 * 1024 }
+        // So that a test with a few runs comes by the points of the archiver.
+        let segment = if latchkey_failpoint::is_armed() { ARMED } else { SEGMENT };
+        Self { directory: directory.into(), cache: 64 * 1024 * 1024, segment }
     }
 }
 
@@ -73,6 +89,7 @@ pub struct Sled {
     /// Taken when the store is dropped, which ends the writer.
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<JoinHandle<()>>,
+    archiver: Option<Archiver>,
 }
 
 /// What readers and the writer share.
@@ -85,6 +102,9 @@ struct Shared {
     /// Snapshots that are being read.
     snapshots: Snapshots,
     publisher: Publisher,
+    archive: Archive,
+    /// What of the audit is to be moved to it.
+    due: Due,
     /// Held, not used: it keeps other processes out. Last, so that sled closes first.
     _lock: File,
 }
@@ -116,33 +136,53 @@ impl Sled {
         options: &Options,
         disk: impl FnOnce(&Path) -> std::io::Result<Box<dyn Disk>>,
     ) -> Result<Self, OpenError> {
+        let (mut store, hands) = Self::open_idle(options, disk)?;
+        let archiver = Archiver::start(&store.shared, hands)
+            .map_err(|source| OpenError::Io { path: options.directory.clone(), source })?;
+        store.archiver = Some(archiver);
+        Ok(store)
+    }
+
+    /// Opens the store without anybody who moves audit records.
+    fn open_idle(
+        options: &Options,
+        disk: impl FnOnce(&Path) -> std::io::Result<Box<dyn Disk>>,
+    ) -> Result<(Self, Hands), OpenError> {
         let opened = open::open(options)?;
         let mut disk = disk(&options.directory)
             .map_err(|source| OpenError::Io { path: opened.path.clone(), source })?;
         let last = open::prepare(&opened, disk.as_mut(), &options.directory)?;
+        let archive = Archive::open(&options.directory, &opened.database, options.segment)?;
         let shared = Arc::new(Shared {
             database: opened.database,
             applied: RwLock::new(Applied { version: last, removed: BTreeSet::new() }),
             progress: watch::Sender::new(Progress { durable: last, failed: None }),
             snapshots: Snapshots::default(),
             publisher: Publisher::new(),
+            archive,
+            due: Due::default(),
             _lock: opened.lock,
         });
         let (jobs, queue) = mpsc::channel(QUEUE);
+        let (pieces, wanted) = mpsc::channel(1);
+        let hands = Hands { pieces, jobs: jobs.downgrade() };
         let writer = std::thread::Builder::new()
             .name("store-writer".into())
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || writer::run(&shared, disk, queue)
+                move || writer::run(&shared, disk, queue, wanted)
             })
             .map_err(|source| OpenError::Io { path: opened.path, source })?;
-        Ok(Self { shared, jobs: Some(jobs), writer: Some(writer) })
+        let store = Self { shared, jobs: Some(jobs), writer: Some(writer), archiver: None };
+        Ok((store, hands))
     }
 }
 
 impl Drop for Sled {
     /// Waits for the batches that were handed over.
     fn drop(&mut self) {
+        // First, since it waits for the writer.
+        self.archiver = None;
         self.jobs = None;
         if let Some(writer) = self.writer.take() {
             // A panic in the writer has been told as a failure already.
@@ -208,32 +248,6 @@ impl Shared {
         self.fail(&format!("read: {error}"));
         self.failure()
     }
-
-    fn fetch_applied(&self, key: &Key) -> Result<Option<Versioned>, StoreError> {
-        self.stored(key)?.map(|stored| split(key, &stored)).transpose()
-    }
-
-    fn stored(&self, key: &Key) -> Result<Option<::sled::IVec>, StoreError> {
-        self.database.get(key.as_bytes()).map_err(|error| self.broken(&error))
-    }
-
-    fn scan_applied(&self, scan: &Scan) -> Result<Vec<(Key, Versioned)>, StoreError> {
-        let (low, high) = scan.bounds();
-        if Scan::is_empty(&low, &high) {
-            return Ok(Vec::new());
-        }
-        let found = self.database.range((low, high));
-        let own = |found: ::sled::Result<(::sled::IVec, ::sled::IVec)>| {
-            let (key, stored) = found.map_err(|error| self.broken(&error))?;
-            let key = Key::from_stored(key.as_ref());
-            let record = split(&key, &stored)?;
-            Ok((key, record))
-        };
-        match scan.order {
-            Order::Ascending => found.take(scan.capped()).map(own).collect(),
-            Order::Descending => found.rev().take(scan.capped()).map(own).collect(),
-        }
-    }
 }
 
 impl Store for Sled {
@@ -251,24 +265,25 @@ impl Store for Sled {
     fn fetch<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Versioned>, StoreError>> {
         Box::pin(async move {
             let (found, needed) = self.shared.read(
-                || self.shared.fetch_applied(key),
-                |found| found.as_ref().map_or(0, |found| found.version.get()),
+                || self.shared.find(key),
+                |found| found.as_ref().map_or(0, Found::newest),
                 |removed| removed.contains(key),
             )?;
             self.shared.durable(needed).await?;
-            Ok(found)
+            self.shared.read_one(found)
         })
     }
 
     fn scan(&self, scan: Scan) -> BoxFuture<'_, Result<Vec<(Key, Versioned)>, StoreError>> {
         Box::pin(async move {
+            let limit = Limit { records: scan.capped(), bytes: usize::MAX };
             let (page, needed) = self.shared.read(
-                || self.shared.scan_applied(&scan),
-                |page| page.iter().map(|(_, found)| found.version.get()).max().unwrap_or(0),
+                || self.shared.find_all(scan.bounds(), scan.order, limit),
+                |page| page.found.iter().map(Found::newest).max().unwrap_or(0),
                 |removed| removed.iter().any(|key| scan.prefix.covers(key)),
             )?;
             self.shared.durable(needed).await?;
-            Ok(page)
+            self.shared.read_found(page.found, scan.order)
         })
     }
 

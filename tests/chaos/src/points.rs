@@ -59,4 +59,6 @@ pub(crate) const POINTS: &[Point] = &[
     point("sup.execed", Who::Supervisor, When::EitherPhase, 1),
     point("sup.state.synced", Who::Supervisor, When::Apply, 2),
     point("sup.result.writing", Who::Supervisor, When::EitherPhase, 1),
+    point("cp.store.segment.named", Who::Plane, When::EitherPhase, 4),
+    point("cp.store.segment.sealed", Who::Plane, When::EitherPhase, 4),
 ];

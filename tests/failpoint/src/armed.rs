@@ -24,6 +24,11 @@ pub fn arm() {
     }
 }
 
+/// Says whether [`arm`] found a directory: what is rare by its size can then be made frequent.
+pub fn is_armed() -> bool {
+    DIRECTORY.get().is_some()
+}
+
 /// Comes by a point.
 pub fn reach(name: &'static str) {
     let Some((directory, action)) = due(name) else { return };

@@ -6,6 +6,7 @@
 //! <directory>/format         the marker: a database was made here, in this format
 //! <directory>/acknowledged   the note: the last version that was known to be durable
 //! <directory>/sled/          sled's own
+//! <directory>/audit/         audit records that have left the database: [`archive`](super::archive)
 //! ```
 //!
 //! 1. Lock. Only then is it safe to touch what a living process might be writing.
@@ -32,7 +33,11 @@ use super::writer::Disk;
 use crate::durable;
 
 /// The format written here. A larger number in a marker is from a newer Latchkey.
-const FORMAT: u32 = 1;
+///
+/// 1. All records are in the database.
+/// 2. Sealed audit records are in files: who doesn't know of them would take the chain for broken.
+///    A database of format 1 is one without any, and becomes one of format 2 as it is opened.
+const FORMAT: u32 = 2;
 /// How long to wait for a store of this process that is closing.
 const RELEASE: Duration = Duration::from_secs(10);
 const MARKER: &str = "format";
@@ -75,6 +80,15 @@ pub enum OpenError {
          acknowledged: it is damaged, or an older copy; restore it from a backup"
     )]
     Lost { path: PathBuf, acknowledged: u64, found: u64 },
+    #[error(
+        "open the audit records in {path}: the file is not there or not whole; put it back as it \
+         was, or restore the data directory from a backup"
+    )]
+    Audit {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("open the database in {path}: it is not Latchkey's; use another data directory")]
     Foreign { path: PathBuf },
     #[error("open the database in {path}")]
@@ -95,13 +109,14 @@ pub(super) struct Opened {
     pub(super) database: ::sled::Db,
     pub(super) path: PathBuf,
     pub(super) lock: File,
-    marked: bool,
+    /// The format that the marker says, if there is one.
+    marked: Option<u32>,
 }
 
 impl Opened {
     /// Tells whether nothing was here before.
     pub(super) fn is_new(&self) -> bool {
-        !self.marked && self.database.is_empty()
+        self.marked.is_none() && self.database.is_empty()
     }
 }
 
@@ -119,7 +134,7 @@ pub(super) fn open(options: &Options) -> Result<Opened, OpenError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
         Err(error) => return Err(failed(error)),
     };
-    if marked && size == 0 {
+    if marked.is_some() && size == 0 {
         return Err(OpenError::Gone { path: directory.to_path_buf() });
     }
     durable::create_private_directory(&path).map_err(failed)?;
@@ -162,8 +177,13 @@ pub(super) fn prepare(
             if found > FORMAT {
                 return Err(OpenError::Newer { path: path(), found });
             }
+            if found < FORMAT {
+                let mut batch = ::sled::Batch::default();
+                put_format(&mut batch);
+                database.apply_batch(batch).map_err(|error| damaged(Some(error)))?;
+            }
         }
-        None if opened.marked => return Err(OpenError::Gone { path: path() }),
+        None if opened.marked.is_some() => return Err(OpenError::Gone { path: path() }),
         None if !database.is_empty() => return Err(OpenError::Foreign { path: path() }),
         None => {
             let mut batch = ::sled::Batch::default();
@@ -183,7 +203,7 @@ pub(super) fn prepare(
     // What a killed process wrote, and recovery kept, may not be durable yet; it is read now.
     database.flush().map_err(|error| damaged(Some(error)))?;
     disk.sync(last).map_err(failed)?;
-    if !opened.marked {
+    if opened.marked != Some(FORMAT) {
         durable::sync_directory(&opened.path).map_err(failed)?;
         let marker = format!("{MARKER_TEXT}{FORMAT}\n");
         durable::replace(&directory.join(MARKER), marker.as_bytes()).map_err(failed)?;
@@ -231,18 +251,19 @@ fn released(file: &Path) -> io::Result<bool> {
     }
 }
 
-/// Tells whether there is a marker, and refuses one that is not understood.
-fn read_marker(directory: &Path) -> Result<bool, OpenError> {
+/// Returns the format that the marker says, if there is one, and refuses one that is not
+/// understood.
+fn read_marker(directory: &Path) -> Result<Option<u32>, OpenError> {
     let path = || directory.to_path_buf();
     let text = match fs::read_to_string(directory.join(MARKER)) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(OpenError::Io { path: path(), source }),
     };
     let version = text.strip_prefix(MARKER_TEXT).and_then(|rest| rest.trim_end().parse().ok());
     match version {
         Some(found) if found > FORMAT => Err(OpenError::Newer { path: path(), found }),
-        Some(_) => Ok(true),
+        Some(found) => Ok(Some(found)),
         None => Err(OpenError::Damaged { path: path(), source: None }),
     }
 }

@@ -5,14 +5,19 @@
 //! put back. So a commit waits for one page at most, and memory is bounded by what changes ahead
 //! of the reader, not by what there is.
 //!
+//! A page may hold records that are no longer in the database ([`archive`](super::archive)). Which
+//! those are is known under the lock, they are read after it. What was sealed since the snapshot
+//! began, though it came after it, was kept as absent, like anything else.
+//!
 //! Locks are taken in one order: `applied`, the list of snapshots, a snapshot's own.
 
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Included, Unbounded};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::super::{BoxFuture, Key, Snapshot, StoreError, Version, Versioned};
-use super::{Shared, split};
+use super::super::{BoxFuture, Key, Order, Snapshot, StoreError, Version, Versioned};
+use super::Shared;
+use super::found::{Found, Limit};
 
 /// Bounds of a page: how long a commit may have to wait for it.
 const PAGE: usize = 256;
@@ -31,8 +36,10 @@ struct Position {
     /// The last key that was handed out, or passed over; changed by the reader.
     passed: Option<Key>,
     /// What has changed behind it since, as it was; added to by the writer.
-    kept: BTreeMap<Key, Option<Versioned>>,
+    kept: Kept,
 }
+
+type Kept = BTreeMap<Key, Option<Versioned>>;
 
 impl Snapshots {
     /// Keeps the records of these keys for whoever has not read them yet. Called with `applied`
@@ -67,6 +74,8 @@ pub(super) struct Reading {
     version: Version,
     position: Arc<Mutex<Position>>,
     ended: bool,
+    /// Why a page could not be read: those behind it would hide that it is missing.
+    failed: Option<StoreError>,
 }
 
 impl Reading {
@@ -78,12 +87,15 @@ impl Reading {
             snapshots.push(Arc::downgrade(&position));
             applied.version
         };
-        Self { shared, version: Version(version), position, ended: false }
+        Self { shared, version: Version(version), position, ended: false, failed: None }
     }
 
     fn page(&mut self) -> Result<Vec<(Key, Versioned)>, StoreError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
         while !self.ended {
-            let page = self.read()?;
+            let page = self.read().inspect_err(|error| self.failed = Some(error.clone()))?;
             if !page.is_empty() {
                 return Ok(page);
             }
@@ -92,6 +104,20 @@ impl Reading {
     }
 
     fn read(&mut self) -> Result<Vec<(Key, Versioned)>, StoreError> {
+        let (found, kept) = self.find()?;
+        let found = self.shared.read_found(found, Order::Ascending)?;
+        let mut page: BTreeMap<Key, Versioned> = found.into_iter().collect();
+        for (key, was) in kept {
+            match was {
+                Some(record) => page.insert(key, record),
+                None => page.remove(&key),
+            };
+        }
+        Ok(page.into_iter().collect())
+    }
+
+    /// Finds the next page, and takes what was kept for it.
+    fn find(&mut self) -> Result<(Vec<Found>, Kept), StoreError> {
         let shared = &self.shared;
         let _applied = shared.applied.read().unwrap_or_else(PoisonError::into_inner);
         let mut position = lock(&self.position);
@@ -99,20 +125,12 @@ impl Reading {
             Some(passed) => Excluded(passed.as_bytes().to_vec()),
             None => Included(FIRST.to_vec()),
         };
-        let mut page = BTreeMap::new();
-        let mut bytes = 0;
-        let mut last = None;
-        for found in shared.database.range((low, Unbounded)) {
-            let (key, stored) = found.map_err(|error| shared.broken(&error))?;
-            bytes += stored.len();
-            let key = Key::from_stored(key.as_ref());
-            let record = split(&key, &stored)?;
-            page.insert(key.clone(), record);
-            if page.len() == PAGE || bytes >= PAGE_BYTES {
-                last = Some(key);
-                break;
-            }
-        }
+        let limit = Limit { records: PAGE, bytes: PAGE_BYTES };
+        let page = shared.find_all((low, Unbounded), Order::Ascending, limit)?;
+        let last = match page.is_full {
+            true => page.found.last().map(Found::last_key),
+            false => None,
+        };
         let kept = match &last {
             Some(last) => {
                 let mut ahead = position.kept.split_off(last);
@@ -123,15 +141,9 @@ impl Reading {
             }
             None => std::mem::take(&mut position.kept),
         };
-        for (key, was) in kept {
-            match was {
-                Some(record) => page.insert(key, record),
-                None => page.remove(&key),
-            };
-        }
         self.ended = last.is_none();
         position.passed = last;
-        Ok(page.into_iter().collect())
+        Ok((page.found, kept))
     }
 }
 

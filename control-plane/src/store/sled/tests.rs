@@ -296,11 +296,27 @@ async fn an_older_copy_of_the_database_is_refused() {
 async fn a_newer_format_is_refused() {
     let root = tempfile::tempdir().unwrap();
     made(root.path()).await;
-    fs::write(root.path().join("format"), "latchkey store 2\n").unwrap();
+    fs::write(root.path().join("format"), "latchkey store 3\n").unwrap();
     let error = refusal(root.path());
-    assert!(matches!(error, OpenError::Newer { found: 2, .. }), "{error}");
+    assert!(matches!(error, OpenError::Newer { found: 3, .. }), "{error}");
     fs::write(root.path().join("format"), "something else").unwrap();
     assert!(matches!(refusal(root.path()), OpenError::Damaged { .. }));
+}
+
+#[tokio::test]
+async fn a_database_of_the_format_before_is_taken_over() {
+    let root = tempfile::tempdir().unwrap();
+    made(root.path()).await;
+    let marker = root.path().join("format");
+    let database = ::sled::open(root.path().join("sled")).unwrap();
+    database.insert(b"\0format", &1_u32.to_be_bytes()).unwrap();
+    database.flush().unwrap();
+    drop(database);
+    fs::write(&marker, "latchkey store 1\n").unwrap();
+    assert_made(root.path()).await;
+    assert_eq!(fs::read_to_string(&marker).unwrap(), "latchkey store 2\n");
+    let database = ::sled::open(root.path().join("sled")).unwrap();
+    assert_eq!(database.get(b"\0format").unwrap().unwrap(), &2_u32.to_be_bytes());
 }
 
 #[tokio::test]

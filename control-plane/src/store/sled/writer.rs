@@ -24,8 +24,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::super::feed::Change;
 use super::super::plan::{Records, changes, plan};
 use super::super::{Batch, CommitError, Key, StoreError, Version, Versioned};
+use super::archiver::{self, Moving, Piece};
 use super::open::{self, LAST, note};
-use super::{Applied, Shared, join, parts};
+use super::{Applied, Shared, join};
 use crate::durable;
 
 /// Bounds of one group: enough to share a sync among all callers, little enough to answer soon.
@@ -111,8 +112,15 @@ impl Disk for RealDisk {
 }
 
 /// Writes until the store is dropped or fails.
-pub(super) fn run(shared: &Shared, mut disk: Box<dyn Disk>, mut queue: mpsc::Receiver<Job>) {
-    let ended = catch_unwind(AssertUnwindSafe(|| write(shared, disk.as_mut(), &mut queue)));
+pub(super) fn run(
+    shared: &Shared,
+    mut disk: Box<dyn Disk>,
+    mut queue: mpsc::Receiver<Job>,
+    pieces: mpsc::Receiver<Piece>,
+) {
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        write(shared, disk.as_mut(), &mut queue, Moving::new(pieces));
+    }));
     if ended.is_err() {
         shared.fail("the writer panicked");
     }
@@ -122,22 +130,43 @@ pub(super) fn run(shared: &Shared, mut disk: Box<dyn Disk>, mut queue: mpsc::Rec
     }
 }
 
-fn write(shared: &Shared, disk: &mut dyn Disk, queue: &mut mpsc::Receiver<Job>) {
+fn write(
+    shared: &Shared,
+    disk: &mut dyn Disk,
+    queue: &mut mpsc::Receiver<Job>,
+    mut moving: Moving,
+) {
     let mut last = shared.applied.read().unwrap_or_else(PoisonError::into_inner).version;
-    while let Some(first) = queue.blocking_recv() {
-        let mut group = Group::new(last);
-        let done = group
-            .fill(shared, first, queue)
-            .and_then(|()| group.apply(shared))
-            .and_then(|()| group.make_durable(shared, disk));
-        if let Err(reason) = done {
-            // Before the group is dropped, so that its callers find the reason.
+    loop {
+        let first = match moving.is_under_way() {
+            true => queue.try_recv().ok(),
+            false => match queue.blocking_recv() {
+                Some(first) => Some(first),
+                None => return,
+            },
+        };
+        let mut written = 0;
+        if let Some(first) = first {
+            let mut group = Group::new(last);
+            let done = group
+                .fill(shared, first, queue)
+                .and_then(|()| group.apply(shared))
+                .and_then(|()| group.make_durable(shared, disk));
+            if let Err(reason) = done {
+                // Before the group is dropped, so that its callers find the reason.
+                shared.fail(&reason);
+                return;
+            }
+            last = group.last;
+            written = group.pending.len();
+            latchkey_failpoint::reach("cp.store.synced");
+            archiver::notice(shared, &group.pending);
+            group.tell(shared);
+        }
+        if let Err(reason) = moving.step(shared, disk, last, written) {
             shared.fail(&reason);
             return;
         }
-        last = group.last;
-        latchkey_failpoint::reach("cp.store.synced");
-        group.tell(shared);
     }
 }
 
@@ -269,9 +298,7 @@ impl Records for Judged<'_> {
         if let Some(pending) = self.pending.get(key) {
             return Ok(pending.as_ref().map(|found| at(found.version, &found.value)));
         }
-        let Some(stored) = self.shared.stored(key)? else { return Ok(None) };
-        let (version, value) = parts(key, &stored)?;
-        Ok(Some(at(version, value)))
+        self.shared.look_applied(key, at)
     }
 }
 
