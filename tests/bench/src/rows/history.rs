@@ -1,6 +1,7 @@
 //! `history`: a control plane with a year of a large company's runs behind it: start, list, show,
 //! memory, disk.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,8 @@ pub(crate) const MEASUREMENT: Measurement = Measurement {
 const ENVIRONMENTS: usize = 100;
 /// Runs of one batch.
 const BATCH: u64 = 50;
+/// Audit records of one file of the store.
+const SEGMENT: u64 = 4096;
 /// Batches under way.
 const AT_ONCE: usize = 8;
 /// Filling ends here, with what there is by then.
@@ -167,8 +170,37 @@ async fn fill(bed: &Bed, environments: &[String], wanted: u64) -> anyhow::Result
     while let Some(committed) = committing.join_next().await {
         committed??;
     }
+    await_segments(&bed.plane.data_dir().join("store"), first).await?;
     tokio::task::spawn_blocking(move || drop(store)).await?;
     Ok(first)
+}
+
+/// Waits until the store has moved the audit of so many runs into files, but for its tail: a
+/// control plane that lived through them had the time.
+async fn await_segments(store: &Path, runs: u64) -> anyhow::Result<()> {
+    let most = Duration::from_secs(300);
+    let wanted = (runs * sample::audit_records() as u64 / SEGMENT).saturating_sub(2);
+    let begun = Instant::now();
+    loop {
+        let found = files_under(&store.join("audit"))?;
+        if found >= wanted {
+            return Ok(());
+        }
+        anyhow::ensure!(begun.elapsed() < most, "wait for segments: {found} of {wanted}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn files_under(directory: &Path) -> anyhow::Result<u64> {
+    if !directory.exists() {
+        return Ok(0);
+    }
+    let mut files = 0;
+    for entry in std::fs::read_dir(directory).context("list the audit's files")? {
+        let path = entry?.path();
+        files += if path.is_dir() { files_under(&path)? } else { 1 };
+    }
+    Ok(files)
 }
 
 fn add(
