@@ -13,6 +13,8 @@ use latchkey_harness::simulated_runner::{Identity, Listener};
 
 /// The most uses of one pool token.
 const USES: u32 = 500;
+/// Runners that enroll at a time: the control plane takes few who have proved nothing yet.
+const ENROLLING: usize = 8;
 
 /// Fields are dropped in order: the process before its directory.
 pub(crate) struct Bed {
@@ -74,7 +76,13 @@ impl Bed {
     pub(crate) async fn enroll(&self, count: usize) -> anyhow::Result<Vec<Identity>> {
         let channel = self.listener()?.endpoint(None)?.connect().await?;
         let mut enrolling = tokio::task::JoinSet::new();
+        let mut all = Vec::with_capacity(count);
         for (number, share) in shares(count, USES as usize / 4).into_iter().enumerate() {
+            if enrolling.len() == ENROLLING
+                && let Some(identities) = enrolling.join_next().await
+            {
+                all.extend(identities??);
+            }
             let request = v1::CreatePoolTokenRequest {
                 organization: Stage::ORGANIZATION.to_owned(),
                 pool: Stage::POOL.to_owned(),
@@ -94,7 +102,6 @@ impl Bed {
                 anyhow::Ok(identities)
             });
         }
-        let mut all = Vec::with_capacity(count);
         while let Some(identities) = enrolling.join_next().await {
             all.extend(identities??);
         }
