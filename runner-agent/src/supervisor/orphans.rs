@@ -301,8 +301,8 @@ fn processes() -> impl Iterator<Item = Process> {
     })
 }
 
-/// Tells whether this process has no child at all, dead ones included. The kernel counts them: unlike
-/// its lists, this misses none (`wait(2)`, ECHILD).
+/// Tells whether this process has no child at all, dead ones included. The kernel counts them:
+/// unlike its lists, this misses none (`wait(2)`, ECHILD).
 fn has_no_child() -> bool {
     let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     matches!(waitid(WaitId::All, look), Err(rustix::io::Errno::CHILD))
