@@ -170,6 +170,7 @@ pub(super) fn prepare(
     let database = &opened.database;
     let read = |key| database.get(key).map_err(|error| damaged(Some(error)));
 
+    let mut is_older = false;
     match read(FORMAT_RECORD)? {
         Some(format) => {
             let format = format.as_ref().try_into().map_err(|_| damaged(None))?;
@@ -177,11 +178,7 @@ pub(super) fn prepare(
             if found > FORMAT {
                 return Err(OpenError::Newer { path: path(), found });
             }
-            if found < FORMAT {
-                let mut batch = ::sled::Batch::default();
-                put_format(&mut batch);
-                database.apply_batch(batch).map_err(|error| damaged(Some(error)))?;
-            }
+            is_older = found < FORMAT;
         }
         None if opened.marked.is_some() => return Err(OpenError::Gone { path: path() }),
         None if !database.is_empty() => return Err(OpenError::Foreign { path: path() }),
@@ -200,6 +197,12 @@ pub(super) fn prepare(
         return Err(OpenError::Lost { path: path(), acknowledged, found: last });
     }
 
+    // Not before all that refuses: what is refused stays what it was.
+    if is_older {
+        let mut batch = ::sled::Batch::default();
+        put_format(&mut batch);
+        database.apply_batch(batch).map_err(|error| damaged(Some(error)))?;
+    }
     // What a killed process wrote, and recovery kept, may not be durable yet; it is read now.
     database.flush().map_err(|error| damaged(Some(error)))?;
     disk.sync(last).map_err(failed)?;

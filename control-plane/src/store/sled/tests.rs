@@ -320,6 +320,23 @@ async fn a_database_of_the_format_before_is_taken_over() {
 }
 
 #[tokio::test]
+async fn a_database_of_the_format_before_that_is_refused_stays_what_it_was() {
+    let root = tempfile::tempdir().unwrap();
+    made(root.path()).await;
+    let database = ::sled::open(root.path().join("sled")).unwrap();
+    database.insert(b"\0format", &1_u32.to_be_bytes()).unwrap();
+    // It ends before what the note beside it says.
+    database.insert(super::open::LAST, &0_u64.to_be_bytes()).unwrap();
+    database.flush().unwrap();
+    drop(database);
+    fs::write(root.path().join("format"), "latchkey store 1\n").unwrap();
+    let error = refusal(root.path());
+    assert!(matches!(error, OpenError::Lost { .. }), "{error}");
+    let database = ::sled::open(root.path().join("sled")).unwrap();
+    assert_eq!(database.get(b"\0format").unwrap().unwrap(), &1_u32.to_be_bytes());
+}
+
+#[tokio::test]
 async fn a_first_start_that_was_killed_before_its_marker_is_repaired() {
     let root = tempfile::tempdir().unwrap();
     made(root.path()).await;
