@@ -11,13 +11,17 @@ use std::path::Path;
 /// Creates a directory that only its owner may enter, with its parents, durably. One that
 /// exists is narrowed to its owner.
 pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
+    if make_private_directory(path)? { sync_parent(path) } else { Ok(()) }
+}
+
+/// Does the same, but for what makes it durable. Tells whether it is new.
+pub(crate) fn make_private_directory(path: &Path) -> io::Result<bool> {
     let existed = path.is_dir();
     DirBuilder::new().recursive(true).mode(0o700).create(path)?;
     if existed {
         fs::set_permissions(path, Permissions::from_mode(0o700))?;
-        return Ok(());
     }
-    sync_parent(path)
+    Ok(!existed)
 }
 
 /// Returns the owner of a directory when it is somebody else than who runs this: what we would

@@ -102,7 +102,7 @@ impl StdError for Error {}
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Failed { .. } => {}
+            StoreError::Failed { .. } | StoreError::Unreadable { .. } => {}
             error @ (StoreError::Damaged { .. } | StoreError::Invalid { .. }) => {
                 return Self::internal(error);
             }

@@ -233,6 +233,9 @@ pub enum StoreError {
     /// recovers from what is on disk, tells.
     #[error("use the store after it failed ({reason}); the process must be started again")]
     Failed { reason: Arc<str> },
+    /// Something beside the store kept this call from its records, like too many open files.
+    #[error("{reason}; it may go better another time")]
+    Unreadable { reason: Arc<str> },
     #[error("read the record {key}: it is damaged")]
     Damaged { key: Key },
     /// A mistake in the calling code.

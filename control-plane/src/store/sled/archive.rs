@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use latchkey_domain::id::OrganizationId;
 
-use super::segments::{self, Entry, Organization, Range, Segment};
+use super::segments::{self, Entry, Organization, Range, Segment, SyncFile};
 use super::{OpenError, split};
 use crate::store::{Key, Order, StoreError, Versioned, keys};
 
@@ -89,6 +89,7 @@ impl Stretch {
 /// All sealed records.
 pub(super) struct Archive {
     directory: PathBuf,
+    sync: SyncFile,
     /// Records of a file of an organization that has none yet. Those that have keep theirs.
     size: u32,
     sealed: RwLock<BTreeMap<Organization, Sealed>>,
@@ -115,6 +116,7 @@ impl Archive {
         store: &Path,
         database: &::sled::Db,
         size: NonZeroU32,
+        sync: SyncFile,
     ) -> Result<Self, OpenError> {
         let size = size.get();
         let directory = directory(store);
@@ -137,11 +139,16 @@ impl Archive {
             of.files.push(entry);
         }
         let (sealed, open) = (RwLock::new(sealed), Mutex::default());
-        Ok(Self { directory, size, sealed, open })
+        Ok(Self { directory, sync, size, sealed, open })
     }
 
     pub(super) fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Returns what makes its files durable.
+    pub(super) fn sync(&self) -> SyncFile {
+        Arc::clone(&self.sync)
     }
 
     /// Returns the records that the organization's next file would hold.
@@ -304,7 +311,7 @@ impl Archive {
                 damaged()
             }
             _ if error.raw_os_error() == Some(EIO) => damaged(),
-            _ => StoreError::Failed {
+            _ => StoreError::Unreadable {
                 reason: format!("read sealed audit records in {}: {error}", path.display()).into(),
             },
         }

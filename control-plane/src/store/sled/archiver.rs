@@ -14,15 +14,16 @@
 //! Nothing of this is a commit: no version is used, no watcher is told, and what a reader finds is
 //! the same before and after.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::super::{Batch, Key, Order, Versioned, keys};
+use super::super::{Key, Order, Versioned, keys};
 use super::archive::{Stretch, entry_key, key, place};
 use super::segments::{Draft, Entry, Organization, Range, WriteError};
 use super::writer::{Disk, Job};
@@ -33,27 +34,52 @@ use crate::audit::Head;
 const REMOVED: u64 = 256;
 /// Files that share a sync of the database.
 const FILES: usize = 8;
-/// How long after a failure to try again.
-const RETRY: Duration = Duration::from_secs(60);
-
 /// What waits to be moved.
-#[derive(Default)]
 pub(super) struct Due {
     state: Mutex<State>,
     changed: Condvar,
+    /// How long after a failure to try again.
+    retry: Duration,
 }
 
 #[derive(Default)]
 struct State {
     /// How far the audit of these is durable: added to by the writer, taken by the archiver.
     heads: BTreeMap<Organization, u64>,
+    /// When to come to those again whose file could not be written.
+    rests: BTreeMap<Organization, Instant>,
+    /// Whose turn it was last. They take turns, so that none is passed over for ever.
+    last: Option<Organization>,
     /// Those whose records are not what can be moved. Nothing is tried before the next start.
     left: BTreeSet<Organization>,
     /// Set when the store is dropped.
     stopped: bool,
 }
 
+impl State {
+    /// Takes the one whose turn it is; or tells how long until there may be one, if it is known.
+    fn take(&mut self) -> Result<(Organization, u64), Option<Duration>> {
+        let now = Instant::now();
+        self.rests.retain(|_, until| *until > now);
+        let ready =
+            |(organization, _): &(&Organization, &u64)| !self.rests.contains_key(*organization);
+        let behind = (self.last.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let next = self.heads.range(behind).find(ready);
+        let Some((organization, head)) = next.or_else(|| self.heads.iter().find(ready)) else {
+            return Err(self.rests.values().min().map(|until| *until - now));
+        };
+        let found = (*organization, *head);
+        self.heads.remove(&found.0);
+        self.last = Some(found.0);
+        Ok(found)
+    }
+}
+
 impl Due {
+    pub(super) fn new(retry: Duration) -> Self {
+        Self { state: Mutex::default(), changed: Condvar::new(), retry }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -69,18 +95,24 @@ impl Due {
 
     /// Waits for the next that is due; none when the store is dropped.
     fn next(&self) -> Option<(Organization, u64)> {
-        let state = self.state();
-        let idle = |state: &mut State| !state.stopped && state.heads.is_empty();
-        let waited = self.changed.wait_while(state, idle);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
-        if state.stopped { None } else { state.heads.pop_first() }
+        let mut state = self.state();
+        while !state.stopped {
+            state = match state.take() {
+                Ok(found) => return Some(found),
+                Err(Some(time)) => {
+                    let waited = self.changed.wait_timeout(state, time);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                Err(None) => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+        None
     }
 
-    /// Waits some time, or until the store is dropped.
-    fn rest(&self, time: Duration) {
-        let going = |state: &mut State| !state.stopped;
-        // Both ends of the wait are as good.
-        drop(self.changed.wait_timeout_while(self.state(), time, going));
+    /// Puts one back whose file could not be written. It holds up none of the others.
+    fn later(&self, organization: Organization, head: u64) {
+        self.state().rests.insert(organization, Instant::now() + self.retry);
+        self.add(organization, head);
     }
 
     fn is_stopped(&self) -> bool {
@@ -133,20 +165,20 @@ enum Change {
 }
 
 /// The writer's part.
+#[derive(Default)]
 pub(super) struct Moving {
-    pieces: mpsc::Receiver<Piece>,
-    /// What is still to be removed of the last piece.
-    left: Option<(Stretch, oneshot::Sender<()>)>,
+    /// Few: who asks waits until it is done.
+    pieces: VecDeque<Piece>,
 }
 
 impl Moving {
-    pub(super) fn new(pieces: mpsc::Receiver<Piece>) -> Self {
-        Self { pieces, left: None }
+    pub(super) fn take(&mut self, piece: Piece) {
+        self.pieces.push_back(piece);
     }
 
     /// Tells whether there is something to do though no batch comes.
     pub(super) fn is_under_way(&self) -> bool {
-        self.left.is_some()
+        !self.pieces.is_empty()
     }
 
     /// Makes a step that is small, or small beside the group before it: so no batch waits for long,
@@ -158,18 +190,15 @@ impl Moving {
         last: u64,
         written: usize,
     ) -> Result<(), String> {
-        let (stretch, done) = match self.left.take() {
-            Some(left) => left,
-            None => match self.pieces.try_recv() {
-                Ok(Piece { change: Change::Remove(stretch), done }) => (stretch, done),
-                Ok(Piece { change: Change::Seal(files), done }) => {
-                    note(shared, disk, last, files)?;
-                    // The archiver may be gone, here and below.
-                    let _ = done.send(());
-                    return Ok(());
-                }
-                Err(_) => return Ok(()),
-            },
+        let Some(Piece { change, done }) = self.pieces.pop_front() else { return Ok(()) };
+        let stretch = match change {
+            Change::Remove(stretch) => stretch,
+            Change::Seal(files) => {
+                note(shared, disk, last, files)?;
+                // The archiver may be gone, here and below.
+                let _ = done.send(());
+                return Ok(());
+            }
         };
         let most = REMOVED.max(2 * u64::try_from(written).unwrap_or(0));
         let now = stretch.cut(Order::Ascending, most).unwrap_or(stretch);
@@ -180,7 +209,8 @@ impl Moving {
         let removed = shared.database.apply_batch(batch);
         removed.map_err(|error| format!("remove what is sealed: {error}"))?;
         if now.to < stretch.to {
-            self.left = Some((Stretch { from: now.to + 1, ..stretch }, done));
+            let left = Change::Remove(Stretch { from: now.to + 1, ..stretch });
+            self.pieces.push_front(Piece { change: left, done });
         } else {
             let _ = done.send(());
         }
@@ -212,7 +242,6 @@ fn note(
 /// The archiver's way to the writer.
 #[derive(Clone)]
 pub(super) struct Hands {
-    pub(super) pieces: mpsc::Sender<Piece>,
     /// Weak, so that the writer ends with the store whoever holds this.
     pub(super) jobs: mpsc::WeakSender<Job>,
 }
@@ -221,12 +250,8 @@ impl Hands {
     /// Has the writer make a change, and waits for it.
     fn have(&self, change: Change) -> Result<(), Stop> {
         let (done, wait) = oneshot::channel();
-        self.pieces.blocking_send(Piece { change, done }).map_err(|_| Stop::Ended)?;
-        // A batch that says nothing, to wake it.
-        let (answer, _) = oneshot::channel();
-        let nothing = Job { batch: Batch::new(), answer };
         let jobs = self.jobs.upgrade().ok_or(Stop::Ended)?;
-        jobs.blocking_send(nothing).map_err(|_| Stop::Ended)?;
+        jobs.blocking_send(Job::Move(Piece { change, done })).map_err(|_| Stop::Ended)?;
         drop(jobs);
         wait.blocking_recv().map_err(|_| Stop::Ended)
     }
@@ -287,8 +312,7 @@ fn run(shared: &Shared, hands: &Hands) {
                     error = &error as &dyn std::error::Error,
                     "audit records stay in the database for now: their file can't be written"
                 );
-                shared.due.rest(RETRY);
-                notice_head(shared, organization, head);
+                shared.due.later(organization, head);
             }
             Err(Stop::Never(key)) => {
                 tracing::error!(
@@ -353,9 +377,11 @@ fn archive(
             }
             match write(shared, next) {
                 Ok(entry) => files.push((next, entry)),
+                // What is on the disk is unknown: nothing more is changed.
+                Err(Stop::Ended) => return Err(Stop::Ended),
                 Err(stop) if files.is_empty() => return Err(stop),
                 // The next round comes to it again.
-                Err(_) => break,
+                Err(Stop::Later(_) | Stop::Never(_)) => break,
             }
             next.first += u64::from(next.count);
         }
@@ -378,7 +404,8 @@ pub(super) fn write(shared: &Shared, range: Range) -> Result<Entry, Stop> {
             Stop::Ended
         }
     };
-    let mut draft = Draft::create(shared.archive.directory(), range).map_err(failed)?;
+    let mut draft =
+        Draft::create(shared.archive.directory(), range, shared.archive.sync()).map_err(failed)?;
     let end = range.first + u64::from(range.count);
     let bytes = |number| key(range.organization, number).as_bytes().to_vec();
     let mut found = shared.database.range(bytes(range.first)..bytes(end));

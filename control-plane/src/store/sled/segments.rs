@@ -15,14 +15,16 @@
 //! its chain tells ([`crate::audit`]). The digest covers the checks, and so the whole file; the
 //! database keeps it too, so a file of other records is not taken for this one.
 //!
-//! A file is written beside its name, synced, renamed, and its directory synced. What a kill
-//! leaves under the other name, or under the name before the database knows of it, is written
-//! over by the next attempt, with the same bytes.
+//! A file is written beside its name, synced, renamed, and all directories synced that lead to it,
+//! whoever made them: one that a killed process made may not be durable. What a kill leaves under
+//! the other name, or under the name before the database knows of it, is written over by the next
+//! attempt, whatever it is.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use aws_lc_rs::digest::{SHA256, digest};
 
@@ -89,6 +91,14 @@ pub(super) enum WriteError {
     },
 }
 
+/// Makes a file or directory durable, given with its path; replaced in tests to fail.
+pub(super) type SyncFile = Arc<dyn Fn(&Path, &File) -> io::Result<()> + Send + Sync>;
+
+/// Has the system do it.
+pub(super) fn sync_file() -> SyncFile {
+    Arc::new(|_, file| file.sync_all())
+}
+
 /// Where the organization's files are.
 pub(super) fn directory(archive: &Path, organization: Organization) -> PathBuf {
     archive.join(hex::encode(organization))
@@ -108,16 +118,17 @@ pub(super) struct Draft {
     /// The beginning of the file, as far as it is known.
     head: Vec<u8>,
     end: u32,
+    sync: SyncFile,
 }
 
 impl Draft {
-    pub(super) fn create(archive: &Path, range: Range) -> Result<Self, WriteError> {
+    pub(super) fn create(archive: &Path, range: Range, sync: SyncFile) -> Result<Self, WriteError> {
         let path = path(archive, range.organization, range.first);
         let temporary = path.with_extension("new");
         let failed = |source| WriteError::Write { path: path.clone(), source };
-        durable::create_private_directory(archive).map_err(failed)?;
-        durable::create_private_directory(&directory(archive, range.organization))
-            .map_err(failed)?;
+        // Synced with the file: a failure of that must not be taken for one of this.
+        durable::make_private_directory(archive).map_err(failed)?;
+        durable::make_private_directory(&directory(archive, range.organization)).map_err(failed)?;
         match fs::remove_file(&temporary) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             Ok(()) | Err(_) => {}
@@ -134,7 +145,7 @@ impl Draft {
         head.extend(range.first.to_be_bytes());
         head.extend(range.count.to_be_bytes());
         let file = BufWriter::with_capacity(BUFFER, file);
-        Ok(Self { range, path, temporary, file, head, end: 0 })
+        Ok(Self { range, path, temporary, file, head, end: 0, sync })
     }
 
     /// Adds the next record, as the database has it.
@@ -158,12 +169,23 @@ impl Draft {
             .and_then(|()| self.file.flush())
             .and_then(|()| self.file.get_ref().write_all_at(&self.head, 0))
             .map_err(|source| self.failed(source))?;
-        let unsynced = |source| WriteError::Sync { path: self.path.clone(), source };
-        self.file.get_ref().sync_all().map_err(unsynced)?;
+        self.sync(&self.temporary, self.file.get_ref())?;
         fs::rename(&self.temporary, &self.path).map_err(|source| self.failed(source))?;
-        durable::sync_parent(&self.path).map_err(unsynced)?;
+        // The organization's, the archive's and the store's.
+        for directory in self.path.ancestors().skip(1).take(3) {
+            let directory =
+                if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+            let opened = File::open(directory)
+                .map_err(|source| WriteError::Sync { path: directory.to_path_buf(), source })?;
+            self.sync(directory, &opened)?;
+        }
         let length = self.head.len() as u64 + u64::from(self.end);
         Ok(Entry { count: self.range.count, length, digest })
+    }
+
+    fn sync(&self, path: &Path, file: &File) -> Result<(), WriteError> {
+        (self.sync)(path, file)
+            .map_err(|source| WriteError::Sync { path: path.to_path_buf(), source })
     }
 
     fn failed(&self, source: io::Error) -> WriteError {

@@ -26,6 +26,7 @@ use super::super::plan::{Records, changes, plan};
 use super::super::{Batch, CommitError, Key, StoreError, Version, Versioned};
 use super::archiver::{self, Moving, Piece};
 use super::open::{self, LAST, note};
+use super::segments::{SyncFile, sync_file};
 use super::{Applied, Shared, join};
 use crate::durable;
 
@@ -33,8 +34,14 @@ use crate::durable;
 const GROUP: usize = 512;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
+/// What the writer is asked for. In one queue, so that whoever waits is answered when it ends.
+pub(super) enum Job {
+    Commit(Commit),
+    Move(Piece),
+}
+
 /// A batch and who waits for it.
-pub(super) struct Job {
+pub(super) struct Commit {
     pub(super) batch: Batch,
     pub(super) answer: oneshot::Sender<Outcome>,
 }
@@ -45,6 +52,11 @@ type Outcome = Result<Version, CommitError>;
 pub(super) trait Disk: Send {
     /// Makes all that was flushed durable, then notes the last version that is.
     fn sync(&mut self, last: u64) -> io::Result<()>;
+
+    /// Returns what makes files beside the database durable.
+    fn beside(&self) -> SyncFile {
+        sync_file()
+    }
 }
 
 /// The files of the database.
@@ -112,30 +124,25 @@ impl Disk for RealDisk {
 }
 
 /// Writes until the store is dropped or fails.
-pub(super) fn run(
-    shared: &Shared,
-    mut disk: Box<dyn Disk>,
-    mut queue: mpsc::Receiver<Job>,
-    pieces: mpsc::Receiver<Piece>,
-) {
+pub(super) fn run(shared: &Shared, mut disk: Box<dyn Disk>, mut queue: mpsc::Receiver<Job>) {
     let ended = catch_unwind(AssertUnwindSafe(|| {
-        write(shared, disk.as_mut(), &mut queue, Moving::new(pieces));
+        write(shared, disk.as_mut(), &mut queue);
     }));
     if ended.is_err() {
         shared.fail("the writer panicked");
     }
     queue.close();
     while let Some(job) = queue.blocking_recv() {
-        answer(job.answer, Err(shared.failure().into()));
+        match job {
+            Job::Commit(commit) => answer(commit.answer, Err(shared.failure().into())),
+            // Dropped, which is its answer.
+            Job::Move(_) => {}
+        }
     }
 }
 
-fn write(
-    shared: &Shared,
-    disk: &mut dyn Disk,
-    queue: &mut mpsc::Receiver<Job>,
-    mut moving: Moving,
-) {
+fn write(shared: &Shared, disk: &mut dyn Disk, queue: &mut mpsc::Receiver<Job>) {
+    let mut moving = Moving::default();
     let mut last = shared.applied.read().unwrap_or_else(PoisonError::into_inner).version;
     loop {
         let first = match moving.is_under_way() {
@@ -145,11 +152,15 @@ fn write(
                 None => return,
             },
         };
+        // By another's sync, or a read: what is dropped here is answered with that.
+        if shared.has_failed() {
+            return;
+        }
         let mut written = 0;
         if let Some(first) = first {
             let mut group = Group::new(last);
             let done = group
-                .fill(shared, first, queue)
+                .fill(shared, first, queue, &mut moving)
                 .and_then(|()| group.apply(shared))
                 .and_then(|()| group.make_durable(shared, disk));
             if let Err(reason) = done {
@@ -192,10 +203,14 @@ impl Group {
         shared: &Shared,
         first: Job,
         queue: &mut mpsc::Receiver<Job>,
+        moving: &mut Moving,
     ) -> Result<(), String> {
         let mut next = Some(first);
         while let Some(job) = next {
-            self.judge(shared, job)?;
+            match job {
+                Job::Commit(commit) => self.judge(shared, commit)?,
+                Job::Move(piece) => moving.take(piece),
+            }
             next = if self.has_room() { queue.try_recv().ok() } else { None };
         }
         Ok(())
@@ -205,7 +220,7 @@ impl Group {
         self.outcomes.len() < GROUP && self.bytes < GROUP_BYTES
     }
 
-    fn judge(&mut self, shared: &Shared, job: Job) -> Result<(), String> {
+    fn judge(&mut self, shared: &Shared, job: Commit) -> Result<(), String> {
         self.bytes += job.batch.size();
         let records = Judged { pending: &self.pending, shared };
         let outcome = match plan(job.batch, &records) {
