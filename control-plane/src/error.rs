@@ -46,6 +46,11 @@ impl Error {
         Self { cause: Some(cause.into()), ..Self::refused(Reason::Internal, message) }
     }
 
+    /// Says another sentence to the caller.
+    pub fn saying(self, message: impl Into<String>) -> Self {
+        Self { message: message.into(), ..self }
+    }
+
     pub fn with(mut self, key: &'static str, value: impl Into<String>) -> Self {
         self.metadata.push((key, value.into()));
         self

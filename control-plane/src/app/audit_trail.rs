@@ -11,7 +11,7 @@ use super::{App, Page, PageRequest};
 use crate::audit::{self, Head, Record, VerifyError};
 use crate::auth::Caller;
 use crate::error::{Error, Result};
-use crate::store::{Scan, keys};
+use crate::store::{Key, Scan, StoreError, Versioned, keys};
 
 /// How many records one scan of a listing reads.
 const SCAN: usize = 1000;
@@ -100,7 +100,7 @@ impl App {
         while seen < LOOK_THROUGH {
             let scan = Scan::ascending(keys::audit_of(organization), SCAN)
                 .after(Some(keys::audit(organization, after)));
-            let found = self.scan(scan).await?;
+            let found = self.audit_records(scan).await?;
             let last = found.len() < SCAN;
             seen += found.len();
             for (_, value) in found {
@@ -137,8 +137,8 @@ impl App {
         Ok(Export { organization, after: from.saturating_sub(1), last })
     }
 
-    /// Reads the next records of an export; none at its end. They are not judged, but that there are
-    /// no more before that.
+    /// Reads the next records of an export; none at its end. They are not judged, but that there
+    /// are no more before that.
     pub async fn read_export(&self, export: &mut Export) -> Result<Vec<Record>> {
         if export.after >= export.last {
             return Ok(vec![]);
@@ -146,7 +146,7 @@ impl App {
         let scan = Scan::ascending(keys::audit_of(export.organization), EXPORTED)
             .after(Some(keys::audit(export.organization, export.after)));
         let mut records = vec![];
-        for (_, value) in self.scan(scan).await? {
+        for (_, value) in self.audit_records(scan).await? {
             let record = Record::decode(&value.value).ok_or_else(|| damaged(export.after + 1))?;
             if record.sequence > export.last {
                 break;
@@ -173,6 +173,10 @@ impl App {
         }
     }
 
+    async fn audit_records(&self, scan: Scan) -> Result<Vec<(Key, Versioned)>> {
+        self.store.scan(scan).await.map_err(unread)
+    }
+
     async fn audit_head(&self, organization: OrganizationId) -> Result<Head> {
         let Some(found) = self.store.fetch(&keys::audit_head(organization)).await? else {
             return Ok(Head::START);
@@ -191,7 +195,8 @@ impl App {
         let (mut low, mut high) = (0, self.audit_head(organization).await?.sequence);
         while low < high {
             let middle = low + (high - low).div_ceil(2);
-            let found = self.store.fetch(&keys::audit(organization, middle)).await?;
+            let found = self.store.fetch(&keys::audit(organization, middle)).await;
+            let found = found.map_err(unread)?;
             let record = found.and_then(|found| Record::decode(&found.value));
             if record.ok_or_else(|| damaged(middle))?.draft.at.as_millis() < earlier {
                 low = middle;
@@ -200,6 +205,22 @@ impl App {
             }
         }
         Ok(low)
+    }
+}
+
+/// Names the record that can't be read: whoever asks is its owner, and has to know which it is.
+fn unread(error: StoreError) -> Error {
+    match &error {
+        StoreError::Damaged { key } => match keys::audit_number(key) {
+            Some(sequence) => Error::internal(error).saying(format!(
+                "the audit record {sequence} is damaged; an export can go on behind it, and \
+                 the operator's guide to backups says how to mend it"
+            )),
+            None => error.into(),
+        },
+        StoreError::Failed { .. } | StoreError::Unreadable { .. } | StoreError::Invalid { .. } => {
+            error.into()
+        }
     }
 }
 

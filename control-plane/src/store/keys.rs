@@ -755,6 +755,12 @@ pub fn audit(organization: OrganizationId, sequence: u64) -> Key {
     key(Kind::Audit, &[organization.as_bytes(), &sequence.to_be_bytes()])
 }
 
+/// Returns the number of the audit record that has this key.
+pub fn audit_number(key: &Key) -> Option<u64> {
+    let number = key.as_bytes().get(17..)?.try_into().ok()?;
+    (key.kind() == Some(Kind::Audit)).then(|| u64::from_be_bytes(number))
+}
+
 pub fn audit_of(organization: OrganizationId) -> Prefix {
     prefix(Kind::Audit, &[organization.as_bytes()])
 }

@@ -45,6 +45,7 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -54,7 +55,7 @@ use self::found::{Found, Limit};
 pub use self::load::{LoadError, load};
 pub use self::open::{OpenError, exists};
 use self::snapshot::{Reading, Snapshots};
-use self::writer::{Disk, Job};
+use self::writer::{Commit, Disk, Job};
 use super::feed::{Feed, Publisher};
 use super::{
     Batch, BoxFuture, CommitError, Key, Prefix, Scan, Snapshot, Store, StoreError, Version,
@@ -63,6 +64,9 @@ use super::{
 
 /// Batches that wait for the writer before a caller has to wait.
 const QUEUE: usize = 1024;
+
+/// How long after a file could not be written to try again.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// How to open the store.
 #[derive(Clone, Debug)]
@@ -73,13 +77,15 @@ pub struct Options {
     pub cache: u64,
     /// Audit records of one file. Organizations that have one keep its size.
     pub segment: NonZeroU32,
+    /// How long after a file of audit records could not be written to try again.
+    pub retry: Duration,
 }
 
 impl Options {
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         // So that a test with a few runs comes by the points of the archiver.
         let segment = if latchkey_failpoint::is_armed() { ARMED } else { SEGMENT };
-        Self { directory: directory.into(), cache: 64 * 1024 * 1024, segment }
+        Self { directory: directory.into(), cache: 64 * 1024 * 1024, segment, retry: RETRY }
     }
 }
 
@@ -118,7 +124,7 @@ struct Applied {
     removed: BTreeSet<Key>,
 }
 
-/// What is known to survive a power loss. Changed by the writer alone.
+/// What is known to survive a power loss. The mark is moved by the writer alone.
 #[derive(Clone, Debug)]
 struct Progress {
     /// All batches up to this version are durable.
@@ -152,7 +158,7 @@ impl Sled {
         let mut disk = disk(&options.directory)
             .map_err(|source| OpenError::Io { path: opened.path.clone(), source })?;
         let last = open::prepare(&opened, disk.as_mut(), &options.directory)?;
-        let archive = Archive::open(&options.directory, &opened.database, options.segment)?;
+        let archive = Archive::open(&options.directory, &opened.database, options.segment, disk.beside())?;
         let shared = Arc::new(Shared {
             database: opened.database,
             applied: RwLock::new(Applied { version: last, removed: BTreeSet::new() }),
@@ -160,17 +166,16 @@ impl Sled {
             snapshots: Snapshots::default(),
             publisher: Publisher::new(),
             archive,
-            due: Due::default(),
+            due: Due::new(options.retry),
             _lock: opened.lock,
         });
         let (jobs, queue) = mpsc::channel(QUEUE);
-        let (pieces, wanted) = mpsc::channel(1);
-        let hands = Hands { pieces, jobs: jobs.downgrade() };
+        let hands = Hands { jobs: jobs.downgrade() };
         let writer = std::thread::Builder::new()
             .name("store-writer".into())
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || writer::run(&shared, disk, queue, wanted)
+                move || writer::run(&shared, disk, queue)
             })
             .map_err(|source| OpenError::Io { path: opened.path, source })?;
         let store = Self { shared, jobs: Some(jobs), writer: Some(writer), archiver: None };
@@ -231,6 +236,10 @@ impl Shared {
         StoreError::Failed { reason: failed.unwrap_or_else(|| "the writer has stopped".into()) }
     }
 
+    fn has_failed(&self) -> bool {
+        self.progress.borrow().failed.is_some()
+    }
+
     /// Records the first failure; all that come after follow from it.
     fn fail(&self, reason: &str) {
         self.progress.send_if_modified(|progress| {
@@ -255,7 +264,7 @@ impl Store for Sled {
         Box::pin(async move {
             let (answer, answered) = oneshot::channel();
             let jobs = self.jobs.as_ref().expect("taken only by drop");
-            if jobs.send(Job { batch, answer }).await.is_err() {
+            if jobs.send(Job::Commit(Commit { batch, answer })).await.is_err() {
                 return Err(self.shared.failure().into());
             }
             answered.await.unwrap_or_else(|_| Err(self.shared.failure().into()))

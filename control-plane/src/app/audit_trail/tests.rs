@@ -127,3 +127,13 @@ async fn an_export_that_finds_the_end_missing_does_not_end_as_if_it_were_whole()
     };
     assert_eq!((last, error.reason()), (before + 10, latchkey_proto::v1::Reason::Internal));
 }
+
+#[test]
+fn who_comes_by_a_damaged_record_is_told_its_number() {
+    let organization = OrganizationId::from_bytes([1; 16]);
+    let error = unread(StoreError::Damaged { key: keys::audit(organization, 4097) });
+    assert!(error.message().contains("the audit record 4097 is damaged"), "{error}");
+    assert!(error.cause().is_some());
+    let error = unread(StoreError::Damaged { key: keys::audit_head(organization) });
+    assert!(!error.message().contains("damaged"), "{error}");
+}

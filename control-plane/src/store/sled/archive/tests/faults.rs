@@ -11,7 +11,7 @@ use super::{
     Then, all, audit, draft, failed, file, live, move_one, open, open_idle, options, organization,
     sealed, until_moved,
 };
-use crate::audit::verify_stored;
+use crate::audit::{VerifyError, verify_stored};
 use crate::store::sled::segments::SyncFile;
 use crate::store::sled::writer::{Disk, RealDisk};
 use crate::store::sled::{OpenError, Options, Sled};
@@ -283,6 +283,27 @@ async fn an_organization_that_cannot_be_written_starves_no_other_and_is_tried_ag
             fs::remove_file(&blocked).unwrap();
             until_moved(&store, 1, 12, 4).await;
             assert_eq!(verify_stored(&store, organization(1)).await.unwrap().count, 16);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verification_names_the_record_that_is_damaged() {
+    let root = tempfile::tempdir().unwrap();
+    let (store, hands) = open_idle(root.path());
+    audit(&store, 1, 16).await;
+    for _ in 0..2 {
+        move_one(&store, &hands, Then::Seal).await;
+    }
+    // The later one first: what is told is where the chain breaks first.
+    for (first, damaged) in [(5, 8), (1, 4)] {
+        let path = file(root.path(), first);
+        let mut bytes = fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 4;
+        fs::write(&path, bytes).unwrap();
+        match verify_stored(&store, organization(1)).await {
+            Err(VerifyError::Broken(broken)) => assert_eq!(broken.sequence, damaged),
+            other => panic!("expected a broken chain, got {other:?}"),
         }
     }
 }
