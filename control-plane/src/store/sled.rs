@@ -158,7 +158,8 @@ impl Sled {
         let mut disk = disk(&options.directory)
             .map_err(|source| OpenError::Io { path: opened.path.clone(), source })?;
         let last = open::prepare(&opened, disk.as_mut(), &options.directory)?;
-        let archive = Archive::open(&options.directory, &opened.database, options.segment, disk.beside())?;
+        let archive =
+            Archive::open(&options.directory, &opened.database, options.segment, disk.beside())?;
         let shared = Arc::new(Shared {
             database: opened.database,
             applied: RwLock::new(Applied { version: last, removed: BTreeSet::new() }),
