@@ -17,6 +17,11 @@ pub(crate) const MEASUREMENT: Measurement = Measurement {
     measure: |context| Box::pin(measure(context)),
 };
 
+/// How long one that was turned away waits before it comes again; a real runner's first wait is of
+/// this order, with jitter.
+const AGAIN: Duration = Duration::from_millis(250);
+/// How long one keeps coming.
+const COMING: Duration = Duration::from_secs(120);
 /// For what the handshakes left to do.
 const SETTLING: Duration = Duration::from_millis(300);
 /// The share of a core that heartbeats of 10,000 runners may take.
@@ -97,11 +102,15 @@ async fn of(count: usize, context: &Context) -> anyhow::Result<Vec<Row>> {
             budget: Budget::None,
             note: format!(
                 "After SIGKILL and a restart of the control plane: from ready until the last of \
-                 {count} has its `Welcome`, all begun at once without the real runner's jitter; \
-                 no connection was refused. Client and server share the cores, and a TLS \
-                 handshake with a client certificate on each side is most of it. The server's \
+                 {count} has its `Welcome`, all begun at once without the real runner's jitter. The \
+                 control plane has a bound on connections that are being opened, and turned {} \
+                 attempts away (the bare server, which has none: {}); who is turned away comes \
+                 again after {} ms. Client and server share the cores, and a TLS handshake with a client certificate on each side is most of it. The server's \
                  threads ran {}, the bare server's {}. The first connecting took {}. Linear in \
                  the number.",
+                back.turned_away,
+                bare_back.turned_away,
+                AGAIN.as_millis(),
                 Figure::millis(back.ran),
                 Figure::millis(bare_back.ran),
                 Figure::millis(ours.taken)
@@ -146,6 +155,8 @@ struct Crowd {
     taken: Duration,
     /// How long the server's threads ran meanwhile.
     ran: Duration,
+    /// Attempts that came to nothing.
+    turned_away: usize,
 }
 
 impl Crowd {
@@ -161,8 +172,15 @@ impl Crowd {
             let (listener, identity) = (listener.clone(), identity.clone());
             let phase = number as f64 / identities.len() as f64;
             connecting.spawn(async move {
-                let runner = SimulatedRunner::connect(&listener, &identity, 1).await?;
-                anyhow::Ok((runner, phase))
+                let mut turned_away = 0;
+                loop {
+                    match SimulatedRunner::connect(&listener, &identity, 1).await {
+                        Ok(runner) => return anyhow::Ok((runner, phase, turned_away)),
+                        Err(error) if begun.elapsed() > COMING => return Err(error),
+                        Err(_) => turned_away += 1,
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                }
             });
         }
         let mut connected = Vec::with_capacity(identities.len());
@@ -171,10 +189,11 @@ impl Crowd {
         }
         let taken = begun.elapsed();
         let ran = processor_time(pid)?.saturating_sub(before);
-        let mut idle = JoinSet::new();
-        for (runner, phase) in connected {
+        let (mut idle, mut turned_away) = (JoinSet::new(), 0);
+        for (runner, phase, times) in connected {
             idle.spawn(runner.idle(phase));
+            turned_away += times;
         }
-        Ok(Self { idle, taken, ran })
+        Ok(Self { idle, taken, ran, turned_away })
     }
 }
