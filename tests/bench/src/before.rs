@@ -6,6 +6,8 @@ use std::path::Path;
 use anyhow::Context;
 use serde::Deserialize;
 
+use crate::row::written;
+
 /// Rows of an earlier `--json`, by name.
 #[derive(Debug, Default)]
 pub(crate) struct Before(BTreeMap<String, Told>);
@@ -38,10 +40,10 @@ impl Before {
     /// Returns the earlier figure of a row, with its ratio; empty where there is none.
     pub(crate) fn of(&self, name: &str) -> String {
         let Some(Told { row, ratio }) = self.0.get(name) else { return String::new() };
-        let Figure { value, unit } = &row.figure;
+        let figure = written(row.figure.value, &row.figure.unit);
         match ratio {
-            Some(ratio) => format!("{value:.4} {unit} ({ratio:.2})"),
-            None => format!("{value:.4} {unit}"),
+            Some(ratio) => format!("{figure} ({ratio:.2})"),
+            None => figure,
         }
     }
 }

@@ -65,13 +65,18 @@ impl Figure {
 
 impl fmt::Display for Figure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digits = match self.value.abs() {
-            value if value >= 100.0 => 0,
-            value if value >= 10.0 => 1,
-            _ => 2,
-        };
-        write!(f, "{:.*} {}", digits, self.value, self.unit)
+        f.write_str(&written(self.value, self.unit))
     }
+}
+
+/// Writes a value with as many digits as it is good for.
+pub(crate) fn written(value: f64, unit: &str) -> String {
+    let digits = match value.abs() {
+        value if value >= 100.0 => 0,
+        value if value >= 10.0 => 1,
+        _ => 2,
+    };
+    format!("{value:.digits$} {unit}")
 }
 
 /// What a figure is held against.

@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::super::{Key, Order, Versioned, keys};
 use super::archive::{Stretch, entry_key, key, place};
-use super::segments::{Draft, Entry, Organization, Range, WriteError};
+use super::segments::{Entry, NewSegment, Organization, Range, WriteError};
 use super::writer::{Disk, Job};
 use super::{Shared, split};
 use crate::audit::Head;
@@ -34,6 +34,7 @@ use crate::audit::Head;
 const REMOVED: u64 = 256;
 /// Files that share a sync of the database.
 const FILES: usize = 8;
+
 /// What waits to be moved.
 pub(super) struct Due {
     state: Mutex<State>,
@@ -404,8 +405,8 @@ pub(super) fn write(shared: &Shared, range: Range) -> Result<Entry, Stop> {
             Stop::Ended
         }
     };
-    let mut draft =
-        Draft::create(shared.archive.directory(), range, shared.archive.sync()).map_err(failed)?;
+    let mut draft = NewSegment::create(shared.archive.directory(), range, shared.archive.sync())
+        .map_err(failed)?;
     let end = range.first + u64::from(range.count);
     let bytes = |number| key(range.organization, number).as_bytes().to_vec();
     let mut found = shared.database.range(bytes(range.first)..bytes(end));

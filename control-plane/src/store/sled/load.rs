@@ -11,7 +11,7 @@ use std::path::Path;
 
 use super::archive::{self, entry_key, place};
 use super::open::{self, LAST};
-use super::segments::{Draft, Range, WriteError, sync_file};
+use super::segments::{NewSegment, Range, WriteError, sync_file};
 use super::writer::RealDisk;
 use super::{OpenError, Options, Version, Versioned, join};
 use crate::store::Key;
@@ -157,7 +157,7 @@ impl<'a> Sealing<'a> {
         if self.collected.len() < range.count as usize {
             return Ok(Added::Kept);
         }
-        let mut draft = Draft::create(self.archive, range, sync_file()).map_err(SealError)?;
+        let mut draft = NewSegment::create(self.archive, range, sync_file()).map_err(SealError)?;
         for (_, stored) in self.collected.drain(..) {
             draft.push(&stored).map_err(SealError)?;
         }

@@ -110,7 +110,7 @@ pub(super) fn path(archive: &Path, organization: Organization, first: u64) -> Pa
 }
 
 /// A file that is being written.
-pub(super) struct Draft {
+pub(super) struct NewSegment {
     range: Range,
     path: PathBuf,
     temporary: PathBuf,
@@ -121,7 +121,7 @@ pub(super) struct Draft {
     sync: SyncFile,
 }
 
-impl Draft {
+impl NewSegment {
     pub(super) fn create(archive: &Path, range: Range, sync: SyncFile) -> Result<Self, WriteError> {
         let path = path(archive, range.organization, range.first);
         let temporary = path.with_extension("new");

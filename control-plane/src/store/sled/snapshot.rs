@@ -127,10 +127,7 @@ impl Reading {
         };
         let limit = Limit { records: PAGE, bytes: PAGE_BYTES };
         let page = shared.find_all((low, Unbounded), Order::Ascending, limit)?;
-        let last = match page.is_full {
-            true => page.found.last().map(Found::last_key),
-            false => None,
-        };
+        let last = page.found.last().filter(|_| page.is_full).map(Found::last_key);
         let kept = match &last {
             Some(last) => {
                 let mut ahead = position.kept.split_off(last);

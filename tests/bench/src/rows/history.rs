@@ -83,10 +83,10 @@ async fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
             Budget::FigureAtMost(3000.0),
             &format!(
                 "{how} From exec to the ready file, looked for every 15 ms, after a proper stop. \
-                 Sled reads its snapshot and the log behind it, so it grows with the records that \
-                 are in it: runs, index entries, requests and the newest audit records, not those \
-                 in segments. 10 times the runs is about 10 times the time. Only runs that have \
-                 not ended are read by the control plane itself."
+                 Sled reads its snapshot and the log behind it; that the audit has files of its own \
+                 has not shortened it. It grows with the records: 10 times the runs is about 10 \
+                 times the time. Only runs that have not ended are read by the control plane \
+                 itself."
             ),
         ),
         row(

@@ -19,7 +19,7 @@ use crate::audit::{Draft, verify_stored};
 use crate::store::memory::Memory;
 use crate::store::sled::archiver::{self, Hands};
 use crate::store::sled::writer::RealDisk;
-use crate::store::sled::{LoadError, Options, Sled, load};
+use crate::store::sled::{LoadError, OpenError, Options, Sled, load};
 use crate::store::{
     Batch, Expect, Key, Order, Prefix, Scan, Seen, Snapshot, Store, Version, Versioned, keys, list,
 };
@@ -319,6 +319,25 @@ async fn a_restore_seals_what_fills_files_and_keeps_every_version() {
         let verified = verify_stored(&restored, organization(number)).await.unwrap();
         assert_eq!(verified.count, count + 1);
     }
+}
+
+/// As the page on backups tells it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_lost_can_be_had_from_a_backup_that_is_restored_elsewhere() {
+    let root = tempfile::tempdir().unwrap();
+    let (old, new) = (root.path().join("old"), root.path().join("new"));
+    let store = open(&old);
+    audit(&store, 1, 19).await;
+    until_moved(&store, 1, 12, 7).await;
+    let records = taken(store.snapshot().await.unwrap()).await;
+    loaded(records.clone(), store.history(), &new).unwrap();
+    drop(store);
+    fs::remove_file(file(&old, 5)).unwrap();
+    assert!(matches!(Sled::open(&options(&old)), Err(OpenError::Audit { .. })));
+    fs::copy(file(&new, 5), file(&old, 5)).unwrap();
+    let store = open(&old);
+    assert!(all(&store).await == records);
+    assert_eq!(verify_stored(&store, organization(1)).await.unwrap().count, 19);
 }
 
 #[tokio::test(flavor = "multi_thread")]
